@@ -1,0 +1,8 @@
+"""M-FAC for JAX: second-order optimization from gradients alone, as optax transforms."""
+
+from mfac_jax._alias import mfac as mfac
+from mfac_jax._transform import ScaleByMFACState as ScaleByMFACState
+from mfac_jax._transform import ihvp as ihvp
+from mfac_jax._transform import scale_by_mfac as scale_by_mfac
+
+__version__ = "0.1.0"

@@ -1,0 +1,121 @@
+"""Algebra of the m x m Gram matrices: nothing here knows of parameters or of optax.
+
+All functions take a stack of Gram matrices K `(blocks, m, m)` and vectors `(blocks, m)`. With G the
+window `(m, d)` of a block, K = G G^T, and F = damping I + G^T G / n, functions of F act on the rows
+of G through K: f(F) G^T w = G^T f(damping I + K / n) w (the push-through identity).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg
+from jax import lax
+
+
+def replace_row(gram: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+    """The Gram matrices with `row` as their row and column `index`."""
+    return gram.at[:, index, :].set(row).at[:, :, index].set(row)
+
+
+def inverse_power(
+    gram: jax.Array, damping: jax.Array, count: jax.Array, power: jax.Array | float, w: jax.Array
+) -> jax.Array:
+    """c `(blocks, m)` such that F^-power G^T w = G^T c, with n = `count`.
+
+    c = (damping I + K / n)^-power w. Nothing is subtracted, so the digits of w survive small damping.
+    """
+
+    def inverse():
+        return count * _solve(gram, count * damping, w)
+
+    def fractional():
+        return _apply_function(gram, lambda s: (damping + s / count) ** -power, w)
+
+    return _by_power(power, inverse, fractional)
+
+
+def outside_inverse_power(
+    gram: jax.Array, damping: jax.Array, count: jax.Array, power: jax.Array | float, gx: jax.Array
+) -> jax.Array:
+    """c `(blocks, m)` such that F^-power x = damping^-power x + G^T c, for `gx` = G x.
+
+    For power 1 this is c = -(K + n damping I)^-1 G x / damping; in general, with s an eigenvalue of
+    K, the function (phi(s) - phi(0)) / s for phi(s) = (damping + s / n)^-power.
+    """
+
+    def inverse():
+        return -_solve(gram, count * damping, gx) / damping
+
+    def slope(s):
+        safe = jnp.where(s > 0, s, 1)
+        secant = jnp.expm1(-power * jnp.log1p(safe / (count * damping))) / safe
+        return damping**-power * jnp.where(s > 0, secant, -power / (count * damping))
+
+    return _by_power(power, inverse, lambda: _apply_function(gram, slope, gx))
+
+
+def _by_power(power, inverse, fractional) -> jax.Array:
+    """Power 1 takes the Cholesky solve, also where the power is traced (optax.inject_hyperparams)."""
+    if isinstance(power, jax.Array):
+        return lax.cond(power == 1, inverse, fractional)
+    return inverse() if power == 1 else fractional()
+
+
+def _noise(gram: jax.Array) -> float:
+    """What rounding can do to an eigenvalue of a matrix with unit diagonal."""
+    return 8 * float(jnp.finfo(gram.dtype).eps) * math.sqrt(gram.shape[-1])
+
+
+def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
+    """(K + shift I)^-1 rhs, finite for any Gram matrix: see `_robust_cholesky`."""
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    system = gram + shift * identity
+    _, exponent = jnp.frexp(jnp.diagonal(system, axis1=-2, axis2=-1))
+    # Powers of two bring the diagonal near one without rounding, whatever the gradients' norms.
+    scale = jnp.ldexp(jnp.ones_like(rhs), -(exponent // 2))
+    factor = _robust_cholesky(system * scale[..., :, None] * scale[..., None, :])
+    return scale * _cholesky_solve(factor, scale * rhs)
+
+
+def _cholesky_solve(factor: jax.Array, rhs: jax.Array) -> jax.Array:
+    return jax.vmap(lambda L, b: jax.scipy.linalg.cho_solve((L, True), b))(factor, rhs)
+
+
+def _robust_cholesky(matrix: jax.Array) -> jax.Array:
+    """Cholesky factor of a matrix with its diagonal near one; a jitter is added where it breaks down.
+
+    It breaks down, or its last pivots are rounding noise, when gradients repeat and the damping is
+    below their squared norm times the unit roundoff. The jitter starts at the noise level and grows
+    until the factor is sound, at the latest where it outweighs the row sums.
+    """
+    noise, identity = _noise(matrix), jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+
+    def sound(factor):
+        pivots = jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1))
+        return jnp.min(pivots, axis=-1, keepdims=True)[..., None] >= noise / 4
+
+    def broken(carry):
+        return ~jnp.all(sound(carry[1]))
+
+    def retry(carry):
+        jitter, factor = carry
+        keep = sound(factor)
+        jitter = jnp.where(keep, jitter, jnp.maximum(noise, 16 * jitter))
+        return jitter, jnp.where(keep, factor, _cholesky(matrix + jitter * identity))
+
+    no_jitter = jnp.zeros((*matrix.shape[:-2], 1, 1), matrix.dtype)
+    return lax.while_loop(broken, retry, (no_jitter, _cholesky(matrix)))[1]
+
+
+def _cholesky(matrix: jax.Array) -> jax.Array:
+    return lax.linalg.cholesky(matrix, symmetrize_input=False)
+
+
+def _apply_function(gram: jax.Array, function, w: jax.Array) -> jax.Array:
+    """V function(s) V^T w with K = V s V^T; eigenvalues below the rounding noise are set to it."""
+    s, v = jnp.linalg.eigh(gram, symmetrize_input=False)
+    s = jnp.maximum(s, _noise(gram) * s[..., -1:])
+    highest = lax.Precision.HIGHEST
+    in_basis = function(s) * jnp.einsum("bij,bi->bj", v, w, precision=highest)
+    return jnp.einsum("bij,bj->bi", v, in_basis, precision=highest)
