@@ -68,48 +68,63 @@ def _noise(gram: jax.Array) -> float:
 
 
 def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
-    """(K + shift I)^-1 rhs, finite for any Gram matrix: see `_robust_cholesky`."""
-    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    system = gram + shift * identity
+    """(K + shift I)^-1 rhs, finite for any Gram matrix.
+
+    Cholesky breaks down, or its last pivots are rounding noise, when gradients repeat and the shift is
+    below their squared norm times the unit roundoff. A jitter then takes the shift's place.
+    """
+    system = gram + shift * jnp.eye(gram.shape[-1], dtype=gram.dtype)
     _, exponent = jnp.frexp(jnp.diagonal(system, axis1=-2, axis2=-1))
     # Powers of two bring the diagonal near one without rounding, whatever the gradients' norms.
     scale = jnp.ldexp(jnp.ones_like(rhs), -(exponent // 2))
-    factor = _robust_cholesky(system * scale[..., :, None] * scale[..., None, :])
-    return scale * _cholesky_solve(factor, scale * rhs)
+    system = system * scale[..., :, None] * scale[..., None, :]
+
+    factor = _cholesky(system)
+    # The solve stands outside of the conditional: inside, XLA copies the factor into both branches.
+    solution = _cholesky_solve(factor, scale * rhs)
+    return scale * lax.cond(
+        jnp.all(_is_sound(factor)),
+        lambda: solution,
+        lambda: _cholesky_solve(_jittered_cholesky(system), scale * rhs),
+    )
 
 
-def _cholesky_solve(factor: jax.Array, rhs: jax.Array) -> jax.Array:
-    return jax.vmap(lambda L, b: jax.scipy.linalg.cho_solve((L, True), b))(factor, rhs)
+def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
+    """The sound Cholesky factor of `matrix`, diagonal near one, with the least jitter that gives one.
 
-
-def _robust_cholesky(matrix: jax.Array) -> jax.Array:
-    """Cholesky factor of a matrix with its diagonal near one; a jitter is added where it breaks down.
-
-    It breaks down, or its last pivots are rounding noise, when gradients repeat and the damping is
-    below their squared norm times the unit roundoff. The jitter starts at the noise level and grows
-    until the factor is sound, at the latest where it outweighs the row sums.
+    The jitter of a block starts at the noise level and grows until its factor is sound, at the latest
+    where the diagonal outweighs the row sums. Blocks that need none get none.
     """
-    noise, identity = _noise(matrix), jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-
-    def sound(factor):
-        pivots = jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1))
-        return jnp.min(pivots, axis=-1, keepdims=True)[..., None] >= noise / 4
-
-    def broken(carry):
-        return ~jnp.all(sound(carry[1]))
+    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
 
     def retry(carry):
-        jitter, factor = carry
-        keep = sound(factor)
-        jitter = jnp.where(keep, jitter, jnp.maximum(noise, 16 * jitter))
-        return jitter, jnp.where(keep, factor, _cholesky(matrix + jitter * identity))
+        jitter, _ = carry
+        factor = _cholesky(matrix + jitter * identity)
+        more = jnp.maximum(_noise(matrix), 16 * jitter)
+        return jnp.where(_is_sound(factor)[..., None, None], jitter, more), factor
 
-    no_jitter = jnp.zeros((*matrix.shape[:-2], 1, 1), matrix.dtype)
-    return lax.while_loop(broken, retry, (no_jitter, _cholesky(matrix)))[1]
+    start = jnp.zeros((*matrix.shape[:-2], 1, 1), matrix.dtype), jnp.full_like(matrix, jnp.nan)
+    return lax.while_loop(lambda carry: ~jnp.all(_is_sound(carry[1])), retry, start)[1]
+
+
+def _is_sound(factor: jax.Array) -> jax.Array:
+    """Whether each block's pivots are all numbers, and above the rounding noise."""
+    pivots = jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1))
+    return jnp.min(pivots, axis=-1) >= _noise(factor) / 4
 
 
 def _cholesky(matrix: jax.Array) -> jax.Array:
-    return lax.linalg.cholesky(matrix, symmetrize_input=False)
+    # Transposed, the symmetric matrix is in LAPACK's order as it stands and need not be copied.
+    return lax.linalg.cholesky(matrix.mT, symmetrize_input=False)
+
+
+def _cholesky_solve(factor: jax.Array, rhs: jax.Array) -> jax.Array:
+    def solve(L, b):
+        return jax.scipy.linalg.cho_solve((L, True), b)
+
+    if factor.shape[0] == 1:  # half the time of a batch of one on CPU
+        return solve(factor[0], rhs[0])[None]
+    return jax.vmap(solve)(factor, rhs)
 
 
 def _apply_function(gram: jax.Array, function, w: jax.Array) -> jax.Array:

@@ -61,9 +61,9 @@ def scale_by_mfac(
     norm, also if they are zero or repeat.
 
     Args:
-      num_grads: m, the gradients kept, any integer >= 1. The state grows with m, the time of a step
-        with m d + m^3 / 3. The paper uses 512 and 1024; 64 is a quarter of a state of Adam at
-        m = 8 ... times the parameters.
+      num_grads: m, the gradients kept, any integer >= 1. The state takes m times the memory of the
+        parameters; a step takes the time of reading it twice, and m^3 / 3 operations. The paper uses
+        512 and 1024.
       damping: lambda, > 0, a number or a schedule over the gradients accepted. In units of a squared
         gradient norm over n: directions in which the mean squared gradient is below it are left as in
         gradient descent with rate 1 / lambda. The paper uses 1e-5 to 1e-7 with n = 512 or 1024.
@@ -78,7 +78,7 @@ def scale_by_mfac(
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
         `'leaf'`: a block a leaf. A function from a leaf's key path (as in
         `jax.tree_util.tree_map_with_path`) to a hashable label: a block a label. Under
-        `optax.inject_hyperparams` name it, and `num_grads`, in `static_args`.
+        `optax.inject_hyperparams` such a function, and `num_grads`, belong in `static_args`.
 
     Returns:
       A transform whose state is a `ScaleByMFACState`. It ignores `params` and extra arguments.
@@ -91,7 +91,7 @@ def scale_by_mfac(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
-      >>> tx = optax.chain(mfac_jax.scale_by_mfac(num_grads=8, damping=0.1), optax.scale(-0.1))
+      >>> tx = optax.chain(mfac_jax.scale_by_mfac(num_grads=8, damping=1.0), optax.scale(-0.5))
       >>> params = {'w': jnp.array([3.0, -2.0]), 'b': jnp.array(1.0)}
       >>> state = tx.init(params)
       >>> loss = lambda p: (jnp.sum(p['w'] ** 2) + p['b'] ** 2) / 2
@@ -124,7 +124,7 @@ def scale_by_mfac(
             gram=jnp.zeros((num_blocks, num_grads, num_grads), _tree.accumulation_dtype(params)),
         )
 
-    def update(updates, state: ScaleByMFACState, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         del params, extra_args
         _validation.check_like_window("updates", updates, state.window)
         block_of_leaf = _block_of_leaf(updates, blocks)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 # On CPU a matrix-vector product adds each row up in one running sum a lane, so its relative error
@@ -47,7 +48,7 @@ def _named_sharding(leaf) -> NamedSharding | None:
 
 
 def _is_traced(leaf) -> bool:
-    return isinstance(leaf, jax.core.Tracer)
+    return isinstance(leaf, Tracer)
 
 
 def bounded(tree: optax.Updates) -> tuple[optax.Updates, jax.Array]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 
 def check_num_grads(num_grads: int) -> int:
@@ -30,7 +31,7 @@ def check_scalar(
     name: str, value, lower: float, upper: float = math.inf, *, includes_lower: bool = False
 ) -> None:
     """Refuse a number outside (lower, upper), or [lower, upper); let traced values pass."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     allowed = f"a finite number {'>=' if includes_lower else '>'} {lower:g}"
     allowed += f" and < {upper:g}" if upper < math.inf else ""
