@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mfac_jax import _validation
 from mfac_jax._transform import Blocks, Normalization, scale_by_mfac
 
 
@@ -88,8 +89,10 @@ def mfac(
     )
     chain: list[optax.GradientTransformation] = [preconditioner]
     if momentum is not None:
+        _validation.check_decay("momentum", momentum, "0.9")
         chain.append(_skip_not_finite(optax.ema(momentum)))
     if weight_decay is not None:
+        _validation.check_not_negative("weight_decay", weight_decay, "1e-4")
         decay = optax.add_decayed_weights(weight_decay, mask)
         chain.insert(len(chain) if decoupled_weight_decay else 0, decay)
     return optax.chain(*chain, optax.scale_by_learning_rate(learning_rate))

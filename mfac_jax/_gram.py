@@ -73,7 +73,7 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     Cholesky breaks down, or its last pivots are rounding noise, when gradients repeat and the shift is
     below their squared norm times the unit roundoff. A jitter then takes the shift's place.
     """
-    system = gram + shift * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    system = gram + shift * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
     _, exponent = jnp.frexp(jnp.diagonal(system, axis1=-2, axis2=-1))
     # Powers of two bring the diagonal near one without rounding, whatever the gradients' norms.
     scale = jnp.ldexp(jnp.ones_like(rhs), -(exponent // 2))
@@ -95,7 +95,7 @@ def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
     The jitter of a block starts at the noise level and grows until its factor is sound, at the latest
     where the diagonal outweighs the row sums. Blocks that need none get none.
     """
-    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
 
     def retry(carry):
         jitter, _ = carry

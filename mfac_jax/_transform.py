@@ -110,12 +110,14 @@ def scale_by_mfac(
       (the power 1/2).
     """
     num_grads = _validation.check_num_grads(num_grads)
-    _check_options(damping, normalize_by, power, blocks)
-    _validation.check_scalar("window_momentum", window_momentum, 0.0, 1.0, includes_lower=True)
+    if not callable(damping):
+        _validation.check_positive("damping", damping, "1e-3")
+    _check_options(normalize_by, power, blocks)
+    _validation.check_decay("window_momentum", window_momentum, "0.9")
 
     def init(params: optax.Params) -> ScaleByMFACState:
         _validation.check_params(params)
-        num_blocks = len(set(_block_of_leaf(params, blocks))) or 1
+        num_blocks = _count(_block_of_leaf(params, blocks))
         return ScaleByMFACState(
             grads_seen=jnp.zeros((), jnp.int32),
             grads_rejected=jnp.zeros((), jnp.int32),
@@ -128,6 +130,7 @@ def scale_by_mfac(
         del params, extra_args
         _validation.check_like_window("updates", updates, state.window)
         block_of_leaf = _block_of_leaf(updates, blocks)
+        _validation.check_sizes(state.gram, _count(block_of_leaf), num_grads)
         newest = state.next_row
 
         row, finite = _tree.bounded(updates)
@@ -208,15 +211,16 @@ def ihvp(
             f"state must be a ScaleByMFACState, got {type(state).__name__}. In the state of a chain, "
             "optax.tree.get(state, 'ScaleByMFACState') finds it."
         )
-    _check_options(damping, normalize_by, power, blocks)
+    _validation.check_positive("damping", damping, "1e-3")
+    _check_options(normalize_by, power, blocks)
     _validation.check_like_window("tree", tree, state.window)
     block_of_leaf = _block_of_leaf(tree, blocks)
     gram = state.gram
     num_blocks, num_grads = gram.shape[:2]
-    if (len(set(block_of_leaf)) or 1) != num_blocks:
+    if _count(block_of_leaf) != num_blocks:
         raise ValueError(
             f"blocks must split the tree into the {num_blocks} block(s) of the state, got "
-            f"{len(set(block_of_leaf))}. Pass the value of blocks given to scale_by_mfac."
+            f"{_count(block_of_leaf)}. Pass the value of blocks given to scale_by_mfac."
         )
     damping = jnp.asarray(damping, gram.dtype)
     coefficients = _gram.outside_inverse_power(
@@ -231,13 +235,11 @@ def ihvp(
     return jax.tree.map(lambda x, y: _tree.narrow(outside * x.astype(y.dtype) + y, x.dtype), tree, inside)
 
 
-def _check_options(damping, normalize_by, power, blocks) -> None:
-    if not callable(damping):
-        _validation.check_scalar("damping", damping, 0.0)
+def _check_options(normalize_by, power, blocks) -> None:
     _validation.check_choice("normalize_by", normalize_by, ("window", "count"))
-    _validation.check_scalar("power", power, 0.0)
+    _validation.check_positive("power", power, "1.0")
     if not callable(blocks):
-        _validation.check_choice("blocks", blocks, (None, "leaf"))
+        _validation.check_choice("blocks", blocks, (None, "leaf"), ", or a function of a leaf's key path")
 
 
 def _block_of_leaf(tree: optax.Params, blocks: Blocks) -> list[int]:
@@ -248,6 +250,11 @@ def _block_of_leaf(tree: optax.Params, blocks: Blocks) -> list[int]:
     labels = range(len(paths)) if blocks == "leaf" else [blocks(path) for path in paths]
     numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     return [numbers[label] for label in labels]
+
+
+def _count(block_of_leaf: list[int]) -> int:
+    """The number of blocks, at least one."""
+    return max(block_of_leaf, default=0) + 1
 
 
 def _products(window, tree, block_of_leaf: list[int], gram: jax.Array) -> jax.Array:

@@ -18,41 +18,48 @@ def check_num_grads(num_grads: int) -> int:
             f"num_grads is the size of the window and must be a Python int, got {num_grads!r}. Under "
             "optax.inject_hyperparams pass static_args=('num_grads',)."
         )
+    message = f"num_grads must be an int >= 1, got {num_grads!r}. Pass e.g. 64."
     try:
         size = operator.index(num_grads)
     except TypeError:
-        raise TypeError(f"num_grads must be an int >= 1, got {num_grads!r}. Pass e.g. 64.") from None
+        raise TypeError(message) from None
     if isinstance(num_grads, bool) or size < 1:
-        raise ValueError(f"num_grads must be an int >= 1, got {num_grads!r}. Pass e.g. 64.")
+        raise ValueError(message)
     return size
 
 
-def check_scalar(
-    name: str, value, lower: float, upper: float = math.inf, *, includes_lower: bool = False
-) -> None:
-    """Refuse a number outside (lower, upper), or [lower, upper); let traced values pass."""
-    if isinstance(value, Tracer):
-        return
-    allowed = f"a finite number {'>=' if includes_lower else '>'} {lower:g}"
-    allowed += f" and < {upper:g}" if upper < math.inf else ""
-    if isinstance(value, bool) or np.ndim(value) != 0 or not _is_real(value):
-        raise TypeError(f"{name} must be {allowed}, got {value!r}.")
-    number = float(value)
-    above = number >= lower if includes_lower else number > lower
-    if not (above and number < upper):  # NaN fails both
-        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+def check_positive(name: str, value, example: str) -> None:
+    """Refuse what is not a finite number > 0. Of traced values only shape and dtype are known."""
+    _check_number(name, value, "a finite number > 0", lambda x: 0 < x < math.inf, example)
 
 
-def _is_real(value) -> bool:
-    return jnp.issubdtype(jnp.result_type(value), jnp.floating) or jnp.issubdtype(
-        jnp.result_type(value), jnp.integer
+def check_not_negative(name: str, value, example: str) -> None:
+    """Refuse what is not a finite number >= 0."""
+    _check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf, example)
+
+
+def check_decay(name: str, value, example: str) -> None:
+    """Refuse what is not a number in [0, 1)."""
+    _check_number(name, value, "a finite number >= 0 and < 1", lambda x: 0 <= x < 1, example)
+
+
+def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> None:
+    message = f"{name} must be {allowed}, got {value!r}. Pass e.g. {example}."
+    dtype = (
+        np.dtype(type(value)) if type(value) in (int, float) else getattr(value, "dtype", np.dtype(bool))
     )
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if not real or np.shape(value) != ():
+        raise TypeError(message)
+    if not isinstance(value, Tracer) and not is_allowed(float(value)):
+        raise ValueError(message)
 
 
-def check_choice(name: str, value, allowed: Sequence) -> None:
-    if value not in allowed:
+def check_choice(name: str, value, allowed: Sequence[str | None], otherwise: str = "") -> None:
+    """Refuse a value that is not one of the names (or None) in `allowed`."""
+    if not (value is None or isinstance(value, str)) or value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name} must be one of {options}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {options}{otherwise}, got {value!r}.")
 
 
 def check_params(params: optax.Params) -> None:
@@ -73,20 +80,31 @@ def _check_floating(name: str, path, leaf) -> None:
 
 def check_like_window(name: str, tree: optax.Updates, window: optax.Params) -> None:
     """Refuse a tree whose structure or shapes are not those the window was made for."""
-    structure, expected = jax.tree.structure(tree), jax.tree.structure(window)
-    if structure != expected:
+    leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
+    rows = dict(jax.tree_util.tree_leaves_with_path(window))
+    if jax.tree.structure(tree) != jax.tree.structure(window):
+        differing = [_leaf_name(path) for path in [*leaves, *rows] if (path in leaves) != (path in rows)]
+        found = f"but {differing[0]} is only in one of the two" if differing else "but its nodes differ"
         raise ValueError(
-            f"{name} must have the tree of the parameters given to init, {expected}, got {structure}. "
-            "Call init again with the parameters that are trained now."
+            f"{name} must have the tree of the parameters given to init, {found}. Call init again with the "
+            "parameters that are trained now."
         )
-    rows = jax.tree.leaves(window)
-    for (path, leaf), row in zip(jax.tree_util.tree_leaves_with_path(tree), rows, strict=True):
-        if jnp.shape(leaf) != row.shape[1:]:
+    for path, leaf in leaves.items():
+        if np.shape(leaf) != rows[path].shape[1:]:
             raise ValueError(
                 f"{name} must have the shapes of the parameters given to init, but {_leaf_name(path)} is "
-                f"{jnp.shape(leaf)} and was {row.shape[1:]}. Call init again with the new parameters."
+                f"{np.shape(leaf)} and was {rows[path].shape[1:]}. Call init again with the new parameters."
             )
         _check_floating(name, path, leaf)
+
+
+def check_sizes(gram: jax.Array, num_blocks: int, num_grads: int) -> None:
+    """Refuse a state that was made by a transform with other options."""
+    if gram.shape != (num_blocks, num_grads, num_grads):
+        raise ValueError(
+            f"state must be that of a transform with num_grads={num_grads} and {num_blocks} block(s), got one "
+            f"with num_grads={gram.shape[1]} and {gram.shape[0]} block(s). Call init again after changing them."
+        )
 
 
 def _leaf_name(path) -> str:
