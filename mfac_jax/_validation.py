@@ -45,11 +45,9 @@ def check_decay(name: str, value, example: str) -> None:
 
 def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> None:
     message = f"{name} must be {allowed}, got {value!r}. Pass e.g. {example}."
-    dtype = (
-        np.dtype(type(value)) if type(value) in (int, float) else getattr(value, "dtype", np.dtype(bool))
-    )
-    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-    if not real or np.shape(value) != ():
+    dtype = type(value) if isinstance(value, (int, float)) else getattr(value, "dtype", bool)
+    is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    if not is_real or np.shape(value) != ():
         raise TypeError(message)
     if not isinstance(value, Tracer) and not is_allowed(float(value)):
         raise ValueError(message)
@@ -102,8 +100,8 @@ def check_sizes(gram: jax.Array, num_blocks: int, num_grads: int) -> None:
     """Refuse a state that was made by a transform with other options."""
     if gram.shape != (num_blocks, num_grads, num_grads):
         raise ValueError(
-            f"state must be that of a transform with num_grads={num_grads} and {num_blocks} block(s), got one "
-            f"with num_grads={gram.shape[1]} and {gram.shape[0]} block(s). Call init again after changing them."
+            f"state must be that of a transform with num_grads={num_grads} and {num_blocks} block(s), got "
+            f"num_grads={gram.shape[1]} and {gram.shape[0]} block(s). After changing them call init again."
         )
 
 
