@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from mfac_jax import _validation
 from mfac_jax._transform import Blocks, Normalization, scale_by_mfac
@@ -103,6 +102,7 @@ def _skip_not_finite(inner: optax.GradientTransformation) -> optax.GradientTrans
 
     def update(updates, state, params=None):
         finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)]))
-        return lax.cond(finite, lambda: inner.update(updates, state, params), lambda: (updates, state))
+        accepted = inner.update(updates, state, params)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, (updates, state))
 
     return optax.GradientTransformation(inner.init, update)

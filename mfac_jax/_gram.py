@@ -67,6 +67,7 @@ def _noise(gram: jax.Array) -> float:
     return 8 * float(jnp.finfo(gram.dtype).eps) * math.sqrt(gram.shape[-1])
 
 
+@jax.jit  # outside of a user's jit, the conditionals would be compiled at every call
 def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     """(K + shift I)^-1 rhs, finite for any Gram matrix.
 

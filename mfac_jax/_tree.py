@@ -65,6 +65,7 @@ def bounded(tree: optax.Updates) -> tuple[optax.Updates, jax.Array]:
     return jax.tree.map(lambda x: (x * scale).astype(x.dtype), tree), jnp.isfinite(peak)
 
 
+@jax.jit  # a user's step may run outside of jit: there a bare lax.cond is compiled at every call
 def write_row(
     window: optax.Params, row: optax.Updates, index: jax.Array, accept: jax.Array
 ) -> optax.Params:

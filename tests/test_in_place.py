@@ -1,0 +1,112 @@
+"""With the state donated, a compiled training step writes into the window and never copies it."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from mfac_jax import mfac, scale_by_mfac
+
+NUM_GRADS = 32
+# Leaves of one size, so that a copy of any of them would take a third of the window or more.
+PARAMS = {"bias": jnp.ones(4096), "kernel": jnp.ones((32, 128)), "conv": jnp.ones((4, 4, 8, 32))}
+
+
+def preconditioner(**options):
+    return scale_by_mfac(NUM_GRADS, 1.0, **options)
+
+
+def injected(factory, **kwargs):
+    return optax.inject_hyperparams(factory, static_args="num_grads")(num_grads=NUM_GRADS, **kwargs)
+
+
+TRANSFORMS = {
+    "alone": preconditioner(),
+    "a block a leaf": preconditioner(blocks="leaf"),
+    "power 1/2": preconditioner(power=0.5),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), preconditioner(), optax.scale(-0.1)),
+    "named_chain": optax.named_chain(("mfac", preconditioner()), ("rate", optax.scale(-0.1))),
+    "masked": optax.masked(preconditioner(), {"bias": False, "kernel": True, "conv": True}),
+    "partition": optax.partition(
+        {"mfac": preconditioner(), "sgd": optax.sgd(0.1)}, {"bias": "sgd", "kernel": "mfac", "conv": "mfac"}
+    ),
+    "inject_hyperparams": injected(scale_by_mfac, damping=1.0),
+    "apply_if_finite": optax.apply_if_finite(preconditioner(), 3),
+    "mfac": mfac(0.1, NUM_GRADS, weight_decay=1e-3),
+    "inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, weight_decay=1e-3),
+    "apply_if_finite of mfac": optax.apply_if_finite(mfac(0.1, NUM_GRADS), 3),
+}
+
+
+class TrainingStep(NamedTuple):
+    compiled: Any
+    state: Any
+
+    def window(self) -> list[jax.Array]:
+        return jax.tree.leaves(optax.tree.get(self.state, "window"))
+
+
+def compile_training(tx: optax.GradientTransformation, steps: int) -> TrainingStep:
+    def train(carry, _):
+        params, state = carry
+        gradients = jax.grad(lambda p: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(p)))(params)
+        updates, state = tx.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def train_all(params, state):
+        if steps == 1:
+            return train((params, state), None)[0]
+        return jax.lax.scan(train, (params, state), length=steps)[0]
+
+    state = tx.init(PARAMS)
+    return TrainingStep(jax.jit(train_all, donate_argnames="state").lower(PARAMS, state).compile(), state)
+
+
+@pytest.fixture(scope="module", params=TRANSFORMS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def step(name):
+    return compile_training(TRANSFORMS[name], steps=1)
+
+
+def copies_of_the_window(step: TrainingStep) -> list[str]:
+    """The copy instructions of the program whose result is as large as a leaf of the window."""
+    copies = re.findall(r"= \w+\[([\d,]+)\]\S* copy(?:-start)?\(", step.compiled.as_text())
+    return [shape for shape in copies if math.prod(map(int, shape.split(","))) >= NUM_GRADS * 4096]
+
+
+def temporaries(step: TrainingStep) -> float:
+    """Temporary memory of the program in units of the window."""
+    return step.compiled.memory_analysis().temp_size_in_bytes / sum(rows.nbytes for rows in step.window())
+
+
+def test_temporaries_are_below_a_tenth_of_the_window(step):
+    assert temporaries(step) < 0.1
+
+
+def test_the_program_has_no_copy_of_the_window(name, step):
+    if name.startswith("apply_if_finite"):
+        # Around a conditional inside a conditional XLA writes copies of a buffer to itself. They take
+        # no memory (see above) and no time; two a leaf are all there may be.
+        assert len(copies_of_the_window(step)) <= 2 * len(step.window())
+    else:
+        assert not copies_of_the_window(step)
+
+
+def test_the_outputs_take_the_memory_of_the_state(step):
+    # Scalars may be left out: apply_if_finite has one that it writes and never reads.
+    arrays = [leaf for leaf in jax.tree.leaves(step.state) if leaf.ndim]
+    assert step.compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in arrays)
+
+
+def test_a_scan_over_steps_never_copies_the_window():
+    step = compile_training(TRANSFORMS["mfac"], steps=10)
+    assert not copies_of_the_window(step)
+    assert temporaries(step) < 0.1

@@ -1,0 +1,233 @@
+"""Bad input is refused before anything is compiled, with the value, what is allowed and the cure."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfac_jax import ihvp, mfac, scale_by_mfac
+
+PARAMS = {"layer": {"bias": jnp.ones(4), "kernel": jnp.ones((2, 3))}, "scale": jnp.ones(())}
+TX = scale_by_mfac(2, 0.1)
+STATE: Any = TX.init(PARAMS)
+NAN, INF = float("nan"), float("inf")
+
+NOT_NUMBERS = [
+    "0.1",
+    "float32",
+    None,
+    b"1",
+    1j,
+    True,
+    [0.1],
+    {},
+    object(),
+    np.array([0.1, 0.2]),
+    jnp.ones(1),
+]
+
+
+def with_leaf(path: str, value) -> dict:
+    """PARAMS with another value for the leaf of the layer."""
+    return {**PARAMS, "layer": {**PARAMS["layer"], path: value}}
+
+
+def spelled(value) -> str:
+    return f"got {re.escape(repr(value))}"
+
+
+@pytest.fixture(params=["called", "traced"])
+def call(request):
+    """Calls a function as it is, or under a trace that never reaches the compiler."""
+    return {"called": lambda f, *args: f(*args), "traced": jax.eval_shape}[request.param]
+
+
+@pytest.mark.parametrize("factory", [scale_by_mfac, lambda n: mfac(0.1, n)], ids=["scale_by_mfac", "mfac"])
+@pytest.mark.parametrize("value", [0, -3, True])
+def test_num_grads_must_be_positive(factory, value):
+    with pytest.raises(ValueError, match=f"num_grads must be an int >= 1, {spelled(value)}.*Pass e.g. 64"):
+        factory(value)
+
+
+@pytest.mark.parametrize("value", [4.0, 2.5, "64", None, np.array([4])])
+def test_num_grads_must_be_an_int(value):
+    with pytest.raises(TypeError, match=f"num_grads must be an int >= 1, {spelled(value)}.*Pass e.g. 64"):
+        scale_by_mfac(value)
+
+
+def test_num_grads_may_be_a_numpy_integer():
+    state: Any = scale_by_mfac(np.int64(3)).init(PARAMS)  # pyright: ignore
+    assert state.gram.shape == (1, 3, 3)
+
+
+def test_num_grads_cannot_be_a_jax_array(call):
+    message = r"num_grads .* must be a Python int, got .*int32.* pass static_args=\('num_grads',\)"
+    with pytest.raises(TypeError, match=message):
+        call(lambda n: scale_by_mfac(n).init(PARAMS), jnp.asarray(4))
+
+
+@pytest.mark.parametrize("factory", [scale_by_mfac, mfac])
+def test_inject_hyperparams_is_told_of_static_args(call, factory):
+    tx = optax.inject_hyperparams(factory)(**{"learning_rate": 0.1} if factory is mfac else {}, num_grads=4)
+    with pytest.raises(TypeError, match=r"inject_hyperparams pass static_args=\('num_grads',\)"):
+        call(tx.init, PARAMS)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1e-3, NAN, INF, np.float64(-1), jnp.float32(0)])
+@pytest.mark.parametrize("use", [scale_by_mfac, mfac, ihvp])
+def test_damping_must_be_positive(use, value):
+    arguments = {scale_by_mfac: (2,), mfac: (0.1, 2), ihvp: (STATE, PARAMS)}[use]
+    with pytest.raises(
+        ValueError, match=rf"damping must be a finite number > 0, {spelled(value)}.*Pass e.g."
+    ):
+        use(*arguments, damping=value)
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+def test_damping_must_be_a_number(value):
+    with pytest.raises(
+        TypeError, match=rf"damping must be a finite number > 0, {spelled(value)}.*Pass e.g."
+    ):
+        scale_by_mfac(2, value)
+
+
+def test_a_traced_damping_must_be_a_scalar():
+    with pytest.raises(TypeError, match=r"damping must be a finite number > 0, got .*Pass e\.g\."):
+        jax.eval_shape(lambda damping: scale_by_mfac(2, damping).init(PARAMS), jnp.ones(2))
+
+
+def test_ihvp_takes_no_schedule_for_damping():
+    with pytest.raises(TypeError, match="damping must be a finite number > 0, got <function"):
+        ihvp(STATE, PARAMS, damping=optax.linear_schedule(1.0, 0.1, 10))  # pyright: ignore
+
+
+@pytest.mark.parametrize("value", [0, -0.5, NAN, INF])
+def test_power_must_be_positive(value):
+    with pytest.raises(ValueError, match=f"power must be a finite number > 0, {spelled(value)}.*Pass e.g."):
+        scale_by_mfac(power=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, NAN, INF])
+@pytest.mark.parametrize("name", ["window_momentum", "momentum"])
+def test_momenta_must_be_in_the_unit_interval(name, value):
+    message = f"^{name} must be a finite number >= 0 and < 1, {spelled(value)}.*Pass e.g."
+    with pytest.raises(ValueError, match=message):
+        mfac(0.1, **{name: value})
+
+
+@pytest.mark.parametrize("value", [-1e-3, NAN, INF])
+def test_weight_decay_must_not_be_negative(value):
+    message = f"weight_decay must be a finite number >= 0, {spelled(value)}.*Pass e.g."
+    with pytest.raises(ValueError, match=message):
+        mfac(0.1, weight_decay=value)
+
+
+@pytest.mark.parametrize("name", ["power", "window_momentum", "momentum", "weight_decay"])
+@pytest.mark.parametrize("value", ["0.1", True, 1j, [0.1]])
+def test_other_numbers_must_be_numbers(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be a finite number .*{spelled(value)}.*Pass e.g."):
+        mfac(0.1, **{name: value})
+
+
+@pytest.mark.parametrize("value", ["counts", None, 3, ["window"], np.ones(2)])
+def test_normalize_by_must_be_one_of_its_names(value):
+    with pytest.raises(
+        ValueError, match=f"normalize_by must be one of 'window', 'count', {spelled(value)}"
+    ):
+        scale_by_mfac(normalize_by=value)
+
+
+@pytest.mark.parametrize("value", ["layer", 3, ["leaf"], np.ones(2)])
+def test_blocks_must_be_one_of_its_names_or_a_function(value):
+    message = f"blocks must be one of None, 'leaf', or a function of a leaf's key path, {spelled(value)}"
+    with pytest.raises(ValueError, match=message):
+        scale_by_mfac(blocks=value)
+
+
+@pytest.mark.parametrize("use", [TX.update, lambda tree, state: ihvp(state, tree)], ids=["update", "ihvp"])
+@pytest.mark.parametrize(
+    ("tree", "leaf"),
+    [
+        ({"layer": PARAMS["layer"]}, "['scale']"),
+        ({**PARAMS, "shift": jnp.ones(2)}, "['shift']"),
+        (with_leaf("bias", None), "['layer']['bias']"),
+        (with_leaf("bias", optax.MaskedNode()), "['layer']['bias']"),
+        (None, "['layer']['bias']"),
+    ],
+    ids=["missing leaf", "new leaf", "None", "MaskedNode", "None at the root"],
+)
+def test_trees_must_be_that_of_init(call, use, tree, leaf):
+    message = rf"must have the tree .* given to init, .*{re.escape(leaf)}.* Call init again"
+    with pytest.raises(ValueError, match=message):
+        call(use, tree, STATE)
+
+
+@pytest.mark.parametrize("use", [TX.update, lambda tree, state: ihvp(state, tree)], ids=["update", "ihvp"])
+@pytest.mark.parametrize("shape", [(), (5,), (4, 1), (0,), (2, 2)])
+def test_shapes_must_be_those_of_init(call, use, shape):
+    message = re.escape(
+        f"given to init, but leaf ['layer']['bias'] is {shape} and was (4,). Call init again"
+    )
+    with pytest.raises(ValueError, match=message):
+        call(use, with_leaf("bias", jnp.ones(shape)), STATE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32, jnp.uint8, bool])
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("params", lambda tree: TX.init(tree)),
+        ("updates", lambda tree: TX.update(tree, STATE)),
+        ("tree", lambda tree: ihvp(STATE, tree)),
+    ],
+    ids=["init", "update", "ihvp"],
+)
+def test_leaves_must_be_real_floating_point_arrays(call, name, use, dtype):
+    message = rf"{name} must be real floating-point arrays, but leaf \['layer'\]\['bias'\] is "
+    message += rf"{jnp.dtype(dtype)}.*optax\.masked"
+    with pytest.raises(TypeError, match=message):
+        call(use, with_leaf("bias", jnp.ones(4, dtype)))
+
+
+def test_python_numbers_are_no_parameters():
+    with pytest.raises(TypeError, match=r"leaf \['layer'\]\['bias'\] is float.*jnp\.asarray"):
+        TX.init(with_leaf("bias", 1.0))
+
+
+@pytest.mark.parametrize(
+    "other", [scale_by_mfac(5), scale_by_mfac(2, blocks="leaf")], ids=["num_grads", "blocks"]
+)
+def test_update_refuses_a_state_that_was_made_with_other_sizes(call, other):
+    message = r"state .*num_grads=2 and 1 block.* init again"
+    with pytest.raises(ValueError, match=message):
+        call(other.update, PARAMS, STATE)
+
+
+def test_update_refuses_the_state_of_more_blocks(call):
+    with pytest.raises(ValueError, match=r"state .*num_grads=2 and 3 block.* init again"):
+        call(TX.update, PARAMS, scale_by_mfac(2, blocks="leaf").init(PARAMS))
+
+
+def test_ihvp_refuses_the_state_of_a_chain():
+    state = mfac(0.1).init(PARAMS)
+    message = r"must be a ScaleByMFACState, got tuple.*optax\.tree\.get\(state, 'ScaleByMFACState'\)"
+    with pytest.raises(TypeError, match=message):
+        ihvp(state, PARAMS)  # pyright: ignore
+
+
+def test_ihvp_refuses_other_blocks_than_the_state_has(call):
+    message = r"blocks must split the tree into the 1 block\(s\) of the state, got 3. Pass the value"
+    with pytest.raises(ValueError, match=message):
+        call(lambda state: ihvp(state, PARAMS, blocks="leaf"), STATE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("normalize_by", "counts"), ("power", -1), ("blocks", "layer")]
+)
+def test_ihvp_checks_its_options(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*got {value!r}"):
+        ihvp(STATE, PARAMS, **{name: value})
