@@ -12,6 +12,10 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 from jax import lax
 
+# One step of iterative refinement halves the error of the solve. At m = 1024 it would add 5 % to the
+# step of a 272k-parameter window on CPU, at 512 it is lost in the noise.
+_MAX_REFINED = 512
+
 
 def replace_row(gram: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
     """The Gram matrices with `row` as their row and column `index`."""
@@ -62,11 +66,6 @@ def _by_power(power, inverse, fractional) -> jax.Array:
     return inverse() if power == 1 else fractional()
 
 
-def _noise(gram: jax.Array) -> float:
-    """What rounding can do to an eigenvalue of a matrix with unit diagonal."""
-    return 8 * float(jnp.finfo(gram.dtype).eps) * math.sqrt(gram.shape[-1])
-
-
 @jax.jit  # outside of a user's jit, the conditionals would be compiled at every call
 def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     """(K + shift I)^-1 rhs, finite for any Gram matrix.
@@ -80,38 +79,48 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     scale = jnp.ldexp(jnp.ones_like(rhs), -(exponent // 2))
     system = system * scale[..., :, None] * scale[..., None, :]
 
+    rhs = scale * rhs
     factor = _cholesky(system)
+    sound = _is_sound(factor)
     # The solve stands outside of the conditional: inside, XLA copies the factor into both branches.
-    solution = _cholesky_solve(factor, scale * rhs)
+    solution = _cholesky_solve(factor, rhs)
+    if gram.shape[-1] <= _MAX_REFINED:
+        solution += _cholesky_solve(factor, rhs - _matvec(system, solution))
     return scale * lax.cond(
-        jnp.all(_is_sound(factor)),
+        jnp.all(sound),
         lambda: solution,
-        lambda: _cholesky_solve(_jittered_cholesky(system), scale * rhs),
+        lambda: jnp.where(sound, solution, _cholesky_solve(_jittered_cholesky(system), rhs)),
     )
 
 
 def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
-    """The sound Cholesky factor of `matrix`, diagonal near one, with the least jitter that gives one.
+    """Sound Cholesky factors of matrices with their diagonal near one, after adding a jitter to it.
 
-    The jitter of a block starts at the noise level and grows until its factor is sound, at the latest
-    where the diagonal outweighs the row sums. Blocks that need none get none.
+    With repeated gradients the coefficients cancel to the last digits: the less, the larger the
+    jitter. At 8 eps m their sum is right to 1 / sqrt(m) / 8, and grows only where a factor is not sound.
     """
-    identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
+    m = matrix.shape[-1]
+    identity = jnp.eye(m, dtype=matrix.dtype)[None]
 
     def retry(carry):
         jitter, _ = carry
         factor = _cholesky(matrix + jitter * identity)
-        more = jnp.maximum(_noise(matrix), 16 * jitter)
-        return jnp.where(_is_sound(factor)[..., None, None], jitter, more), factor
+        return jnp.where(_is_sound(factor)[..., None], jitter, 16 * jitter), factor
 
-    start = jnp.zeros((*matrix.shape[:-2], 1, 1), matrix.dtype), jnp.full_like(matrix, jnp.nan)
-    return lax.while_loop(lambda carry: ~jnp.all(_is_sound(carry[1])), retry, start)[1]
+    start = jnp.full((*matrix.shape[:-2], 1, 1), 8 * m * _eps(matrix), matrix.dtype)
+    broken = jnp.full_like(matrix, jnp.nan)
+    return lax.while_loop(lambda carry: ~jnp.all(_is_sound(carry[1])), retry, (start, broken))[1]
 
 
 def _is_sound(factor: jax.Array) -> jax.Array:
-    """Whether each block's pivots are all numbers, and above the rounding noise."""
+    """Whether the pivots of each block, `(blocks, 1)`, are all numbers and above the rounding noise."""
     pivots = jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1))
-    return jnp.min(pivots, axis=-1) >= _noise(factor) / 4
+    noise = 2 * math.sqrt(factor.shape[-1]) * _eps(factor)
+    return jnp.min(pivots, axis=-1, keepdims=True) >= noise
+
+
+def _eps(x: jax.Array) -> float:
+    return float(jnp.finfo(x.dtype).eps)
 
 
 def _cholesky(matrix: jax.Array) -> jax.Array:
@@ -130,8 +139,14 @@ def _cholesky_solve(factor: jax.Array, rhs: jax.Array) -> jax.Array:
 
 def _apply_function(gram: jax.Array, function, w: jax.Array) -> jax.Array:
     """V function(s) V^T w with K = V s V^T; eigenvalues below the rounding noise are set to it."""
-    s, v = jnp.linalg.eigh(gram, symmetrize_input=False)
-    s = jnp.maximum(s, _noise(gram) * s[..., -1:])
-    highest = lax.Precision.HIGHEST
-    in_basis = function(s) * jnp.einsum("bij,bi->bj", v, w, precision=highest)
-    return jnp.einsum("bij,bj->bi", v, in_basis, precision=highest)
+    _, exponent = jnp.frexp(jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1, keepdims=True))
+    # LAPACK returns NaN on some matrices of 1e30: a power of two brings the largest entry near one.
+    scale = jnp.ldexp(jnp.ones_like(gram[..., 0, :1]), -exponent)
+    s, v = jnp.linalg.eigh(gram * scale[..., None], symmetrize_input=False)
+    noise = 8 * math.sqrt(gram.shape[-1]) * _eps(gram)
+    s = jnp.maximum(s, noise * s[..., -1:]) / scale
+    return _matvec(v, function(s) * _matvec(v.mT, w))
+
+
+def _matvec(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.einsum("bij,bj->bi", matrix, x, precision=lax.Precision.HIGHEST)

@@ -69,9 +69,9 @@ def scale_by_mfac(
         gradient descent with rate 1 / lambda. The paper uses 1e-5 to 1e-7 with n = 512 or 1024.
       normalize_by: n. `'window'`, as in the paper: always m, so that the first steps are larger.
         `'count'`: the gradients seen, at most m.
-      power: p in :math:`F^{-p} g_j`. 1 is the natural gradient, 1/2 full-matrix AdaGrad over the
-        window (GGT). Powers other than 1 take an eigendecomposition of the m x m matrix; they treat
-        rows whose norm is below 1e-3 of the largest as if they were damped more.
+      power: p in :math:`F^{-p} g_j`, in (0, 1]. 1 is the natural gradient, 1/2 full-matrix AdaGrad over the
+        window (GGT). Powers other than 1 take an eigendecomposition of the m x m matrix, and rows
+        whose norm is below about 1e-2 of the largest are damped more than they should be.
       window_momentum: beta in [0, 1). The vector preconditioned is the mean of the window's rows with
         weights proportional to beta^age, not the newest gradient alone. Unlike `optax.ema` after the
         transform it needs no buffer, and old gradients meet the newest Fisher matrix.
@@ -133,8 +133,7 @@ def scale_by_mfac(
         _validation.check_sizes(state.gram, _count(block_of_leaf), num_grads)
         newest = state.next_row
 
-        row, finite = _tree.bounded(updates)
-        row = jax.tree.map(lambda x, rows: x.astype(rows.dtype), row, state.window)
+        row, finite = _tree.as_row(updates, state.window)
         window = _tree.write_row(state.window, row, newest, finite)
         products = _products(window, row, block_of_leaf, state.gram)
         gram = jnp.where(finite, _gram.replace_row(state.gram, products, newest), state.gram)
@@ -162,7 +161,7 @@ def scale_by_mfac(
 def ihvp(
     state: ScaleByMFACState,
     tree: optax.Params,
-    damping: jax.typing.ArrayLike = 1e-3,
+    damping: float | jax.Array = 1e-3,
     *,
     normalize_by: Normalization = "window",
     power: float = 1.0,
@@ -222,7 +221,7 @@ def ihvp(
             f"blocks must split the tree into the {num_blocks} block(s) of the state, got "
             f"{_count(block_of_leaf)}. Pass the value of blocks given to scale_by_mfac."
         )
-    damping = jnp.asarray(damping, gram.dtype)
+    damping = _damping_value(damping, state.grads_seen, gram.dtype)
     coefficients = _gram.outside_inverse_power(
         gram,
         damping,
@@ -237,7 +236,7 @@ def ihvp(
 
 def _check_options(normalize_by, power, blocks) -> None:
     _validation.check_choice("normalize_by", normalize_by, ("window", "count"))
-    _validation.check_positive("power", power, "1.0")
+    _validation.check_power(power)
     if not callable(blocks):
         _validation.check_choice("blocks", blocks, (None, "leaf"), ", or a function of a leaf's key path")
 
@@ -278,13 +277,14 @@ def _combine(coefficients: jax.Array, window, block_of_leaf: list[int]) -> optax
 def _weights_by_age(newest, seen, num_grads: int, momentum, dtype) -> jax.Array:
     """Weights `(m,)` proportional to momentum^age over the rows in use; they add up to one."""
     age = (newest - jnp.arange(num_grads)) % num_grads
-    decayed = jnp.asarray(momentum, dtype) ** age
+    decayed = jnp.asarray(momentum, dtype) ** age.astype(dtype)
     weights = jnp.where(age < jnp.maximum(seen, 1), decayed, 0)
     return weights / jnp.sum(weights)
 
 
 def _damping_value(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
-    return jnp.asarray(damping(step) if callable(damping) else damping, dtype)
+    value = damping(step) if callable(damping) else damping
+    return jnp.maximum(jnp.asarray(value, dtype), jnp.finfo(dtype).tiny)
 
 
 def _normalizer(normalize_by: Normalization, seen: jax.Array, num_grads: int, dtype) -> jax.Array:

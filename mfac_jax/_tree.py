@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 # On CPU a matrix-vector product adds each row up in one running sum a lane, so its relative error
 # grows with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at
 # 10 M. Multiply-and-sum adds in partial sums (1e-6 at 10 M) and takes 1.1 to 1.5 times as long.
-_MAX_DOT_COLUMNS = 2**19
+_MAX_DOT_COLUMNS = 300_000
 
 # Squared norms must not overflow: this leaves float32 a factor of 16.
 _MAX_NORM = 2.0**62
@@ -25,7 +25,8 @@ _MAX_NORM = 2.0**62
 
 def accumulation_dtype(tree: optax.Params) -> jnp.dtype:
     """float64 where a leaf is float64, else float32: the dtype of every sum over parameters."""
-    return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(tree)))
+    is_double = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
 def empty_window(num_grads: int, params: optax.Params) -> optax.Params:
@@ -43,26 +44,28 @@ def empty_window(num_grads: int, params: optax.Params) -> optax.Params:
 
 def _named_sharding(leaf) -> NamedSharding | None:
     """The mesh sharding that an array, a ShapeDtypeStruct or, under explicit axes, a tracer has."""
-    sharding = jax.typeof(leaf).sharding if _is_traced(leaf) else getattr(leaf, "sharding", None)
+    is_traced = isinstance(leaf, Tracer)
+    sharding = jax.typeof(leaf).sharding if is_traced else getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
-def _is_traced(leaf) -> bool:
-    return isinstance(leaf, Tracer)
+def as_row(updates: optax.Updates, window: optax.Params) -> tuple[optax.Updates, jax.Array]:
+    """The updates in the dtypes of the window, and whether all of them are finite.
 
-
-def bounded(tree: optax.Updates) -> tuple[optax.Updates, jax.Array]:
-    """The tree, scaled down where its squared norm could overflow, and whether all of it is finite.
-
-    Only entries above 2^62 / sqrt(d) are affected (1.4e15 for ten million parameters in float32).
+    Where the squared norm could overflow, or a leaf does not fit its dtype, all are scaled down: in
+    float32 that takes an entry above 2^62 / sqrt(d), 1.4e15 for ten million parameters.
     """
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
-    dtype = accumulation_dtype(leaves)
-    peaks = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
-    peak = jnp.max(jnp.stack([jnp.zeros((), dtype), *peaks]))
-    limit = _MAX_NORM / math.sqrt(max(1, sum(leaf.size for leaf in leaves)))
-    scale = limit / jnp.maximum(peak, limit)
-    return jax.tree.map(lambda x: (x * scale).astype(x.dtype), tree), jnp.isfinite(peak)
+    dtype = accumulation_dtype(window)
+    leaves = jax.tree.leaves(updates)
+    limit = _MAX_NORM / math.sqrt(max(1, sum(x.size for x in leaves)))
+    excess = [jnp.ones((), dtype)]
+    for x, rows in zip(leaves, jax.tree.leaves(window), strict=True):
+        if x.size:
+            fits = min(limit, float(jnp.finfo(rows.dtype).max))
+            excess.append(jnp.max(jnp.abs(x)).astype(dtype) / fits)
+    most = jnp.max(jnp.stack(excess))
+    row = jax.tree.map(lambda x, rows: (x.astype(dtype) / most).astype(rows.dtype), updates, window)
+    return row, jnp.isfinite(most)
 
 
 @jax.jit  # a user's step may run outside of jit: there a bare lax.cond is compiled at every call
@@ -90,7 +93,7 @@ def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     rows, x = rows.astype(dtype), x.astype(dtype)
     if rows.ndim == 2 and x.size <= _MAX_DOT_COLUMNS:
         return jnp.matmul(rows, x, precision=lax.Precision.HIGHEST)
-    return jnp.sum(rows * x, axis=tuple(range(1, rows.ndim)))
+    return jnp.sum(rows * x[None], axis=tuple(range(1, rows.ndim)))
 
 
 def combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:

@@ -105,9 +105,10 @@ def test_ihvp_takes_no_schedule_for_damping():
         ihvp(STATE, PARAMS, damping=optax.linear_schedule(1.0, 0.1, 10))  # pyright: ignore
 
 
-@pytest.mark.parametrize("value", [0, -0.5, NAN, INF])
-def test_power_must_be_positive(value):
-    with pytest.raises(ValueError, match=f"power must be a finite number > 0, {spelled(value)}.*Pass e.g."):
+@pytest.mark.parametrize("value", [0, -0.5, 1.5, NAN, INF])
+def test_power_must_be_in_the_unit_interval(value):
+    message = f"power must be a finite number > 0 and <= 1, {spelled(value)}.*Pass e.g."
+    with pytest.raises(ValueError, match=message):
         scale_by_mfac(power=value)
 
 

@@ -1,0 +1,37 @@
+"""The code in README.md and in the docstrings runs as it stands."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import pytest
+
+import mfac_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+MODULES = [module.name for module in pkgutil.iter_modules(mfac_jax.__path__, "mfac_jax.")]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=[s.strip().splitlines()[0] for s in SNIPPETS])
+def test_readme_code_runs(snippet):
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_public_function_has_a_docstring_example():
+    for name in ("scale_by_mfac", "mfac", "ihvp"):
+        assert ">>>" in getattr(mfac_jax, name).__doc__
+
+
+def test_readme_links_to_files_that_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []

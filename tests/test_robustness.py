@@ -1,0 +1,232 @@
+"""Streams that no sound loss gives: finite gradients have finite updates, the others stay out."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mfac_jax import scale_by_mfac
+
+LENGTH = 12
+SIZES = {"empty": 0, "matrix": 6, "scalar": 1, "vector": 2}  # in the order of the leaves
+WIDTH = sum(SIZES.values())
+BLOCK_SLICES = {None: [slice(0, 9)], "leaf": [slice(0, 6), slice(6, 7), slice(7, 9)]}
+EPS = float(np.finfo(np.float32).eps)
+
+
+class Config(NamedTuple):
+    """What has to be known before tracing."""
+
+    num_grads: int
+    dtype: Any
+    normalize_by: Any
+    blocks: Any
+
+
+CONFIGS = [
+    Config(1, jnp.float32, "window", None),
+    Config(2, jnp.float32, "count", "leaf"),
+    Config(3, jnp.bfloat16, "window", None),
+    Config(4, jnp.float16, "count", None),
+    Config(5, jnp.float32, "window", "leaf"),
+    Config(6, jnp.float16, "window", "leaf"),
+    Config(7, jnp.bfloat16, "count", "leaf"),
+    Config(8, jnp.float32, "window", None),
+]
+
+
+class Stream(NamedTuple):
+    grads: np.ndarray  # (LENGTH, WIDTH), float64
+    damping: float
+    power: float
+    window_momentum: float
+
+
+KINDS = ["new", "zero", "repeat", "parallel", "one entry", "nan", "inf"]
+EXPONENTS = [-45, -30, -15, -3, 0, 0, 0, 3, 15, 30, 40]  # 10^40 becomes the largest float of the dtype
+
+
+def make_grads(kinds: list[str], exponents: list[int], seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    noise, grads = rng.standard_normal((LENGTH, WIDTH)), np.zeros((LENGTH, WIDTH))
+    for step, (kind, exponent) in enumerate(zip(kinds, exponents, strict=True)):
+        scale, before = 10.0**exponent, grads[step - 1]
+        entry = np.arange(WIDTH) == rng.integers(WIDTH)
+        grads[step] = {
+            "new": scale * noise[step],
+            "zero": np.zeros(WIDTH),
+            "repeat": before,
+            "parallel": scale * (noise[0] + 1e-4 * noise[step]),
+            "one entry": scale * entry,
+            "nan": np.where(entry, np.nan, noise[step]),
+            "inf": np.where(entry, np.copysign(np.inf, noise[step]), noise[step]),
+        }[kind]
+    return grads
+
+
+def steps(values):
+    return st.lists(st.sampled_from(values), min_size=LENGTH, max_size=LENGTH)
+
+
+streams = st.builds(
+    Stream,
+    st.builds(make_grads, steps(KINDS), steps(EXPONENTS), st.integers(0, 2**32 - 1)),
+    damping=st.floats(-8, 3).map(lambda exponent: 10.0**exponent),
+    power=st.sampled_from([1.0, 1.0, 0.5, 0.25]),
+    window_momentum=st.sampled_from([0.0, 0.9]),
+)
+
+
+def in_dtype(grads: np.ndarray, dtype) -> np.ndarray:
+    """Rounded to `dtype`; finite numbers stay finite."""
+    largest = float(jnp.finfo(dtype).max)
+    return np.where(np.isinf(grads), grads, np.clip(grads, -largest, largest)).astype(dtype)
+
+
+def flat(tree, batch: tuple[int, ...]) -> jax.Array:
+    return jnp.concatenate([leaf.reshape(*batch, -1) for leaf in jax.tree.leaves(tree)], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run(grads, damping, power, window_momentum, config: Config):
+    """The updates, and the state before the first step and after each, the window flattened."""
+    tx = scale_by_mfac(
+        config.num_grads,
+        damping,
+        normalize_by=config.normalize_by,
+        power=power,
+        window_momentum=window_momentum,
+        blocks=config.blocks,
+    )
+
+    def tree(g):
+        empty, matrix, scalar, vector = jnp.split(g, np.cumsum(list(SIZES.values()))[:-1])
+        return {"empty": empty, "matrix": matrix.reshape(2, 3), "scalar": scalar[0], "vector": vector}
+
+    def flattened(state):
+        return state._replace(window=flat(state.window, (config.num_grads,)))
+
+    def step(state, g):
+        updates, state = tx.update(tree(g), state)
+        return state, (flat(updates, ()), flattened(state))
+
+    initial = tx.init(tree(grads[0]))
+    _, (updates, states) = jax.lax.scan(step, initial, grads)
+    states = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), flattened(initial), states)
+    return updates, states
+
+
+def check_rejection(grads, updates, states) -> None:
+    """A gradient that is not finite is returned, counted, and leaves the rest of the state alone."""
+    bad = ~np.isfinite(grads).all(axis=1)
+    np.testing.assert_array_equal(states.grads_rejected, np.cumsum([0, *bad]))
+    np.testing.assert_array_equal(states.grads_seen, np.cumsum([0, *~bad]))
+    np.testing.assert_array_equal(updates[bad].astype(np.float32), grads[bad].astype(np.float32))
+    for name in ("window", "gram", "next_row"):
+        values = getattr(states, name)
+        np.testing.assert_array_equal(values[1:][bad], values[:-1][bad])
+
+
+def rounding(gram: np.ndarray, shift: float) -> float:
+    """What float32 can add to F^-1 g, in units of n over the norm of g: the system with a unit diagonal
+    has an inverse of at most 1 / smallest, or 1 / jitter.
+    """
+    m = len(gram)
+    scale = 1 / np.sqrt(np.diag(gram) + shift)
+    smallest = np.linalg.eigvalsh(scale[:, None] * (gram + shift * np.eye(m)) * scale)[0]
+    return m * EPS / max(smallest, 8 * EPS)
+
+
+def check_natural_gradients(stream: Stream, config: Config, updates, states) -> None:
+    """F^-1 is positive and F^-1 G^T w no longer than n / (2 sqrt(n damping))."""
+    precision = float(jnp.finfo(config.dtype).eps)
+    smallest = float(jnp.finfo(config.dtype).smallest_normal)
+    for step in np.flatnonzero(np.diff(states.grads_seen)):
+        u, seen = updates[step].astype(np.float64), states.grads_seen[step + 1]
+        n = config.num_grads if config.normalize_by == "window" else min(seen, config.num_grads)
+        window = states.window[step + 1].astype(np.float64)
+        for block in BLOCK_SLICES[config.blocks]:
+            rows, part = window[:, block], u[block]
+            slack = rounding(rows @ rows.T, n * stream.damping)
+            norm = np.linalg.norm(part)
+            assert norm <= (0.5 + slack) * np.sqrt(n / stream.damping) * (1 + precision) + 3 * smallest
+            g = rows[states.next_row[step]]
+            if stream.window_momentum == 0:
+                lost = precision * np.linalg.norm(g) * norm + 3 * smallest * np.linalg.norm(g)
+                assert g @ part >= -n * slack - lost
+
+
+def check(stream: Stream, config: Config) -> None:
+    grads = in_dtype(stream.grads, config.dtype)
+    options = stream[1:]
+    updates, states = jax.device_get(run(grads, *options, config=config))
+    finite = np.isfinite(grads).all(axis=1)
+    assert all(np.isfinite(leaf).all() for leaf in states)
+    assert np.isfinite(updates[finite]).all()
+    check_rejection(grads, updates, states)
+    if stream.power == 1:
+        check_natural_gradients(stream, config, updates, states)
+
+    only_finite = np.zeros_like(grads)
+    only_finite[: finite.sum()] = grads[finite]
+    expected, _ = jax.device_get(run(only_finite, *options, config=config))
+    np.testing.assert_array_equal(updates[finite], expected[: finite.sum()])
+
+
+def check_streams(config: Config, count: int) -> None:
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(streams)
+    def property_holds(stream):
+        check(stream, config)
+
+    property_holds()
+
+
+configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config)))
+
+
+@configs
+def test_generated_streams_stay_finite_and_reject_what_is_not(config):
+    check_streams(config, 100)
+
+
+def test_norms_of_many_magnitudes_do_not_break_the_eigenvectors():
+    """LAPACK's eigh gives NaN for this Gram matrix as it stands."""
+    exponents = [-45, -45, -30, -45, 15, -45, 0, -3, -45, -45, -45, -45]
+    check(Stream(make_grads(["new"] * LENGTH, exponents, 0), 1.0, 0.5, 0.0), CONFIGS[-1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("magnitude", [1e6, 1e30, 3e38])
+def test_gradients_wider_than_the_parameters_stay_finite(dtype, magnitude):
+    tx = scale_by_mfac(3)
+    state = tx.init(jnp.zeros(5, dtype))
+    for scale in (magnitude, 1.0):
+        updates, state = tx.update(jnp.full(5, scale, jnp.float32), state)
+        assert np.isfinite(np.asarray(updates)).all()
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("damping", [1e-30, 1e-38])  # the second is below the normal float32 numbers
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_zero_gradients_have_zero_updates_at_any_damping(power, damping):
+    tx = scale_by_mfac(3, damping, power=power)
+    updates, _ = tx.update(jnp.zeros(5), tx.init(jnp.zeros(5)))
+    np.testing.assert_array_equal(updates, jnp.zeros(5))
+
+
+@configs
+@pytest.mark.slow
+def test_ten_thousand_generated_streams_stay_finite_and_reject_what_is_not(config):
+    check_streams(config, 10_000 // len(CONFIGS))

@@ -1,0 +1,266 @@
+"""What scale_by_mfac and ihvp compute, against dense float64 Fisher matrices."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from dense_reference import inverse_of_newest, inverse_power, mean_by_age, relative_error
+
+from mfac_jax import ihvp, scale_by_mfac
+
+SIZES = {"bias": (3,), "kernel": (2, 3), "scale": ()}  # in the order of the leaves: 10 parameters
+WIDTH = 10
+EPS = float(np.finfo(np.float32).eps)
+
+
+def by_rank(path) -> bool:
+    return path[0].key == "kernel"
+
+
+# The slices of the flattened parameters that make up each block; `by_rank` splits off the kernel alone.
+BLOCKS = {
+    None: (slice(None),),
+    "leaf": (slice(0, 3), slice(3, 9), slice(9, 10)),
+    by_rank: (np.array([0, 1, 2, 9]), slice(3, 9)),
+}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def as_tree(flat):
+    """Flat gradients `(*batch, 10)` as the tree of SIZES."""
+    leaves = jnp.split(jnp.asarray(flat), [3, 9], axis=-1)
+    shapes = zip(SIZES.items(), leaves, strict=True)
+    return {name: leaf.reshape(*flat.shape[:-1], *shape) for (name, shape), leaf in shapes}
+
+
+def as_flat(tree) -> np.ndarray:
+    """The inverse of `as_tree`."""
+    batch = tree["scale"].shape
+    return np.concatenate([np.reshape(tree[name], (*batch, -1)) for name in SIZES], axis=-1)
+
+
+def stream(length: int, width: int = WIDTH, seed: int = 0) -> np.ndarray:
+    """Correlated float64 gradients of different norms."""
+    rng = np.random.default_rng(seed)
+    grads = rng.standard_normal((length, width)) + rng.standard_normal(width)
+    return grads * rng.uniform(0.3, 3, (length, 1))
+
+
+def run(tx: optax.GradientTransformationExtraArgs, grads) -> tuple[Any, Any]:
+    """All updates over a stream of gradients, stacked, and the last state."""
+    state = tx.init(jax.tree.map(lambda g: g[0], grads))
+
+    def step(state, g):
+        updates, state = tx.update(g, state)
+        return state, updates
+
+    state, updates = jax.lax.scan(step, state, grads)
+    return updates, state
+
+
+@functools.partial(jax.jit, static_argnames=("num_grads", "normalize_by", "blocks", "damping"))
+def jitted_run(grads, power, window_momentum, *, num_grads, normalize_by, blocks, damping):
+    tx = scale_by_mfac(
+        num_grads,
+        damping,
+        normalize_by=normalize_by,
+        power=power,
+        window_momentum=window_momentum,
+        blocks=blocks,
+    )
+    return run(tx, grads)
+
+
+def dense_run(grads, num_grads, damping, normalize_by, power, window_momentum, blocks) -> np.ndarray:
+    """What `scale_by_mfac` should answer at every step; `damping` is a schedule."""
+    answers = []
+    for step in range(len(grads)):
+        window = grads[max(0, step + 1 - num_grads) : step + 1]
+        count = num_grads if normalize_by == "window" else len(window)
+        x = mean_by_age(window, window_momentum)
+        answers.append(inverse_power(window, x, damping(step), count, power, BLOCKS[blocks]))
+    return np.stack(answers)
+
+
+def constant(step):
+    return 0.05
+
+
+def decaying(step):
+    return 0.5 * 0.9**step
+
+
+def worst_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return max(map(relative_error, actual, expected))
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("normalize_by", ["window", "count"])
+@pytest.mark.parametrize("num_grads", [1, 2, 7, 32])
+def test_every_step_of_a_long_stream_is_the_closed_form(x64, num_grads, normalize_by, blocks):
+    grads = stream(3 * num_grads)
+    for power in (1.0, 0.5, 0.25):
+        for window_momentum in (0.0, 0.9):
+            updates, _ = jitted_run(
+                as_tree(grads),
+                power,
+                window_momentum,
+                num_grads=num_grads,
+                normalize_by=normalize_by,
+                blocks=blocks,
+                damping=constant,
+            )
+            expected = dense_run(grads, num_grads, constant, normalize_by, power, window_momentum, blocks)
+            assert worst_error(as_flat(updates), expected) < 1e-9, (power, window_momentum)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_damping_follows_a_schedule_over_the_gradients(x64, power):
+    grads = stream(12)
+    tx = scale_by_mfac(4, decaying, power=power)
+    updates, _ = jax.jit(functools.partial(run, tx))(as_tree(grads))
+    expected = dense_run(grads, 4, decaying, "window", power, 0.0, None)
+    assert worst_error(as_flat(updates), expected) < 1e-9
+
+
+def test_a_rejected_gradient_does_not_advance_the_damping_schedule(x64):
+    grads = stream(6)
+    interrupted = np.insert(grads, 3, np.nan, axis=0)
+    run_decaying = jax.jit(functools.partial(run, scale_by_mfac(4, decaying)))
+    expected, _ = run_decaying(as_tree(grads))
+    updates, _ = run_decaying(as_tree(interrupted))
+    np.testing.assert_array_equal(np.delete(as_flat(updates), 3, axis=0), as_flat(expected))
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_a_traced_power_gives_what_a_static_one_gives(x64, power):
+    grads = as_tree(stream(8))
+    static, _ = jax.jit(functools.partial(run, scale_by_mfac(4, 0.05, power=power)))(grads)
+    traced, _ = jitted_run(
+        grads, power, 0.0, num_grads=4, normalize_by="window", blocks=None, damping=constant
+    )
+    np.testing.assert_allclose(as_flat(traced), as_flat(static), rtol=1e-12)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize("length", [3, 32])
+def test_ihvp_of_any_vector_is_the_closed_form(x64, length, power, blocks):
+    grads, damping = stream(length), 0.05
+    options: Any = {"num_grads": 7, "normalize_by": "window", "blocks": blocks, "damping": constant}
+    _, state = jitted_run(as_tree(grads), 1.0, 0.0, **options)
+    window = grads[-7:]
+    counts: Any = {"window": 7, "count": len(window)}
+    for normalize_by, count in counts.items():
+        product = jax.jit(
+            functools.partial(ihvp, damping=damping, normalize_by=normalize_by, power=power, blocks=blocks)
+        )
+        for x in (stream(1, seed=1)[0], window[0]):
+            answer = product(state, as_tree(x))
+            expected = inverse_power(window, x, damping, count, power, BLOCKS[blocks])
+            assert relative_error(as_flat(answer), expected) < 1e-9
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_ihvp_of_the_newest_gradient_is_the_update(x64, power):
+    grads = stream(10)
+    updates, state = run(scale_by_mfac(4, 0.05, power=power), as_tree(grads))
+    answer = ihvp(state, as_tree(grads[-1]), 0.05, power=power)
+    np.testing.assert_allclose(as_flat(answer), as_flat(updates)[-1], rtol=1e-12)
+
+
+def test_ihvp_with_an_empty_window_divides_by_the_damping():
+    x = as_tree(stream(1)[0].astype(np.float32))
+    state: Any = scale_by_mfac(4).init(x)
+    for normalize_by in ("window", "count"):
+        answer = ihvp(state, x, 0.25, normalize_by=normalize_by)
+        np.testing.assert_array_equal(as_flat(answer), 4 * as_flat(x))
+
+
+@pytest.mark.parametrize(("normalize_by", "count"), [("window", 7), ("count", 1)])
+def test_the_first_step_is_the_gradient_over_the_damped_squared_norm(normalize_by, count):
+    g = stream(1)[0].astype(np.float32)
+    tx = scale_by_mfac(7, 0.05, normalize_by=normalize_by)
+    updates, _ = tx.update(as_tree(g), tx.init(as_tree(g)))
+    exact = g.astype(np.float64)
+    expected = count * exact / (count * 0.05 + exact @ exact)
+    np.testing.assert_allclose(as_flat(updates), expected, rtol=8 * EPS)
+
+
+def permuted(state, order):
+    """The state with its rows in another order; `next_row` keeps pointing at the same row."""
+    return state._replace(
+        next_row=jnp.argmax(order == state.next_row).astype(jnp.int32),
+        window=jax.tree.map(lambda rows: rows[order], state.window),
+        gram=state.gram[:, order][:, :, order],
+    )
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_the_answer_does_not_depend_on_the_order_of_the_rows(x64, power):
+    grads, last = stream(15), as_tree(stream(1, seed=2)[0])
+    tx = scale_by_mfac(7, 0.05, power=power)
+    _, state = run(tx, as_tree(grads))
+    order = np.random.default_rng(3).permutation(7)
+    expected, _ = tx.update(last, state)
+    updates, _ = tx.update(last, permuted(state, order))
+    np.testing.assert_allclose(as_flat(updates), as_flat(expected), rtol=1e-12)
+    answer = ihvp(permuted(state, order), last, 0.05, power=power)
+    np.testing.assert_allclose(as_flat(answer), as_flat(ihvp(state, last, 0.05, power=power)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_large_damping_leaves_the_gradient_over_a_power_of_it(power):
+    grads = stream(9).astype(np.float32)
+    updates, _ = run(scale_by_mfac(4, 1e12, power=power), as_tree(grads))
+    assert worst_error(as_flat(updates), grads * 1e12**-power) < 16 * EPS
+
+
+def test_more_gradients_than_parameters_are_used(x64):
+    grads = stream(40, width=3)
+    updates, _ = run(scale_by_mfac(20, 0.05), jnp.asarray(grads))
+    expected = inverse_power(grads[-20:], grads[-1], 0.05, 20)
+    assert relative_error(updates[-1], expected) < 1e-9
+
+
+def test_one_gradient_is_scaled_by_its_own_norm_alone(x64):
+    grads = stream(5)
+    updates, _ = run(scale_by_mfac(1, 0.05), as_tree(grads))
+    expected = grads / (0.05 + np.sum(grads**2, axis=1, keepdims=True))
+    np.testing.assert_allclose(as_flat(updates), expected, rtol=1e-12)
+
+
+def test_the_exact_small_system_agrees_with_the_dense_matrix():
+    grads = stream(5, width=40)
+    expected = inverse_power(grads, grads[-1], 0.05, 8)
+    assert relative_error(inverse_of_newest(grads, 0.05, 8), expected) < 1e-12
+
+
+def test_weights_of_the_window_add_up_to_one_while_it_fills(x64):
+    """Equal gradients have themselves as every weighted mean."""
+    grads = np.repeat(stream(1), 5, axis=0)
+    plain, _ = run(scale_by_mfac(8, 0.05), as_tree(grads))
+    averaged, _ = run(scale_by_mfac(8, 0.05, window_momentum=0.9), as_tree(grads))
+    np.testing.assert_allclose(as_flat(averaged), as_flat(plain), rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [272_474, 10_000_000])  # measured on CPU: 1.3e-6 and 7e-7
+def test_gram_entries_stay_accurate_over_millions_of_parameters(size):
+    grads = np.random.default_rng(0).uniform(0.5, 1.5, (3, size)).astype(np.float32)
+    tx = scale_by_mfac(2)
+    state: Any = tx.init(jnp.zeros(size))
+    update = jax.jit(tx.update, donate_argnums=1)
+    for g in grads:
+        _, state = update(jnp.asarray(g), state)
+    window = np.asarray(state.window, np.float64)
+    expected = window @ window.T
+    assert np.max(np.abs(np.asarray(state.gram[0]) - expected) / expected) < 1e-5

@@ -1,0 +1,195 @@
+"""Contractions between window and parameters: values, dtypes, and leaves sharded over eight devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mfac_jax import _tree
+
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
+empty_window: Callable[..., Any] = _tree.empty_window
+as_row: Callable[..., Any] = _tree.as_row
+SHAPES = [(), (0,), (5,), (3, 4), (2, 3, 4)]
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: dtype.__name__)
+def dtype(request):
+    with jax.enable_x64(request.param == jnp.float64):
+        yield request.param
+
+
+def normal(shape, dtype) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), dtype)
+
+
+def assert_close(actual, expected, dtype) -> None:
+    """Equal but for the rounding of sums of a few numbers near one in `dtype`."""
+    tolerance = 16 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_sums_are_in_float32_but_for_float64_leaves(dtype):
+    expected = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    tree = {"a": jnp.zeros(2, dtype), "b": jnp.zeros((), jnp.float16)}
+    assert _tree.accumulation_dtype(tree) == expected
+    assert _tree.accumulation_dtype({}) == jnp.float32
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dots_are_inner_products_with_every_row(dtype, shape):
+    rows, x = normal((6, *shape), dtype), normal(shape, dtype)
+    accumulator = _tree.accumulation_dtype([x])
+    products = _tree.dots(rows, x, accumulator)
+    assert products.dtype == accumulator
+    exact = np.asarray(rows, np.float64).reshape(6, -1) @ np.asarray(x, np.float64).reshape(-1)
+    assert_close(products, exact, accumulator)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_combine_is_the_weighted_sum_of_the_rows(dtype, shape):
+    rows = normal((6, *shape), dtype)
+    coefficients = normal((6,), _tree.accumulation_dtype([rows]))
+    combined = _tree.combine(coefficients, rows)
+    assert combined.dtype == coefficients.dtype
+    exact = np.tensordot(np.asarray(coefficients, np.float64), np.asarray(rows, np.float64), axes=1)
+    assert_close(combined, exact, combined.dtype)
+
+
+def test_long_leaves_have_the_same_dots_as_short_ones():
+    size = _tree._MAX_DOT_COLUMNS
+    rows, x = normal((2, size + 1), jnp.float32), normal((size + 1,), jnp.float32)
+    for length in (size, size + 1):
+        exact = np.asarray(rows[:, :length], np.float64) @ np.asarray(x[:length], np.float64)
+        error = np.abs(_tree.dots(rows[:, :length], x[:length], jnp.dtype(jnp.float32)) - exact)
+        assert np.max(error) < 1e-5 * np.linalg.norm(rows, axis=1).max() * np.linalg.norm(x)
+
+
+@pytest.mark.parametrize("accept", [True, False])
+def test_write_row_replaces_one_row_if_it_is_accepted(dtype, accept):
+    window = {"a": normal((4, 3, 2), dtype), "b": normal((4,), dtype)}
+    row = {"a": jnp.ones((3, 2), dtype), "b": jnp.ones((), dtype)}
+    written = jax.jit(_tree.write_row)(window, row, jnp.asarray(2), jnp.asarray(accept))
+    for name in window:
+        expected = np.array(window[name])
+        if accept:
+            expected[2] = 1
+        np.testing.assert_array_equal(written[name], expected)
+        assert written[name].dtype == dtype
+
+
+def test_an_empty_window_has_a_row_axis_and_the_dtype_of_each_leaf(dtype):
+    params = {"a": normal((3, 2), dtype), "b": jnp.zeros((), jnp.float32), "empty": jnp.zeros((0, 2))}
+    window = empty_window(4, params)
+    assert jax.tree.map(lambda x: (x.shape[1:], x.dtype), window) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params
+    )
+    assert not any(leaf.any() for leaf in jax.tree.leaves(window))
+
+
+def test_ordinary_gradients_are_not_bounded(dtype):
+    tree = {"a": normal((3, 4), dtype), "none": None, "empty": jnp.zeros((0,), dtype)}
+    kept, finite = as_row(tree, empty_window(1, tree))
+    assert finite
+    assert jax.tree.structure(kept) == jax.tree.structure(tree)
+    for actual, expected in zip(jax.tree.leaves(kept), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+        assert actual.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_entry_makes_a_tree_not_finite(dtype, bad):
+    tree = {"a": normal((3, 4), dtype), "b": jnp.asarray(bad, dtype)}
+    assert not as_row(tree, empty_window(1, tree))[1]
+
+
+def test_the_largest_finite_entries_are_finite_and_keep_their_direction(dtype):
+    largest = float(jnp.finfo(dtype).max)
+    tree = {"a": jnp.asarray([largest, -largest, largest / 2], dtype), "b": jnp.asarray(largest, dtype)}
+    kept, finite = as_row(tree, empty_window(1, tree))
+    assert finite
+    flat = np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(kept)])
+    assert np.sum(flat**2) < float(jnp.finfo(jnp.float32).max)
+    np.testing.assert_allclose(flat / flat[0], [1, -1, 0.5, 1], rtol=float(jnp.finfo(dtype).eps))
+
+
+def test_an_empty_tree_is_finite():
+    assert as_row({}, {})[1]
+
+
+def test_gradients_beyond_the_dtype_of_the_window_keep_their_direction():
+    gradient = {"a": jnp.asarray([1e6, -5e5]), "b": jnp.asarray(3e5)}
+    window = {"a": jnp.zeros((2, 2), jnp.float16), "b": jnp.zeros(2)}
+    row, finite = as_row(gradient, window)
+    assert finite
+    assert (row["a"].dtype, row["b"].dtype) == (jnp.float16, jnp.float32)
+    np.testing.assert_allclose(row["a"][1] / row["a"][0], -0.5, rtol=1e-3)
+    np.testing.assert_allclose(row["b"] / row["a"][0].astype(jnp.float32), 0.3, rtol=1e-3)
+
+
+def test_narrow_clips_to_what_a_dtype_can_hold():
+    wide = jnp.asarray([1e38, -1e38, 1.5, 3.4e38])
+    assert _tree.narrow(wide, jnp.dtype(jnp.float32)) is wide or jnp.all(
+        _tree.narrow(wide, wide.dtype) == wide
+    )
+    largest = float(jnp.finfo(jnp.float16).max)
+    half = _tree.narrow(wide, jnp.dtype(jnp.float16))
+    np.testing.assert_array_equal(half, np.array([largest, -largest, 1.5, largest], np.float16))
+    assert jnp.all(jnp.isfinite(_tree.narrow(wide, jnp.dtype(jnp.bfloat16))))
+
+
+# The axes of a (8, 4) leaf that are sharded over a mesh of 4 x 2.
+SPECS = [PartitionSpec(), PartitionSpec("x"), PartitionSpec(None, "y"), PartitionSpec("x", "y")]
+SPECS += [PartitionSpec(("x", "y"))]
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=lambda axis_type: axis_type.name)
+def mesh(request):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(request.param,) * 2)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("jit", [False, True])
+def test_sharded_leaves_give_the_values_of_whole_ones(mesh, spec, jit):
+    rows, x, coefficients = (normal(shape, jnp.float32) for shape in [(6, 8, 4), (8, 4), (6,)])
+    leaf = jax.device_put(x, NamedSharding(mesh, spec))
+    window = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(None, *spec)))
+    dots, combine = _tree.dots, _tree.combine
+    if jit:
+        dots, combine = jax.jit(dots, static_argnums=2), jax.jit(combine)
+    exact = np.einsum("mab,ab->m", *(np.asarray(v, np.float64) for v in (rows, x)))
+    assert_close(dots(window, leaf, jnp.dtype(jnp.float32)), exact, jnp.float32)
+    combined = combine(coefficients, window)
+    exact = np.einsum("m,mab->ab", *(np.asarray(v, np.float64) for v in (coefficients, rows)))
+    assert_close(combined, exact, jnp.float32)
+    # Under jit with auto axes a tracer does not tell its sharding: the compiler chooses.
+    if not jit or mesh.axis_types[0] == AxisType.Explicit:
+        assert combined.sharding.is_equivalent_to(leaf.sharding, 2)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_the_window_is_sharded_like_the_parameter_with_whole_rows(mesh, spec):
+    leaf = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, spec))
+    expected = NamedSharding(mesh, PartitionSpec(None, *spec))
+    window = empty_window(6, leaf)
+    assert window.sharding.is_equivalent_to(expected, 3)
+    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    assert empty_window(6, shape).sharding.is_equivalent_to(expected, 3)
+    if mesh.axis_types[0] == AxisType.Explicit:
+        traced = jax.jit(lambda leaf: empty_window(6, leaf))(leaf)
+        assert traced.sharding.is_equivalent_to(expected, 3)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_written_row_keeps_the_sharding_of_the_window(mesh, spec):
+    leaf = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, spec))
+    window = empty_window(6, leaf)
+    written = jax.jit(_tree.write_row)(window, leaf, jnp.asarray(1), jnp.asarray(True))
+    assert written.sharding.is_equivalent_to(window.sharding, 3)
+    np.testing.assert_array_equal(jnp.sum(written, axis=(1, 2)), [0, 32, 0, 0, 0, 0])
