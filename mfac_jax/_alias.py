@@ -61,8 +61,10 @@ def mfac(
       The chain; its state holds a `ScaleByMFACState`.
 
     Raises:
-      TypeError: as `scale_by_mfac`.
-      ValueError: as `scale_by_mfac`.
+      TypeError: as `scale_by_mfac`; `momentum`, `weight_decay` or `decoupled_weight_decay` has a wrong
+        type.
+      ValueError: as `scale_by_mfac`; `momentum` or `weight_decay` is out of its range; `update` with
+        weight decay gets no `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
@@ -79,6 +81,8 @@ def mfac(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
+    if not isinstance(decoupled_weight_decay, bool):
+        raise TypeError(f"decoupled_weight_decay must be True or False, got {decoupled_weight_decay!r}.")
     preconditioner = scale_by_mfac(
         num_grads,
         damping,

@@ -66,12 +66,12 @@ def _by_power(power, inverse, fractional) -> jax.Array:
     return inverse() if power == 1 else fractional()
 
 
-@jax.jit  # outside of a user's jit, the conditionals would be compiled at every call
+@jax.jit  # outside of a user's jit, the conditional would be compiled at every call
 def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
-    """(K + shift I)^-1 rhs, finite for any Gram matrix.
+    """(K + shift I)^-1 rhs, finite for any finite Gram matrix.
 
-    Cholesky breaks down, or its last pivots are rounding noise, when gradients repeat and the shift is
-    below their squared norm times the unit roundoff. A jitter then takes the shift's place.
+    When gradients repeat and the shift is small against their squared norm, Cholesky breaks down, or
+    its result is rounding noise. A jitter then takes the shift's place.
     """
     system = gram + shift * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
     _, exponent = jnp.frexp(jnp.diagonal(system, axis1=-2, axis2=-1))
@@ -79,25 +79,37 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     scale = jnp.ldexp(jnp.ones_like(rhs), -(exponent // 2))
     system = system * scale[..., :, None] * scale[..., None, :]
 
-    rhs = scale * rhs
     factor = _cholesky(system)
-    sound = _is_sound(factor)
     # The solve stands outside of the conditional: inside, XLA copies the factor into both branches.
-    solution = _cholesky_solve(factor, rhs)
+    solution = _cholesky_solve(factor, scale * rhs)
     if gram.shape[-1] <= _MAX_REFINED:
-        solution += _cholesky_solve(factor, rhs - _matvec(system, solution))
-    return scale * lax.cond(
-        jnp.all(sound),
-        lambda: solution,
-        lambda: jnp.where(sound, solution, _cholesky_solve(_jittered_cholesky(system), rhs)),
-    )
+        solution += _cholesky_solve(factor, scale * rhs - _matvec(system, solution))
+    solution *= scale
+    good = _is_sound(factor) & _keeps_digits(gram, rhs, solution)
+
+    def with_jitter():
+        jittered = scale * _cholesky_solve(_jittered_cholesky(system), scale * rhs)
+        return jnp.where(good, solution, jittered)
+
+    return lax.cond(jnp.all(good), lambda: solution, with_jitter)
+
+
+def _keeps_digits(gram: jax.Array, rhs: jax.Array, solution: jax.Array) -> jax.Array:
+    """Whether a solution's rows do not cancel to noise, for each block, `(blocks, 1)`.
+
+    rhs^T K c is g.u / n of the update, and positive. With repeated gradients it is a small sum of large
+    terms: rounding of some 10 eps of their magnitude can turn the sign of the whole update.
+    """
+    terms = _matvec(gram, rhs) * solution
+    magnitude = jnp.sum(jnp.abs(terms), axis=-1, keepdims=True)
+    return jnp.sum(terms, axis=-1, keepdims=True) >= 50 * _eps(gram) * magnitude
 
 
 def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
     """Sound Cholesky factors of matrices with their diagonal near one, after adding a jitter to it.
 
-    With repeated gradients the coefficients cancel to the last digits: the less, the larger the
-    jitter. At 8 eps m their sum is right to 1 / sqrt(m) / 8, and grows only where a factor is not sound.
+    The larger the jitter, the less the coefficients of repeated gradients cancel: m^2 eps keeps their
+    sum right to about 10 %. Twice the row sums is always enough; a NaN ends the loop as it is.
     """
     m = matrix.shape[-1]
     identity = jnp.eye(m, dtype=matrix.dtype)[None]
@@ -107,9 +119,12 @@ def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
         factor = _cholesky(matrix + jitter * identity)
         return jnp.where(_is_sound(factor)[..., None], jitter, 16 * jitter), factor
 
-    start = jnp.full((*matrix.shape[:-2], 1, 1), 8 * m * _eps(matrix), matrix.dtype)
-    broken = jnp.full_like(matrix, jnp.nan)
-    return lax.while_loop(lambda carry: ~jnp.all(_is_sound(carry[1])), retry, (start, broken))[1]
+    def is_worth_a_try(carry):
+        jitter, factor = carry
+        return ~jnp.all(_is_sound(factor)) & jnp.all(jitter < 256 * m)
+
+    start = jnp.full((*matrix.shape[:-2], 1, 1), max(8 * m, m**2) * _eps(matrix), matrix.dtype)
+    return lax.while_loop(is_worth_a_try, retry, (start, jnp.full_like(matrix, jnp.nan)))[1]
 
 
 def _is_sound(factor: jax.Array) -> jax.Array:

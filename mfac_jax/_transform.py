@@ -58,7 +58,8 @@ def scale_by_mfac(
 
     A gradient with a NaN or an Inf is returned as it came, for the caller to see, and leaves the
     state as it was but for `grads_rejected`. Finite gradients give finite updates, whatever their
-    norm, also if they are zero or repeat.
+    norm, also if they are zero or repeat; those whose squared norm would overflow are scaled down before
+    they enter the window.
 
     Args:
       num_grads: m, the gradients kept, any integer >= 1. The state takes m times the memory of the
@@ -66,7 +67,8 @@ def scale_by_mfac(
         512 and 1024.
       damping: lambda, > 0, a number or a schedule over the gradients accepted. In units of a squared
         gradient norm over n: directions in which the mean squared gradient is below it are left as in
-        gradient descent with rate 1 / lambda. The paper uses 1e-5 to 1e-7 with n = 512 or 1024.
+        gradient descent with rate 1 / lambda. The paper uses 1e-5 to 1e-7 with n = 512 or 1024. Values
+        of a schedule outside of 1.2e-38 to 1.3e30 are moved to the nearer end.
       normalize_by: n. `'window'`, as in the paper: always m, so that the first steps are larger.
         `'count'`: the gradients seen, at most m.
       power: p in :math:`F^{-p} g_j`, in (0, 1]. 1 is the natural gradient, 1/2 full-matrix AdaGrad over the
@@ -179,7 +181,8 @@ def ihvp(
     Args:
       state: the state of `scale_by_mfac`; `optax.tree.get(state, 'ScaleByMFACState')` finds it in the
         state of a chain.
-      tree: x, shaped like the parameters; real floating-point arrays.
+      tree: x, shaped like the parameters; real floating-point arrays. Its products with the gradients, and
+        x / lambda, must not overflow: scale it down if they do.
       damping: lambda, > 0, a number.
       normalize_by: n, as in `scale_by_mfac`. With `'count'` and an empty window, n is 1.
       power: p in :math:`F^{-p} x`, as in `scale_by_mfac`.
@@ -235,6 +238,7 @@ def ihvp(
 
 
 def _check_options(normalize_by, power, blocks) -> None:
+    """Check the options that `scale_by_mfac` and `ihvp` share."""
     _validation.check_choice("normalize_by", normalize_by, ("window", "count"))
     _validation.check_power(power)
     if not callable(blocks):
@@ -284,7 +288,7 @@ def _weights_by_age(newest, seen, num_grads: int, momentum, dtype) -> jax.Array:
 
 def _damping_value(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
     value = damping(step) if callable(damping) else damping
-    return jnp.maximum(jnp.asarray(value, dtype), jnp.finfo(dtype).tiny)
+    return jnp.clip(jnp.asarray(value, dtype), jnp.finfo(dtype).tiny, 2.0**100)
 
 
 def _normalizer(normalize_by: Normalization, seen: jax.Array, num_grads: int, dtype) -> jax.Array:

@@ -1,8 +1,9 @@
 """Contractions between the window and a tree of parameters, leaf by leaf.
 
 The window mirrors the parameter tree; each of its leaves has a leading axis of `num_grads` rows.
-This is the only file that knows dtypes, precision and sharding. Contractions ask for full precision:
-the TF32 and bfloat16 products that are the default on GPU and TPU would cost the Gram matrix its digits.
+This is the only file that knows precision, sharding and the dtypes of sums. Contractions ask for full
+precision: the TF32 and bfloat16 products that are the default on GPU and TPU would cost the Gram matrix
+its digits.
 """
 
 import math
@@ -18,9 +19,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 # grows with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at
 # 10 M. Multiply-and-sum adds in partial sums (1e-6 at 10 M) and takes 1.1 to 1.5 times as long.
 _MAX_DOT_COLUMNS = 300_000
-
-# Squared norms must not overflow: this leaves float32 a factor of 16.
-_MAX_NORM = 2.0**62
 
 
 def accumulation_dtype(tree: optax.Params) -> jnp.dtype:
@@ -57,7 +55,8 @@ def as_row(updates: optax.Updates, window: optax.Params) -> tuple[optax.Updates,
     """
     dtype = accumulation_dtype(window)
     leaves = jax.tree.leaves(updates)
-    limit = _MAX_NORM / math.sqrt(max(1, sum(x.size for x in leaves)))
+    max_norm = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 2)  # its square is a 16th of what overflows
+    limit = max_norm / math.sqrt(max(1, sum(x.size for x in leaves)))
     excess = [jnp.ones((), dtype)]
     for x, rows in zip(leaves, jax.tree.leaves(window), strict=True):
         if x.size:

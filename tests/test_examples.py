@@ -140,3 +140,14 @@ def test_a_setting_out_of_range_is_refused_with_its_name(main, capsys, option, v
     with pytest.raises(SystemExit, match="2"):
         main([option, value])
     assert option in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_mfac_reaches_97_percent_and_the_lowest_training_loss_on_the_default_settings(tmp_path):
+    process = run_script("--out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    figures = json.loads((tmp_path / "results.json").read_text())["optimizers"]
+    losses = {name: figure["train_loss"]["mean"] for name, figure in figures.items()}
+    assert figures["M-FAC"]["test_accuracy"]["mean"] >= 0.97
+    assert losses["M-FAC"] <= min(losses["SGD"], losses["Adam"])
+    assert not any(figure["best_rate_is_at_an_end"] for figure in figures.values())

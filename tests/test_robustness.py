@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mfac_jax import scale_by_mfac
+from mfac_jax import ihvp, scale_by_mfac
 
 LENGTH = 12
 SIZES = {"empty": 0, "matrix": 6, "scalar": 1, "vector": 2}  # in the order of the leaves
@@ -224,6 +224,32 @@ def test_zero_gradients_have_zero_updates_at_any_damping(power, damping):
     tx = scale_by_mfac(3, damping, power=power)
     updates, _ = tx.update(jnp.zeros(5), tx.init(jnp.zeros(5)))
     np.testing.assert_array_equal(updates, jnp.zeros(5))
+
+
+@pytest.mark.parametrize("num_grads", [8, 64, 256])
+@pytest.mark.parametrize("damping", [1e-5, 1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize("norm", [1.0, 1e3])
+def test_repeated_gradients_are_descended_by_the_right_length(num_grads, damping, norm):
+    gradient = jnp.full(100, norm / 10)
+    tx = scale_by_mfac(num_grads, damping * norm**2)
+
+    def step(state, _):
+        updates, state = tx.update(gradient, state)
+        return state, jnp.vdot(updates, gradient) / norm**2
+
+    along = jax.jit(lambda: jax.lax.scan(step, tx.init(gradient), length=2 * num_grads)[1])()
+    rows = np.minimum(np.arange(1, 2 * num_grads + 1), num_grads)
+    ratio = np.asarray(along, np.float64) * (num_grads * damping + rows) * norm**2 / num_grads
+    assert ratio.min() > 0
+    assert ratio.max() < 2
+
+
+@pytest.mark.parametrize("damping", [1e37, 3e38])
+def test_the_largest_damping_stays_finite(damping):
+    tx = scale_by_mfac(64, damping)
+    updates, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+    assert jnp.all(jnp.isfinite(updates))
+    assert jnp.all(jnp.isfinite(ihvp(state, jnp.ones(3), damping)))
 
 
 @configs

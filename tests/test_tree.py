@@ -113,7 +113,7 @@ def test_the_largest_finite_entries_are_finite_and_keep_their_direction(dtype):
     kept, finite = as_row(tree, empty_window(1, tree))
     assert finite
     flat = np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(kept)])
-    assert np.sum(flat**2) < float(jnp.finfo(jnp.float32).max)
+    assert np.sum(flat**2) < float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).max)
     np.testing.assert_allclose(flat / flat[0], [1, -1, 0.5, 1], rtol=float(jnp.finfo(dtype).eps))
 
 
@@ -133,9 +133,7 @@ def test_gradients_beyond_the_dtype_of_the_window_keep_their_direction():
 
 def test_narrow_clips_to_what_a_dtype_can_hold():
     wide = jnp.asarray([1e38, -1e38, 1.5, 3.4e38])
-    assert _tree.narrow(wide, jnp.dtype(jnp.float32)) is wide or jnp.all(
-        _tree.narrow(wide, wide.dtype) == wide
-    )
+    np.testing.assert_array_equal(_tree.narrow(wide, wide.dtype), wide)
     largest = float(jnp.finfo(jnp.float16).max)
     half = _tree.narrow(wide, jnp.dtype(jnp.float16))
     np.testing.assert_array_equal(half, np.array([largest, -largest, 1.5, largest], np.float16))

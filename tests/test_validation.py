@@ -127,6 +127,11 @@ def test_weight_decay_must_not_be_negative(value):
         mfac(0.1, weight_decay=value)
 
 
+def test_decoupled_weight_decay_must_be_a_bool():
+    with pytest.raises(TypeError, match="decoupled_weight_decay must be True or False, got 'no'"):
+        mfac(0.1, decoupled_weight_decay="no")  # pyright: ignore
+
+
 @pytest.mark.parametrize("name", ["power", "window_momentum", "momentum", "weight_decay"])
 @pytest.mark.parametrize("value", ["0.1", True, 1j, [0.1]])
 def test_other_numbers_must_be_numbers(name, value):
