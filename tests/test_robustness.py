@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -235,7 +236,7 @@ def test_repeated_gradients_are_descended_by_the_right_length(num_grads, damping
 
     def step(state, _):
         updates, state = tx.update(gradient, state)
-        return state, jnp.vdot(updates, gradient) / norm**2
+        return state, optax.tree.vdot(updates, gradient) / norm**2
 
     along = jax.jit(lambda: jax.lax.scan(step, tx.init(gradient), length=2 * num_grads)[1])()
     rows = np.minimum(np.arange(1, 2 * num_grads + 1), num_grads)
@@ -246,7 +247,7 @@ def test_repeated_gradients_are_descended_by_the_right_length(num_grads, damping
 
 @pytest.mark.parametrize("damping", [1e37, 3e38])
 def test_the_largest_damping_stays_finite(damping):
-    tx = scale_by_mfac(64, damping)
+    tx: Any = scale_by_mfac(64, damping)
     updates, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
     assert jnp.all(jnp.isfinite(updates))
     assert jnp.all(jnp.isfinite(ihvp(state, jnp.ones(3), damping)))
