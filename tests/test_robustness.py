@@ -250,7 +250,8 @@ def test_the_largest_damping_stays_finite(damping):
     tx: Any = scale_by_mfac(64, damping)
     updates, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
     assert jnp.all(jnp.isfinite(updates))
-    assert jnp.all(jnp.isfinite(ihvp(state, jnp.ones(3), damping)))
+    product: Any = ihvp(state, jnp.ones(3), damping)
+    assert jnp.all(jnp.isfinite(product))
 
 
 @configs
