@@ -1,153 +1,343 @@
 """The example scripts, run as a user runs them, on settings that take seconds."""
 
+import functools
+import importlib
 import json
 import os
 import re
-import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from sklearn.datasets import load_digits
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_digits.py"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+cifar10_data, train_cifar10, train_digits, train_text, workload = (
+    importlib.import_module(name)
+    for name in ("cifar10_data", "train_cifar10", "train_digits", "train_text", "workload")
+)
+MODULES = {"digits": train_digits, "cifar10": train_cifar10, "text": train_text}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-TINY = (
-    "--seeds 1 --epochs 2 --hidden 8 --num-grads 7 --mfac-rates 0.01 0.02 --sgd-rates 0.4 --adam-rates 0.08"
-)
+REAL_DATA = ROOT.parent / "shared" / "data"
+TINY = {
+    "digits": "--seeds 2 --epochs 1 --evaluations 3 --optimizers mfac sgd adamw nadamw muon",
+    "cifar10": "--width 2 --blocks 1 --samples 48 --batch-size 16 --epochs 1 --evaluations 2"
+    " --optimizers sgd",
+    "text": "--layers 1 --width 16 --heads 2 --context 8 --batch-size 4 --steps 5 --evaluations 2"
+    " --optimizers mfac",
+}
 
 
-def run_script(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "error", SCRIPT, *arguments]
-    # A terminal of this width keeps each option's help in one piece, and no GPU is looked for.
-    environment = os.environ | {"COLUMNS": "200", "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+def error_of(name: str, capsys, *arguments: object) -> str:
+    """The last line that the script prints when it refuses its arguments."""
+    with pytest.raises(SystemExit, match="2"):
+        MODULES[name].main([str(argument) for argument in arguments])
+    return capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(SCRIPT))["main"]
+# ---------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("digits") / "new" / "folder"
-    return out, run_script(*TINY.split(), "--out", out)
+@pytest.mark.parametrize("name", ["digits", "cifar10", "text"])
+def test_an_example_prints_a_row_for_each_optimizer_and_writes_its_report(name, tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    options = TINY[name].split()
+    optimizers = options[options.index("--optimizers") + 1 :]
+    MODULES[name].main([*options, "--rates", f"{optimizers[0]}=0.01", "--out", str(out)])
+    printed = capsys.readouterr().out
+    for optimizer in optimizers:
+        assert re.search(rf"^{optimizer} +[\d.]+ +\d+\.\d+ ± \d+\.\d+ ", printed, re.MULTILINE)
+    assert (out / "curves.png").read_bytes().startswith(PNG_SIGNATURE)
+    assert (out / "fisher.png").exists() == (name == "digits")
 
-
-def test_the_digits_example_prints_one_row_of_figures_for_each_optimizer(tiny_run):
-    _, process = tiny_run
-    assert process.returncode == 0, process.stderr
-    table = process.stdout.split("best rate ")[-1]
-    for name in ("M-FAC", "SGD", "Adam"):
-        assert re.search(rf"^{name} +[\d.]+ +\d+\.\d+ ± \d\.\d+ +\d+\.\d+ ± \d\.\d+", table, re.MULTILINE)
-
-
-def test_the_digits_example_says_when_the_best_rate_is_at_an_end_of_its_grid(tiny_run):
-    _, process = tiny_run
-    assert process.stdout.count("is at an end of its grid") == 3
-
-
-def test_the_digits_example_writes_two_pictures(tiny_run):
-    out, _ = tiny_run
-    for name in ("digits_curves.png", "digits_fisher.png"):
-        assert (out / name).read_bytes().startswith(PNG_SIGNATURE)
-
-
-def test_the_digits_example_writes_its_settings_and_figures_as_json(tiny_run):
-    out, _ = tiny_run
     results = json.loads((out / "results.json").read_text())
-    assert results["settings"]["num_grads"] == 7
-    assert set(results["versions"]) == {"mfac_jax", "jax", "flax", "optax"}
-    assert set(results["optimizers"]) == {"M-FAC", "SGD", "Adam"}
-    figures = results["optimizers"]["M-FAC"]
-    losses = dict(zip(figures["rates"], figures["loss_of_rate"], strict=True))
-    assert list(losses) == [0.01, 0.02]
-    assert figures["best_rate"] == min(losses, key=lambda rate: losses[rate])
-    assert figures["train_loss"]["mean"] == pytest.approx(min(losses.values()))
-    assert 0 <= figures["test_accuracy"]["mean"] <= 1
+    assert results["settings"]["rates"][optimizers[0]] == 0.01
+    assert {"mfac_jax", "jax", "flax", "optax", "python"} <= set(results["versions"])
+    assert set(results["machine"]) == {"platform", "cpus", "device"}
+    assert "revision" in results
+    assert list(results["optimizers"]) == optimizers
+    for figures in results["optimizers"].values():
+        last = [evaluations[-1] for evaluations in figures["evaluations"]]
+        assert len(last) == (2 if name == "digits" else 1)
+        for metric in ("train_loss", "valid_loss", "seconds"):
+            assert figures["final"][metric]["mean"] == pytest.approx(np.mean([e[metric] for e in last]))
+        assert ("valid_accuracy" in figures["final"]) == (name != "text")
 
 
-def test_the_digits_example_trains_on_the_users_data_as_on_the_bundled_copy(main, tiny_run, tmp_path):
-    out, _ = tiny_run
-    x, y = load_digits(return_X_y=True)
-    np.savez(tmp_path / "digits.npz", x=x.reshape(-1, 8, 8), y=y)
-    main([*TINY.split(), "--optimizers", "SGD", "--data-dir", str(tmp_path), "--out", str(tmp_path)])
-    mine, bundled = (
-        json.loads((folder / "results.json").read_text())["optimizers"]["SGD"] for folder in (tmp_path, out)
-    )
-    assert mine["loss_of_rate"] == pytest.approx(bundled["loss_of_rate"])
-    assert not (tmp_path / "digits_fisher.png").exists()  # no M-FAC, no window
+@pytest.mark.parametrize("name", MODULES)
+def test_help_explains_every_option(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # keeps each option's help in one piece
+    with pytest.raises(SystemExit, match="0"):
+        MODULES[name].main(["--help"])
+    text = capsys.readouterr().out
+    options = set(re.findall(r"^  (--[\w-]+)", text, re.MULTILINE))
+    assert {"--seeds", "--optimizers", "--rates", "--data-dir", "--out", "--checkpoint-dir"} < options
+    for option in options:
+        assert re.search(rf"^  {option}\b.*(?<=\S)(  +|\n {{20,}})\S", text, re.MULTILINE)
 
 
-def test_help_lists_every_option_with_an_explanation():
-    process = run_script("--help")
-    assert process.returncode == 0
-    for option in (
-        *(
-            "optimizers",
-            "seeds",
-            "epochs",
-            "batch-size",
-            "evaluate-every",
-            "hidden",
-            "num-grads",
-            "damping",
-        ),
-        *("momentum", "mfac-rates", "sgd-rates", "adam-rates", "data-dir", "out"),
-    ):
-        assert re.search(
-            rf"^  --{option}\b.*\S  +\S|^  --{option}\b.*\n {{20,}}\S", process.stdout, re.MULTILINE
-        )
-
-
-def test_a_folder_without_the_data_is_refused_with_the_file_that_is_missing(tmp_path):
-    process = run_script("--data-dir", tmp_path)
-    assert process.returncode == 2
-    assert f"No such file or directory: '{tmp_path / 'digits.npz'}'" in process.stderr
-    assert "Traceback" not in process.stderr
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"x": np.ones((20, 64))}, "y is not a file"),
-        ({"x": np.ones((20, 63)), "y": np.zeros(20, int)}, r"x must be \(n, 64\) or \(n, 8, 8\)"),
-        ({"x": np.full((20, 64), np.nan), "y": np.zeros(20, int)}, "x must be finite"),
-        ({"x": np.ones((20, 64)), "y": np.full(20, 10)}, "labels from 0 to 9"),
-    ],
-)
-def test_data_that_is_not_digits_is_refused_by_its_fault(main, tmp_path, capsys, arrays, message):
-    np.savez(tmp_path / "digits.npz", **arrays)
-    with pytest.raises(SystemExit, match="2"):
-        main(["--data-dir", str(tmp_path)])
-    assert re.search(message, capsys.readouterr().err)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--num-grads", "0"),
-        ("--damping", "nan"),
-        ("--momentum", "1"),
-        ("--batch-size", "2000"),
-        ("--seeds", "x"),
-    ],
-)
-def test_a_setting_out_of_range_is_refused_with_its_name(main, capsys, option, value):
-    with pytest.raises(SystemExit, match="2"):
-        main([option, value])
-    assert option in capsys.readouterr().err.splitlines()[-1]
+def test_a_run_that_diverges_ends_early_and_its_results_are_valid_json(tmp_path, capsys):
+    options = "--epochs 1 --seeds 1 --optimizers sgd adamw --rates sgd=1e30 --evaluations 4"
+    train_digits.main([*options.split(), "--out", str(tmp_path)])
+    assert re.search(r"^sgd +1e\+30 +nan", capsys.readouterr().out, re.MULTILINE)
+    optimizers = json.loads((tmp_path / "results.json").read_text())["optimizers"]
+    assert optimizers["sgd"]["final"]["train_loss"]["mean"] is None
+    assert [len(optimizers[name]["evaluations"][0]) for name in ("sgd", "adamw")] == [1, 4]
 
 
 @pytest.mark.slow
 def test_mfac_reaches_97_percent_and_the_lowest_training_loss_on_the_default_settings(tmp_path):
-    process = run_script("--out", tmp_path)
-    assert process.returncode == 0, process.stderr
-    figures = json.loads((tmp_path / "results.json").read_text())["optimizers"]
-    losses = {name: figure["train_loss"]["mean"] for name, figure in figures.items()}
-    assert figures["M-FAC"]["test_accuracy"]["mean"] >= 0.97
-    assert losses["M-FAC"] <= min(losses["SGD"], losses["Adam"])
-    assert not any(figure["best_rate_is_at_an_end"] for figure in figures.values())
+    train_digits.main(["--out", str(tmp_path)])
+    optimizers = json.loads((tmp_path / "results.json").read_text())["optimizers"]
+    losses = {name: figures["final"]["train_loss"]["mean"] for name, figures in optimizers.items()}
+    assert optimizers["mfac"]["final"]["valid_accuracy"]["mean"] >= 0.97
+    assert losses["mfac"] == min(losses.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_DATA.exists(), reason=f"there is no {REAL_DATA}")
+def test_the_examples_train_on_the_real_data(tmp_path, capsys):
+    for name in ("cifar10", "text"):
+        MODULES[name].main([*TINY[name].split(), "--data-dir", str(REAL_DATA), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert f"{REAL_DATA / 'cifar10_small.npz'}: 48 training and 2,000 validation images" in printed
+    assert f"{REAL_DATA / 'tinyshakespeare.txt'}: 1,115,394 characters, 65 different ones" in printed
+
+
+# --------------------------------------------------------------------------------------- checkpoints
+
+
+class InterruptionError(Exception):
+    """Raised between two evaluations, in place of the end of the process."""
+
+
+def tiny_workload(name: str):
+    if name in ("mlp", "cnn"):
+        return train_digits.make_workload(name, epochs=1, seed=1)
+    if name == "text":
+        return train_text.make_workload(
+            steps=8, batch_size=2, layers=1, width=8, heads=2, context=8, seed=1
+        )
+    return train_cifar10.make_workload(epochs=1, batch_size=16, samples=96, width=2, blocks=1, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [("mlp", "mfac"), ("mlp", "nadamw"), ("cnn", "sgd"), ("text", "muon"), ("cifar10", "mfac")],
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_path):
+    problem = tiny_workload(name)
+    tx = workload.make_optimizer(optimizer, 0.01, len(problem.batches))
+
+    def train(interrupt_at=None, **options):
+        states = {}
+
+        def keep(state, evaluation):
+            if evaluation["step"] == interrupt_at:
+                raise InterruptionError
+            states[evaluation["step"]] = jax.tree.map(np.array, state)
+
+        return workload.train(problem, tx, 1, evaluate_every=2, callback=keep, **options), states
+
+    history, states = train()
+    with pytest.raises(InterruptionError):
+        train(interrupt_at=6, checkpoint_dir=tmp_path)
+    resumed_history, resumed_states = train(checkpoint_dir=tmp_path)
+    again, _ = train(checkpoint_dir=tmp_path)  # finished: nothing is left to do
+
+    assert min(resumed_states) == 4
+    assert resumed_history.losses == history.losses
+    assert len(history.losses) == len(problem.batches)
+    last = max(states)
+    jax.tree.map(np.testing.assert_array_equal, resumed_states[last], states[last])
+    assert again == resumed_history
+    for mine, theirs in zip(resumed_history.evaluations, history.evaluations, strict=True):
+        assert mine | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+def test_a_killed_run_leaves_checkpoints_that_resume(tmp_path):
+    options = ["--epochs", "1", "--seeds", "1", "--optimizers", "mfac", "--evaluations", "11"]
+    checkpoints = ["--checkpoint-dir", str(tmp_path / "checkpoints")]
+    folder = tmp_path / "checkpoints" / "mfac-seed0"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", EXAMPLES / "train_digits.py", *options, *checkpoints],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not (folder / "6").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert b"Warning" not in process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL
+
+    train_digits.main([*options, *checkpoints, "--resume", "--out", str(tmp_path / "resumed")])
+    train_digits.main([*options, "--out", str(tmp_path / "whole")])
+    resumed, whole = (
+        json.loads((tmp_path / name / "results.json").read_text())["optimizers"]["mfac"]["evaluations"][0]
+        for name in ("resumed", "whole")
+    )
+    assert [e["step"] for e in resumed] == [e["step"] for e in whole] == list(range(2, 23, 2))
+    assert resumed[-1]["train_loss"] == pytest.approx(whole[-1]["train_loss"], rel=1e-3)
+    assert len([path for path in folder.iterdir() if path.name.isdigit()]) == 2
+
+
+def test_checkpoints_are_continued_only_on_demand_and_only_with_their_settings(tmp_path, capsys):
+    options = ["--epochs", "1", "--seeds", "1", "--optimizers", "sgd", "--evaluations", "1"]
+    options += ["--checkpoint-dir", tmp_path / "checkpoints", "--out", tmp_path]
+    train_digits.main([str(option) for option in options])
+    message = error_of("digits", capsys, *options)
+    assert "pass --resume to continue them, or another --checkpoint-dir" in message
+
+    options += ["--resume"]
+    train_digits.main([str(option) for option in [*options, "--seeds", "2"]])  # more seeds may be added
+    message = error_of("digits", capsys, *options, "--epochs", "2", "--rates", "sgd=0.1")
+    assert "epochs was 1, is 2, rate was 0.2, is 0.1. Pass the same settings, or another" in message
+
+    settings = tmp_path / "checkpoints" / "sgd-seed0" / "settings.json"
+    settings.write_text("{")
+    assert f"cannot read {settings}" in error_of("digits", capsys, *options)
+
+
+def test_checkpoints_of_another_state_are_refused_with_their_folder(tmp_path):
+    problem = tiny_workload("mlp")
+    sgd, adamw = (workload.make_optimizer(name, 0.01, len(problem.batches)) for name in ("sgd", "adamw"))
+    workload.train(problem, sgd, 0, evaluate_every=99, checkpoint_dir=tmp_path)
+    with pytest.raises(workload.CheckpointError, match=f"cannot restore {tmp_path}"):
+        workload.train(problem, adamw, 0, evaluate_every=99, checkpoint_dir=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_workloads_of_all_seeds_share_their_functions_and_shapes(name):
+    make = {
+        "digits": lambda seed: train_digits.make_workload(seed=seed),
+        "text": lambda seed: train_text.make_workload(layers=1, width=16, seed=seed),
+        "cifar10": lambda seed: train_cifar10.make_workload(samples=200, width=2, blocks=1, seed=seed),
+    }[name]
+    first, second = make(0), make(1)
+    assert first.loss is second.loss
+    assert first.evaluate is second.evaluate
+    assert not np.array_equal(first.batches, second.batches)
+    for attribute in ("params", "model_state", "data", "batches"):
+        shapes = [jax.tree.map(jnp.shape, getattr(w, attribute)) for w in (first, second)]
+        assert shapes[0] == shapes[1]
+    again = make(0)
+    jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
+    np.testing.assert_array_equal(again.batches, first.batches)
+
+
+def test_the_optimizer_gets_the_loss_of_its_step_as_value():
+    problem = tiny_workload("mlp")
+    init, update = optax.sgd(0.1)
+
+    def keep_value(updates, state, params=None, **extra_args):
+        updates, inner = update(updates, state[0], params)
+        return updates, (inner, extra_args["value"])
+
+    values = []
+    history = workload.train(
+        problem,
+        optax.GradientTransformationExtraArgs(lambda params: (init(params), jnp.zeros(())), keep_value),
+        0,
+        evaluate_every=1,
+        callback=lambda state, _: values.append(float(state.opt_state[1])),
+    )
+    assert values == history.losses
+    assert history.losses[-1] < history.losses[0]
+
+
+def test_every_optimizer_warms_up_and_ends_at_zero():
+    params = jnp.ones(())
+    for name in workload.OPTIMIZERS:
+        tx = workload.make_optimizer(name, 0.1, 20)
+        state, update, sizes = tx.init(params), jax.jit(tx.update), []
+        for _ in range(21):
+            updates, state = update(jnp.ones(()), state, params)
+            sizes.append(abs(float(updates)))
+        assert sizes[0] == 0
+        assert 0 < sizes[1] < sizes[2]
+        assert sizes[20] == pytest.approx(0, abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------------- models
+
+
+def test_the_resnet_20_has_the_parameters_of_the_published_one():
+    variables = jax.eval_shape(
+        lambda: train_cifar10.ResNet().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+    )
+    assert sum(x.size for x in jax.tree.leaves(variables["params"])) == 272_474
+
+
+def test_the_resnet_is_evaluated_on_all_images_though_in_pieces():
+    problem = train_cifar10.make_workload(samples=48, width=2, blocks=1, batch_size=16, seed=0)
+    measured = jax.jit(problem.evaluate)(problem.params, problem.model_state, problem.data)
+    variables = {"params": problem.params, **problem.model_state}
+    for part, metric in (("", "train_loss"), ("valid_", "valid_loss")):
+        x, y = train_cifar10.normalize(problem.data[f"{part}images"]), problem.data[f"{part}labels"]
+        logits = jax.jit(functools.partial(train_cifar10.ResNet(2, 1).apply, train=False))(variables, x)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        assert float(measured[metric]) == pytest.approx(float(loss), rel=1e-4)
+    assert float(measured["valid_accuracy"]) == pytest.approx(float(jnp.mean(logits.argmax(-1) == y)))
+
+
+def test_augmented_images_are_crops_of_padded_and_mirrored_ones():
+    images = np.random.default_rng(0).integers(1, 256, (64, 32, 32, 3), dtype=np.uint8)
+    mirrored_ones = 0
+    for flip in (False, True):
+        augmented = np.asarray(train_cifar10.augment(jnp.asarray(images), jax.random.key(3), flip))
+        for image, result in zip(images, augmented, strict=True):
+            candidates = [image, image[:, ::-1]] if flip else [image]
+            padded = [np.pad(candidate, ((4, 4), (4, 4), (0, 0))) for candidate in candidates]
+            crops = np.lib.stride_tricks.sliding_window_view(padded, (32, 32, 3), axis=(1, 2, 3))
+            found = np.argwhere((crops == result).all(axis=(4, 5, 6)))
+            assert len(found) == 1
+            mirrored_ones += found[0, 0]
+    assert 16 < mirrored_ones < 48
+
+
+def test_the_transformer_does_not_look_ahead():
+    model = train_text.Transformer(7, 8, 16, 2, 1, train_text.nnx.Rngs(0))
+    ids = jnp.arange(8)[None] % 7
+    changed = ids.at[0, 5].set(6)
+    logits = jax.jit(model)(jnp.concatenate([ids, changed]))
+    same = np.isclose(*logits, atol=1e-6).all(axis=-1)
+    assert same.tolist() == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("text", "--data-dir {}", "neither {}/tinyshakespeare.txt nor another *.txt in that folder"),
+        ("text", "--text {}/none.txt", "cannot read the text: [Errno 2] No such file or directory"),
+        ("text", "--text {}/short.md", "must exceed --context 64, it has 10 characters"),
+        ("text", "--heads 5", "--heads must divide --width, got 5 heads and a width of 96"),
+        ("cifar10", "--tfds", "install tensorflow_datasets, or pass --data-dir"),
+        ("cifar10", "--samples 100", "a batch of 128 needs as many samples, got 100: lower --batch-size"),
+        ("digits", "--rates adam=1", "unknown optimizer 'adam': write NAME=RATE with a NAME of mfac, sgd,"),
+        ("digits", "--rates sgd=-1", "the rate of sgd must be a number above 0, got '-1'"),
+        ("digits", "--rates sgd", "the rate of sgd must be a number above 0, got ''"),
+        ("digits", "--optimizers adam", "invalid choice: 'adam'"),
+        ("digits", "--seeds 0", "--seeds: must be at least 1, got 0"),
+        ("digits", "--epochs x", "--epochs: invalid count value: 'x'"),
+        ("digits", "--resume", "--resume needs the --checkpoint-dir of the runs to continue"),
+        ("digits", "--out {}/short.md", "File exists"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_the_cure(name, arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # as where it is not installed
+    (tmp_path / "short.md").write_text("x" * 100)
+    given = arguments.format(tmp_path).split()
+    given += [] if "--out" in given else ["--out", tmp_path]
+    assert message.format(tmp_path) in error_of(name, capsys, *given)
