@@ -1,6 +1,8 @@
 """M-FAC for JAX: second-order optimization from gradients alone, as optax transforms."""
 
 from mfac_jax._alias import mfac as mfac
+from mfac_jax._metric import DiagonalMetricState as DiagonalMetricState
+from mfac_jax._metric import in_diagonal_metric as in_diagonal_metric
 from mfac_jax._transform import ScaleByMFACState as ScaleByMFACState
 from mfac_jax._transform import ihvp as ihvp
 from mfac_jax._transform import scale_by_mfac as scale_by_mfac

@@ -1,6 +1,7 @@
 """Algebra of the m x m Gram matrices: nothing here knows of parameters or of optax.
 
-All functions take a stack of Gram matrices K `(blocks, m, m)` and vectors `(blocks, m)`. With G the
+All functions take a stack of Gram matrices K `(blocks, m, m)`, vectors `(blocks, m)` and a damping
+`()` or `(blocks,)`. With G the
 window `(m, d)` of a block, K = G G^T, and F = damping I + G^T G / n, functions of F act on the rows
 of G through K: f(F) G^T w = G^T f(damping I + K / n) w (the push-through identity).
 """
@@ -22,6 +23,24 @@ def replace_row(gram: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
     return gram.at[:, index, :].set(row).at[:, :, index].set(row)
 
 
+def mean_square(gram: jax.Array, count: jax.Array) -> jax.Array:
+    """Mean squared norm of the `count` rows in use `(blocks,)`; one where they are too small to tell."""
+    mean = jnp.trace(gram, axis1=-2, axis2=-1) / count.astype(gram.dtype)
+    return jnp.where(mean > 2.0**-100, mean, 1)
+
+
+def cosine_to_row(gram: jax.Array, index: jax.Array, coefficients: jax.Array) -> jax.Array:
+    """Cosine of row `index` of G and G^T c, over all blocks together; zero where one of them is zero."""
+    scale = jnp.max(jnp.abs(coefficients))
+    unit = coefficients / jnp.where(scale > 0, scale, 1)
+    largest = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1))
+    gram = gram / jnp.where(largest > 0, largest, 1)  # products of norms would overflow otherwise
+    product = jnp.sum(gram[:, index] * unit)
+    squares = jnp.sum(gram[:, index, index]) * jnp.sum(unit * _matvec(gram, unit))
+    cosine = product * lax.rsqrt(jnp.where(squares > 0, squares, 1))
+    return jnp.clip(jnp.where(squares > 0, cosine, 0), -1, 1)
+
+
 def inverse_power(
     gram: jax.Array, damping: jax.Array, count: jax.Array, power: jax.Array | float, w: jax.Array
 ) -> jax.Array:
@@ -29,6 +48,7 @@ def inverse_power(
 
     c = (damping I + K / n)^-power w. Nothing is subtracted, so the digits of w survive small damping.
     """
+    damping = jnp.broadcast_to(damping, gram.shape[:1])[:, None]
 
     def inverse():
         return count * _solve(gram, count * damping, w)
@@ -47,6 +67,7 @@ def outside_inverse_power(
     For power 1 this is c = -(K + n damping I)^-1 G x / damping; in general, with s an eigenvalue of
     K, the function (phi(s) - phi(0)) / s for phi(s) = (damping + s / n)^-power.
     """
+    damping = jnp.broadcast_to(damping, gram.shape[:1])[:, None]
 
     def inverse():
         return -_solve(gram, count * damping, gx) / damping
@@ -73,7 +94,7 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     When gradients repeat and the shift is small against their squared norm, Cholesky breaks down, or
     its result is rounding noise. A jitter then takes the shift's place.
     """
-    system = gram + shift * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
+    system = gram + shift[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
     _, exponent = jnp.frexp(jnp.diagonal(system, axis1=-2, axis2=-1))
     # Powers of two bring the diagonal near one without rounding, whatever the gradients' norms.
     scale = jnp.ldexp(jnp.ones_like(rhs), -(exponent // 2))

@@ -1,5 +1,6 @@
 """The M-FAC optimizer step as an optax transform, and products with the Fisher inverse it holds."""
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,11 @@ from mfac_jax import _gram, _tree, _validation
 Normalization = Literal["window", "count"]
 Blocks = Literal["leaf"] | Callable[[jax.tree_util.KeyPath], Hashable] | None
 
+# The cosine that `step_adaptation` settles at is minus this: with 0 it stops at the step that is best for
+# the next step only, which is too short in the long run.
+_DRIFT = 0.05
+_MAX_LOG_STEP = math.log(30)
+
 
 class ScaleByMFACState(NamedTuple):
     """State of `scale_by_mfac`.
@@ -23,6 +29,10 @@ class ScaleByMFACState(NamedTuple):
       window: the last `num_grads` gradients, the parameter tree with a leading axis on every leaf.
         Rows are zero until they are first used.
       gram: inner products of the rows of the window, one matrix a block.
+      coefficients: c of the last update G^T c, before the step factor.
+      shift: what the last step added to the diagonal of each Gram matrix, n times the damping; zero
+        before the first.
+      log_step: logarithm of the factor that `step_adaptation` has brought the update's length to.
     """
 
     grads_seen: jax.Array  # () int32
@@ -30,6 +40,9 @@ class ScaleByMFACState(NamedTuple):
     next_row: jax.Array  # () int32
     window: optax.Params  # leaves (num_grads, *leaf.shape), of the leaf's dtype
     gram: jax.Array  # (blocks, num_grads, num_grads) float32, float64 with a float64 leaf
+    coefficients: jax.Array  # (blocks, num_grads), of the dtype of gram
+    shift: jax.Array  # (blocks,), of the dtype of gram
+    log_step: jax.Array  # (), of the dtype of gram
 
 
 def scale_by_mfac(
@@ -38,7 +51,10 @@ def scale_by_mfac(
     *,
     normalize_by: Normalization = "window",
     power: float = 1.0,
+    relative_damping: bool = False,
     window_momentum: float = 0.0,
+    nesterov: bool = False,
+    step_adaptation: optax.ScalarOrSchedule = 0.0,
     blocks: Blocks = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Precondition gradients with the damped empirical Fisher matrix of a sliding window (M-FAC).
@@ -71,12 +87,23 @@ def scale_by_mfac(
         of a schedule outside of 1.2e-38 to 1.3e30 are moved to the nearer end.
       normalize_by: n. `'window'`, as in the paper: always m, so that the first steps are larger.
         `'count'`: the gradients seen, at most m.
+      relative_damping: True measures the damping in units of the window: :math:`\lambda = \rho \bar s / n`
+        with :math:`\rho` = `damping` and :math:`\bar s` the mean squared norm of its gradients, and returns
+        :math:`((1 + \rho) \bar s / n)^p F^{-p} g_j`. Then a lone gradient comes out as it went in, and
+        so does any gradient where :math:`\rho` is large: learning rates are those of gradient descent, at
+        any scale of the loss. `normalize_by` makes no difference.
       power: p in :math:`F^{-p} g_j`, in (0, 1]. 1 is the natural gradient, 1/2 full-matrix AdaGrad over the
         window (GGT). Powers other than 1 take an eigendecomposition of the m x m matrix, and rows
         whose norm is below about 1e-2 of the largest are damped more than they should be.
       window_momentum: beta in [0, 1). The vector preconditioned is the mean of the window's rows with
         weights proportional to beta^age, not the newest gradient alone. Unlike `optax.ema` after the
         transform it needs no buffer, and old gradients meet the newest Fisher matrix.
+      nesterov: whether the newest gradient counts once more in that mean, with beta of the mean and
+        1 - beta of the gradient, as in NAdam.
+      step_adaptation: h >= 0, a number or a schedule over the gradients accepted; 0 leaves the length of
+        the update as it is. Otherwise it is multiplied by a factor in [1/30, 30] whose logarithm moves by
+        :math:`h (\cos(g_t, u_{t-1}) + 0.05)` a step: it grows while the newest gradient still points
+        along the last update, and shrinks when that update went too far. From the Gram matrix alone.
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
         `'leaf'`: a block a leaf. A function from a leaf's key path (as in
         `jax.tree_util.tree_map_with_path`) to a hashable label: a block a label. Under
@@ -112,21 +139,49 @@ def scale_by_mfac(
       (the power 1/2).
     """
     num_grads = _validation.check_num_grads(num_grads)
-    if not callable(damping):
-        _validation.check_positive("damping", damping, "1e-3")
+    _check_schedules(damping, step_adaptation)
     _check_options(normalize_by, power, blocks)
     _validation.check_decay("window_momentum", window_momentum, "0.9")
+    _validation.check_bool("relative_damping", relative_damping)
+    _validation.check_bool("nesterov", nesterov)
 
     def init(params: optax.Params) -> ScaleByMFACState:
         _validation.check_params(params)
-        num_blocks = _count(_block_of_leaf(params, blocks))
+        num_blocks, dtype = _count(_block_of_leaf(params, blocks)), _tree.accumulation_dtype(params)
         return ScaleByMFACState(
             grads_seen=jnp.zeros((), jnp.int32),
             grads_rejected=jnp.zeros((), jnp.int32),
             next_row=jnp.zeros((), jnp.int32),
             window=_tree.empty_window(num_grads, params),
-            gram=jnp.zeros((num_blocks, num_grads, num_grads), _tree.accumulation_dtype(params)),
+            gram=jnp.zeros((num_blocks, num_grads, num_grads), dtype),
+            coefficients=jnp.zeros((num_blocks, num_grads), dtype),
+            shift=jnp.zeros((num_blocks,), dtype),
+            log_step=jnp.zeros((), dtype),
         )
+
+    def precondition(gram, newest, seen):
+        """Coefficients of the update, and the shift they were computed with."""
+        rho = _value(damping, seen - 1, gram.dtype, jnp.finfo(gram.dtype).tiny, 2.0**100)
+        weights = _weights_by_age(newest, seen, num_grads, window_momentum, nesterov, gram.dtype)
+        weights = jnp.broadcast_to(weights, gram.shape[:-1])
+        if not relative_damping:
+            n = _normalizer(normalize_by, seen, num_grads, gram.dtype)
+            c = _gram.inverse_power(gram, rho, n, power, weights)
+            return c, jnp.broadcast_to(n * rho, gram.shape[:1])
+        energy = _gram.mean_square(gram, jnp.clip(seen, 1, num_grads))
+        c = _gram.inverse_power(gram, rho * energy, jnp.ones((), gram.dtype), power, weights)
+        return c * ((1 + rho) * energy[:, None]) ** power, rho * energy
+
+    def adapted(state, gram, newest):
+        """The logarithm of the step factor, moved by how the newest gradient meets the last update."""
+        if isinstance(step_adaptation, (int, float)) and step_adaptation == 0:
+            return state.log_step
+        rate = _value(step_adaptation, state.grads_seen, gram.dtype, 0.0, 1.0)
+        last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
+        cosine = _gram.cosine_to_row(gram, newest, last_update)
+        is_first = state.grads_seen == 0
+        moved = state.log_step + jnp.where(is_first, 0, rate * (cosine + _DRIFT))
+        return jnp.clip(moved, -_MAX_LOG_STEP, _MAX_LOG_STEP)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -140,22 +195,26 @@ def scale_by_mfac(
         products = _products(window, row, block_of_leaf, state.gram)
         gram = jnp.where(finite, _gram.replace_row(state.gram, products, newest), state.gram)
 
-        seen = jnp.where(finite, optax.safe_increment(state.grads_seen), state.grads_seen)
-        rejected = jnp.where(finite, state.grads_rejected, optax.safe_increment(state.grads_rejected))
-        weights = _weights_by_age(newest, seen, num_grads, window_momentum, gram.dtype)
-        coefficients = _gram.inverse_power(
-            gram,
-            _damping_value(damping, state.grads_seen, gram.dtype),
-            _normalizer(normalize_by, seen, num_grads, gram.dtype),
-            power,
-            jnp.broadcast_to(weights, gram.shape[:-1]),
-        )
-        preconditioned = _combine(coefficients, window, block_of_leaf)
+        seen = optax.safe_increment(state.grads_seen)
+        coefficients, shift = precondition(gram, newest, seen)
+        log_step = adapted(state, gram, newest)
+        preconditioned = _combine(coefficients * jnp.exp(log_step), window, block_of_leaf)
         updates = jax.tree.map(
             lambda x, u: jnp.where(finite, _tree.narrow(u, x.dtype), x), updates, preconditioned
         )
-        next_row = jnp.where(finite, (newest + 1) % num_grads, newest)
-        return updates, ScaleByMFACState(seen, rejected, next_row, window, gram)
+        changed = ScaleByMFACState(
+            grads_seen=jnp.where(finite, seen, state.grads_seen),
+            grads_rejected=jnp.where(
+                finite, state.grads_rejected, optax.safe_increment(state.grads_rejected)
+            ),
+            next_row=jnp.where(finite, (newest + 1) % num_grads, newest),
+            window=window,
+            gram=gram,
+            coefficients=jnp.where(finite, coefficients, state.coefficients),
+            shift=jnp.where(finite, shift, state.shift),
+            log_step=jnp.where(finite, log_step, state.log_step),
+        )
+        return updates, changed
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -224,7 +283,7 @@ def ihvp(
             f"blocks must split the tree into the {num_blocks} block(s) of the state, got "
             f"{_count(block_of_leaf)}. Pass the value of blocks given to scale_by_mfac."
         )
-    damping = _damping_value(damping, state.grads_seen, gram.dtype)
+    damping = _value(damping, state.grads_seen, gram.dtype, jnp.finfo(gram.dtype).tiny, 2.0**100)
     coefficients = _gram.outside_inverse_power(
         gram,
         damping,
@@ -235,6 +294,14 @@ def ihvp(
     inside = _combine(coefficients, state.window, block_of_leaf)
     outside = damping**-power
     return jax.tree.map(lambda x, y: _tree.narrow(outside * x.astype(y.dtype) + y, x.dtype), tree, inside)
+
+
+def _check_schedules(damping, step_adaptation) -> None:
+    """Check the numbers that may be schedules, where they are numbers."""
+    if not callable(damping):
+        _validation.check_positive("damping", damping, "1e-3")
+    if not callable(step_adaptation):
+        _validation.check_not_negative("step_adaptation", step_adaptation, "0.3")
 
 
 def _check_options(normalize_by, power, blocks) -> None:
@@ -278,17 +345,19 @@ def _combine(coefficients: jax.Array, window, block_of_leaf: list[int]) -> optax
     return jax.tree.unflatten(structure, combined)
 
 
-def _weights_by_age(newest, seen, num_grads: int, momentum, dtype) -> jax.Array:
+def _weights_by_age(newest, seen, num_grads: int, momentum, nesterov: bool, dtype) -> jax.Array:
     """Weights `(m,)` proportional to momentum^age over the rows in use; they add up to one."""
     age = (newest - jnp.arange(num_grads)) % num_grads
-    decayed = jnp.asarray(momentum, dtype) ** age.astype(dtype)
+    momentum = jnp.asarray(momentum, dtype)
+    decayed = momentum ** age.astype(dtype)
     weights = jnp.where(age < jnp.maximum(seen, 1), decayed, 0)
-    return weights / jnp.sum(weights)
+    weights /= jnp.sum(weights)
+    return momentum * weights + (1 - momentum) * (age == 0) if nesterov else weights
 
 
-def _damping_value(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
-    value = damping(step) if callable(damping) else damping
-    return jnp.clip(jnp.asarray(value, dtype), jnp.finfo(dtype).tiny, 2.0**100)
+def _value(number_or_schedule: optax.ScalarOrSchedule, step: jax.Array, dtype, low, high) -> jax.Array:
+    value = number_or_schedule(step) if callable(number_or_schedule) else number_or_schedule
+    return jnp.clip(jnp.asarray(value, dtype), low, high)
 
 
 def _normalizer(normalize_by: Normalization, seen: jax.Array, num_grads: int, dtype) -> jax.Array:

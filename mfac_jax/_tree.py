@@ -47,6 +47,11 @@ def _named_sharding(leaf) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
+def all_finite(tree: optax.Updates) -> jax.Array:
+    """Whether no entry of the tree is NaN or Inf."""
+    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
 def as_row(updates: optax.Updates, window: optax.Params) -> tuple[optax.Updates, jax.Array]:
     """The updates in the dtypes of the window, and whether all of them are finite.
 

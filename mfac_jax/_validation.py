@@ -58,6 +58,12 @@ def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> N
         raise ValueError(message)
 
 
+def check_bool(name: str, value) -> None:
+    """Refuse what is not True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
 def check_choice(name: str, value, allowed: Sequence[str | None], otherwise: str = "") -> None:
     """Refuse a value that is not one of the names (or None) in `allowed`."""
     if not (value is None or isinstance(value, str)) or value not in allowed:

@@ -155,8 +155,9 @@ def test_injected_schedules_act_as_schedules_of_the_optimizer():
     assert_close(updates, run(mfac(rate, 3, damping), GRADIENTS)[0])
 
 
-def test_injected_power_and_window_momentum_act_as_static_ones():
-    options: dict[str, Any] = {"damping": 0.5, "power": 0.5, "window_momentum": 0.7}
+def test_injected_numbers_act_as_static_ones():
+    options: dict[str, Any] = {"damping": 0.5, "power": 0.5}
+    options |= {"window_momentum": 0.7, "step_adaptation": 0.3}
     updates, state = run(inject(scale_by_mfac, **options), GRADIENTS, PARAMS)
     assert state.hyperparams.keys() == options.keys()
     assert_close(updates, run(scale_by_mfac(3, **options), GRADIENTS)[0])
@@ -274,7 +275,7 @@ def types(state):
 
 def test_the_state_keeps_its_types_from_init_on(maybe_jit):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    tx = mfac(0.1, 3, weight_decay=0.1, normalize_by="count", window_momentum=0.5)
+    tx = mfac(0.1, 3, weight_decay=0.1, normalize_by="count", momentum_in="update")
     state = maybe_jit(tx.init)(params)
     _, new_state = maybe_jit(tx.update)(params, state, params)
     assert types(state) == types(new_state)
@@ -299,7 +300,8 @@ def test_no_step_is_traced_twice(init):
 
 def test_the_state_is_an_immutable_named_tuple():
     state: Any = PLAIN.init(PARAMS)
-    assert state._fields == ("grads_seen", "grads_rejected", "next_row", "window", "gram")
+    scalars = ("grads_seen", "grads_rejected", "next_row")
+    assert state._fields == (*scalars, "window", "gram", "coefficients", "shift", "log_step")
     with pytest.raises(AttributeError):
         state.gram = state.gram
     before = jax.tree.map(np.array, state)
@@ -334,7 +336,7 @@ def test_map_params_reaches_the_window_and_nothing_else_of_the_state():
     )
     assert optax.tree.get(mapped, "window") == names
     others = jax.tree.leaves(optax.tree.get(mapped, "ScaleByMFACState")._replace(window=None))
-    assert others == ["no parameter"] * 4
+    assert others == ["no parameter"] * 7
 
 
 def with_flax(state, directory):
@@ -434,9 +436,10 @@ def apart(updates, bad: list[int]):
         {"momentum": None},
         {"weight_decay": 0.1},
         {"weight_decay": 0.1, "decoupled_weight_decay": False},
-        {"blocks": "leaf", "power": 0.5, "window_momentum": 0.5, "normalize_by": "count"},
+        {"blocks": "leaf", "power": 0.5, "momentum_in": "update"},
+        {"metric": "identity", "relative_damping": False, "normalize_by": "count", "step_adaptation": 0},
     ],
-    ids=["no momentum", "decoupled", "coupled", "other options"],
+    ids=["no momentum", "decoupled", "coupled", "other options", "as in the paper"],
 )
 def test_after_a_bad_gradient_all_is_as_if_it_had_not_come(value, options):
     tx = mfac(0.1, 3, 0.5, **options)

@@ -123,6 +123,87 @@ def test_every_step_of_a_long_stream_is_the_closed_form(x64, num_grads, normaliz
             assert worst_error(as_flat(updates), expected) < 1e-9, (power, window_momentum)
 
 
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_relative_damping_is_in_units_of_the_windows_mean_square(x64, power, blocks):
+    grads, num_grads, rho = stream(12), 5, 0.2
+    tx = scale_by_mfac(num_grads, rho, relative_damping=True, power=power, blocks=blocks)
+    updates, state = jax.jit(functools.partial(run, tx))(as_tree(grads))
+    expected = np.empty_like(grads)
+    for step in range(len(grads)):
+        window = grads[max(0, step + 1 - num_grads) : step + 1]
+        for block in BLOCKS[blocks]:
+            energy = np.mean(np.sum(window[:, block] ** 2, axis=1))
+            inverse = inverse_power(window[:, block], grads[step, block], rho * energy, 1, power)
+            expected[step, block] = ((1 + rho) * energy) ** power * inverse
+    assert worst_error(as_flat(updates), expected) < 1e-9
+    norms = [np.sum(grads[-num_grads:, block] ** 2) / num_grads for block in BLOCKS[blocks]]
+    np.testing.assert_allclose(state.shift, rho * np.array(norms), rtol=1e-12)
+
+
+def test_relative_damping_keeps_a_lone_gradient_and_knows_no_units():
+    grads = stream(6).astype(np.float32)
+    tx = scale_by_mfac(4, 0.2, relative_damping=True)
+    updates, _ = run(tx, as_tree(grads))
+    np.testing.assert_allclose(as_flat(updates)[0], grads[0], rtol=8 * EPS)
+    for unit in (2.0**-40, 2.0**40):
+        scaled, _ = run(tx, as_tree(grads * np.float32(unit)))
+        assert worst_error(as_flat(scaled), unit * as_flat(updates)) < 64 * EPS
+
+
+def test_nesterov_counts_the_newest_gradient_once_more(x64):
+    grads = stream(9)
+    tx = scale_by_mfac(4, 0.05, window_momentum=0.7, nesterov=True)
+    updates, _ = run(tx, as_tree(grads))
+    for step in range(len(grads)):
+        window = grads[max(0, step - 3) : step + 1]
+        x = 0.7 * mean_by_age(window, 0.7) + 0.3 * window[-1]
+        assert relative_error(as_flat(updates)[step], inverse_power(window, x, 0.05, 4)) < 1e-9
+
+
+def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float) -> np.ndarray:
+    """What `log_step` should be after each gradient, as long as the window wraps never."""
+    log_steps = [0.0]
+    for g, last in zip(grads[1:], directions[:-1], strict=True):
+        cosine = g @ last / np.linalg.norm(g) / np.linalg.norm(last)
+        log_steps.append(np.clip(log_steps[-1] + rate * (cosine + 0.05), -np.log(30), np.log(30)))
+    return np.array(log_steps)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_the_step_factor_follows_the_cosine_of_gradient_and_last_update(x64, blocks):
+    grads = stream(10)
+    plain, _ = run(scale_by_mfac(10, 0.05, window_momentum=0.5, blocks=blocks), as_tree(grads))
+    tx = scale_by_mfac(10, 0.05, window_momentum=0.5, blocks=blocks, step_adaptation=0.3)
+    updates, state = run(tx, as_tree(grads))
+    log_steps = adapted_log_steps(grads, as_flat(plain), 0.3)
+    assert np.abs(log_steps).max() > 0.1
+    np.testing.assert_allclose(state.log_step, log_steps[-1], rtol=1e-9)
+    assert worst_error(as_flat(updates), np.exp(log_steps)[:, None] * as_flat(plain)) < 1e-9
+
+
+@pytest.mark.parametrize(("sign", "factor"), [(1, 30), (-1, 1 / 30)])
+def test_the_step_factor_stays_in_its_band(sign, factor):
+    """Equal gradients point along every update; alternating ones against every other."""
+    g = stream(1)[0].astype(np.float32)
+    grads = np.stack([g * sign**step for step in range(200)])
+    _, state = run(scale_by_mfac(1, 0.05, step_adaptation=1.0), as_tree(grads))
+    # In a window of one row the last update's gradient is gone when the next one comes.
+    assert state.log_step == 0
+    _, state = run(scale_by_mfac(2, 0.05, step_adaptation=1.0), as_tree(grads))
+    np.testing.assert_allclose(np.exp(state.log_step), factor, rtol=1e-5)
+
+
+def test_a_rejected_gradient_leaves_the_step_factor():
+    grads = stream(6)
+    interrupted = np.insert(grads, 3, np.inf, axis=0).astype(np.float32)
+    tx = scale_by_mfac(8, 0.05, step_adaptation=0.3)
+    _, expected = run(tx, as_tree(grads.astype(np.float32)))
+    _, state = run(tx, as_tree(interrupted))
+    np.testing.assert_array_equal(state.log_step, expected.log_step)
+    np.testing.assert_array_equal(state.coefficients, expected.coefficients)
+
+
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_damping_follows_a_schedule_over_the_gradients(x64, power):
     grads = stream(12)
@@ -202,6 +283,7 @@ def permuted(state, order):
         next_row=jnp.argmax(order == state.next_row).astype(jnp.int32),
         window=jax.tree.map(lambda rows: rows[order], state.window),
         gram=state.gram[:, order][:, :, order],
+        coefficients=state.coefficients[:, order],
     )
 
 

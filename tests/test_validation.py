@@ -113,11 +113,25 @@ def test_power_must_be_in_the_unit_interval(value):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, NAN, INF])
-@pytest.mark.parametrize("name", ["window_momentum", "momentum"])
-def test_momenta_must_be_in_the_unit_interval(name, value):
+@pytest.mark.parametrize(("make", "name"), [(scale_by_mfac, "window_momentum"), (mfac, "momentum")])
+def test_momenta_must_be_in_the_unit_interval(make, name, value):
     message = f"^{name} must be a finite number >= 0 and < 1, {spelled(value)}.*Pass e.g."
     with pytest.raises(ValueError, match=message):
-        mfac(0.1, **{name: value})
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("make", [scale_by_mfac, mfac])
+@pytest.mark.parametrize("value", [-0.1, NAN, INF])
+def test_step_adaptation_must_not_be_negative(make, value):
+    message = f"^step_adaptation must be a finite number >= 0, {spelled(value)}.*Pass e.g."
+    with pytest.raises(ValueError, match=message):
+        make(step_adaptation=value)
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("metric", "diagonal"), ("momentum_in", "window")])
+def test_names_must_be_among_the_choices(name, allowed):
+    with pytest.raises(ValueError, match=f"{name} must be one of '{allowed}', .*got 'other'"):
+        mfac(**{name: "other"})
 
 
 @pytest.mark.parametrize("value", [-1e-3, NAN, INF])
@@ -127,12 +141,21 @@ def test_weight_decay_must_not_be_negative(value):
         mfac(0.1, weight_decay=value)
 
 
-def test_decoupled_weight_decay_must_be_a_bool():
-    with pytest.raises(TypeError, match="decoupled_weight_decay must be True or False, got 'no'"):
-        mfac(0.1, decoupled_weight_decay="no")  # pyright: ignore
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (mfac, "decoupled_weight_decay"),
+        (mfac, "relative_damping"),
+        (scale_by_mfac, "relative_damping"),
+        (scale_by_mfac, "nesterov"),
+    ],
+)
+def test_switches_must_be_bools(make, name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+        make(**{name: "no"})
 
 
-@pytest.mark.parametrize("name", ["power", "window_momentum", "momentum", "weight_decay"])
+@pytest.mark.parametrize("name", ["power", "step_adaptation", "momentum", "weight_decay"])
 @pytest.mark.parametrize("value", ["0.1", True, 1j, [0.1]])
 def test_other_numbers_must_be_numbers(name, value):
     with pytest.raises(TypeError, match=f"^{name} must be a finite number .*{spelled(value)}.*Pass e.g."):

@@ -1,0 +1,136 @@
+"""What in_diagonal_metric computes: against scale_by_adam, and a step of mfac written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from dense_reference import inverse_power, relative_error
+
+from mfac_jax import in_diagonal_metric, mfac, scale_by_mfac
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def gradients(length: int, width: int = 12) -> np.ndarray:
+    """Correlated gradients whose coordinates differ in scale by six decades."""
+    random = np.random.default_rng(0)
+    scales = 10.0 ** random.uniform(-3, 3, width)
+    return scales * (random.standard_normal((length, width)) + random.standard_normal(width))
+
+
+def run(tx, grads) -> tuple[np.ndarray, optax.OptState]:
+    state = tx.init(jnp.asarray(grads[0]))
+    update, updates = jax.jit(tx.update), []
+    for g in grads:
+        u, state = update(jnp.asarray(g), state, jnp.zeros_like(g))
+        updates.append(np.asarray(u))
+    return np.stack(updates), state
+
+
+def test_around_the_identity_it_is_adam_without_momentum(x64):
+    grads = gradients(20)
+    updates, _ = run(in_diagonal_metric(optax.identity(), decay=0.9, eps=1e-4), grads)
+    expected, _ = run(optax.scale_by_adam(b1=0.0, b2=0.9, eps=1e-4), grads)
+    np.testing.assert_allclose(updates, expected, rtol=1e-12)
+
+
+def test_the_inner_transform_sees_and_answers_in_scaled_coordinates(x64):
+    grads = gradients(5)
+    seen = []
+
+    def record(updates, state, params=None):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), updates)
+        return jnp.ones_like(updates), state
+
+    inner = optax.GradientTransformation(lambda params: optax.EmptyState(), record)
+    updates, _ = run(in_diagonal_metric(inner, decay=0.5), grads[:1])
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen[0], np.sign(grads[0]) * np.sqrt(np.abs(grads[0])), rtol=1e-4)
+    np.testing.assert_allclose(updates[0], np.abs(grads[0]) ** -0.5, rtol=1e-4)
+
+
+def test_the_default_step_is_the_formula_of_its_docstring(x64):
+    """Written out in NumPy with a dense Fisher matrix, the window wrapping, without the step factor."""
+    grads, m, rho, beta, rate = gradients(9), 4, 0.2, 0.9, 0.01
+    updates, _ = run(mfac(rate, m, step_adaptation=0.0), grads)
+    v, rows = np.zeros(grads.shape[1]), []
+    for step, g in enumerate(grads):
+        v = 0.99 * v + 0.01 * g**2
+        scale = (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8) ** -0.5
+        rows = [*rows, scale * g][-m:]
+        window = np.stack(rows)
+        weights = beta ** np.arange(len(rows))[::-1]
+        x = beta * (weights / weights.sum()) @ window + (1 - beta) * window[-1]
+        energy = np.mean(np.sum(window**2, axis=1))
+        direction = (1 + rho) * energy * inverse_power(window, x, rho * energy, 1)
+        assert relative_error(updates[step], -rate * scale * direction) < 1e-9
+
+
+def test_it_does_not_depend_on_the_scale_of_the_loss():
+    grads = gradients(12).astype(np.float32)
+    updates, _ = run(mfac(0.01, 4), grads)
+    scaled, _ = run(mfac(0.01, 4), grads * np.float32(2.0**20))
+    np.testing.assert_allclose(scaled, updates, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_leaves_the_metric(bad):
+    grads = gradients(6).astype(np.float32)
+    tx = in_diagonal_metric(scale_by_mfac(4, 0.2, relative_damping=True))
+    expected, _ = run(tx, grads)
+    interrupted = np.insert(grads, 3, grads[0], axis=0)
+    interrupted[3, 1] = bad
+    updates, state = run(tx, interrupted)
+    assert not np.isfinite(updates[3]).all()
+    np.testing.assert_array_equal(np.delete(updates, 3, axis=0), expected)
+    assert optax.tree.get(state, "metric_count") == 6
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-38, 1e-20, 1e15, 1e30, 3e38])
+def test_updates_stay_finite_at_any_norm(norm):
+    grads = np.float32(norm) * np.sign(gradients(6)).astype(np.float32)
+    updates, state = run(mfac(0.01, 4), np.concatenate([grads, grads[:1] * 0, grads]))
+    assert np.isfinite(updates).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_half_precision_parameters_keep_a_float32_second_moment():
+    params = jnp.zeros(3, jnp.bfloat16)
+    tx = mfac(0.01, 4)
+    updates, state = tx.update(jnp.ones(3, jnp.bfloat16), tx.init(params), params)
+    assert updates.dtype == jnp.bfloat16
+    assert optax.tree.get(state, "second_moment").dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("decay", 1.0), ("decay", -0.1), ("eps", 0.0), ("eps", np.nan)]
+)
+def test_numbers_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*Pass e.g."):
+        in_diagonal_metric(optax.identity(), **{name: value})
+
+
+def test_step_adaptation_rests_while_the_learning_rate_rises():
+    grads = np.repeat(gradients(1).astype(np.float32), 12, axis=0)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.01, 6, 12)
+    _, state = run(mfac(schedule, 4), grads[:6])
+    assert optax.tree.get(state, "log_step") == 0
+    _, state = run(mfac(schedule, 4), grads)
+    assert optax.tree.get(state, "log_step") > 1
+    _, state = run(mfac(0.01, 4), grads[:6])
+    assert optax.tree.get(state, "log_step") > 1
+    _, state = run(mfac(0.01, 4, step_adaptation=schedule), grads[:6])
+    assert 0 < optax.tree.get(state, "log_step") < 0.1
+
+
+def test_no_step_adaptation_leaves_the_length():
+    grads = np.repeat(gradients(1).astype(np.float32), 8, axis=0)
+    _, state = run(mfac(0.01, 4, step_adaptation=0), grads)
+    assert optax.tree.get(state, "log_step") == 0
