@@ -1,6 +1,9 @@
 """M-FAC for JAX: second-order optimization from gradients alone, as optax transforms."""
 
 from mfac_jax._alias import mfac as mfac
+from mfac_jax._diagnostics import Diagnostics as Diagnostics
+from mfac_jax._diagnostics import DiagnosticsLog as DiagnosticsLog
+from mfac_jax._diagnostics import diagnostics as diagnostics
 from mfac_jax._metric import DiagonalMetricState as DiagonalMetricState
 from mfac_jax._metric import in_diagonal_metric as in_diagonal_metric
 from mfac_jax._transform import ScaleByMFACState as ScaleByMFACState

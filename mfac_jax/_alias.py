@@ -67,7 +67,7 @@ def mfac(
       momentum_in: `'window'`: the gradients in the window are averaged, with Nesterov's term, and meet the
         newest Fisher matrix; no buffer. `'update'`: the updates are averaged, as the authors do, by
         `optax.ema` (divided by :math:`1 - \beta^t`, which the authors do not).
-      step_adaptation: see `scale_by_mfac`; 0 for none. It rests while a schedule given as `learning_rate`
+      step_adaptation: see `scale_by_mfac`; 0 for none, which `momentum_in='update'` needs. It rests while a schedule given as `learning_rate`
         rises, because a warm-up is meant to be short of the best step. Under `optax.inject_hyperparams`
         the schedule is not seen: pass a schedule that is 0 during the warm-up here too.
       decoupled_weight_decay: True adds :math:`\omega \theta` to the update, as in AdamW. False, as
@@ -105,6 +105,11 @@ def mfac(
     _validation.check_choice("momentum_in", momentum_in, ("window", "update"))
     if momentum is not None:
         _validation.check_decay("momentum", momentum, "0.9")
+    if momentum_in == "update" and not _is_zero(step_adaptation):
+        raise ValueError(
+            f"step_adaptation must be 0 with momentum_in='update', got {step_adaptation!r}: it would not "
+            "see the momentum. Pass step_adaptation=0, or momentum_in='window'."
+        )
     window_momentum = momentum if momentum_in == "window" and momentum is not None else 0.0
     preconditioner = scale_by_mfac(
         num_grads,
@@ -135,7 +140,7 @@ def _resting_while_rising(
     """The rate, as a schedule that is 0 where `learning_rate` is one and rises."""
     if not callable(rate):
         _validation.check_not_negative("step_adaptation", rate, "0.3")
-    if not callable(learning_rate) or (isinstance(rate, (int, float)) and rate == 0):
+    if not callable(learning_rate) or _is_zero(rate):
         return rate
 
     def resting(count):
@@ -143,6 +148,11 @@ def _resting_while_rising(
         return jnp.where(rise > 0, 0, rate(count) if callable(rate) else rate)
 
     return resting
+
+
+def _is_zero(rate: optax.ScalarOrSchedule) -> bool:
+    """Whether the rate is known to be zero before tracing."""
+    return isinstance(rate, (int, float)) and rate == 0
 
 
 def _skip_not_finite(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -103,7 +103,8 @@ def scale_by_mfac(
       step_adaptation: h >= 0, a number or a schedule over the gradients accepted; 0 leaves the length of
         the update as it is. Otherwise it is multiplied by a factor in [1/30, 30] whose logarithm moves by
         :math:`h (\cos(g_t, u_{t-1}) + 0.05)` a step: it grows while the newest gradient still points
-        along the last update, and shrinks when that update went too far. From the Gram matrix alone.
+        along the last update, and shrinks when that update went too far. From the Gram matrix alone:
+        momentum that is added after the transform is not seen, and the steps then become too long.
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
         `'leaf'`: a block a leaf. A function from a leaf's key path (as in
         `jax.tree_util.tree_map_with_path`) to a hashable label: a block a label. Under
@@ -169,8 +170,9 @@ def scale_by_mfac(
             c = _gram.inverse_power(gram, rho, n, power, weights)
             return c, jnp.broadcast_to(n * rho, gram.shape[:1])
         energy = _gram.mean_square(gram, jnp.clip(seen, 1, num_grads))
+        rho = jnp.minimum(rho, 2.0**100 / jnp.maximum(energy, 1))  # their product must not overflow
         c = _gram.inverse_power(gram, rho * energy, jnp.ones((), gram.dtype), power, weights)
-        return c * ((1 + rho) * energy[:, None]) ** power, rho * energy
+        return c * ((1 + rho) * energy)[:, None] ** power, rho * energy
 
     def adapted(state, gram, newest):
         """The logarithm of the step factor, moved by how the newest gradient meets the last update."""
@@ -179,8 +181,8 @@ def scale_by_mfac(
         rate = _value(step_adaptation, state.grads_seen, gram.dtype, 0.0, 1.0)
         last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
         cosine = _gram.cosine_to_row(gram, newest, last_update)
-        is_first = state.grads_seen == 0
-        moved = state.log_step + jnp.where(is_first, 0, rate * (cosine + _DRIFT))
+        is_known = jnp.any(last_update != 0)
+        moved = state.log_step + jnp.where(is_known, rate * (cosine + _DRIFT), 0)
         return jnp.clip(moved, -_MAX_LOG_STEP, _MAX_LOG_STEP)
 
     def update(updates, state, params=None, **extra_args):

@@ -275,7 +275,7 @@ def types(state):
 
 def test_the_state_keeps_its_types_from_init_on(maybe_jit):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    tx = mfac(0.1, 3, weight_decay=0.1, normalize_by="count", momentum_in="update")
+    tx = mfac(0.1, 3, weight_decay=0.1, momentum_in="update", step_adaptation=0)
     state = maybe_jit(tx.init)(params)
     _, new_state = maybe_jit(tx.update)(params, state, params)
     assert types(state) == types(new_state)
@@ -436,7 +436,7 @@ def apart(updates, bad: list[int]):
         {"momentum": None},
         {"weight_decay": 0.1},
         {"weight_decay": 0.1, "decoupled_weight_decay": False},
-        {"blocks": "leaf", "power": 0.5, "momentum_in": "update"},
+        {"blocks": "leaf", "power": 0.5, "momentum_in": "update", "step_adaptation": 0},
         {"metric": "identity", "relative_damping": False, "normalize_by": "count", "step_adaptation": 0},
     ],
     ids=["no momentum", "decoupled", "coupled", "other options", "as in the paper"],

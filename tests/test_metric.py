@@ -1,5 +1,6 @@
 """What in_diagonal_metric computes: against scale_by_adam, and a step of mfac written out in NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,8 +106,7 @@ def test_half_precision_parameters_keep_a_float32_second_moment():
     params = jnp.zeros(3, jnp.bfloat16)
     tx = mfac(0.01, 4)
     updates, state = tx.update(jnp.ones(3, jnp.bfloat16), tx.init(params), params)
-    assert updates.dtype == jnp.bfloat16
-    assert optax.tree.get(state, "second_moment").dtype == jnp.float32
+    chex.assert_type([updates, optax.tree.get(state, "second_moment")], [jnp.bfloat16, jnp.float32])
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,14 @@ def test_relative_damping_keeps_a_lone_gradient_and_knows_no_units():
         assert worst_error(as_flat(scaled), unit * as_flat(updates)) < 64 * EPS
 
 
+@pytest.mark.parametrize(("rho", "entry"), [(100.0, 3e38), (1e30, 1e15), (1e-30, 1e-15)])
+def test_relative_damping_does_not_overflow(rho, entry):
+    tx = scale_by_mfac(3, rho, relative_damping=True)
+    updates, state = run(tx, jnp.full((5, 10), entry, jnp.float32))
+    assert np.isfinite(updates).all()
+    assert np.isfinite(state.shift).all()
+
+
 def test_nesterov_counts_the_newest_gradient_once_more(x64):
     grads = stream(9)
     tx = scale_by_mfac(4, 0.05, window_momentum=0.7, nesterov=True)

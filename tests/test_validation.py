@@ -128,10 +128,16 @@ def test_step_adaptation_must_not_be_negative(make, value):
         make(step_adaptation=value)
 
 
+def test_momentum_of_updates_excludes_step_adaptation():
+    with pytest.raises(ValueError, match=r"step_adaptation must be 0 .* got 0\.3: .* Pass"):
+        mfac(momentum_in="update")
+
+
 @pytest.mark.parametrize(("name", "allowed"), [("metric", "diagonal"), ("momentum_in", "window")])
 def test_names_must_be_among_the_choices(name, allowed):
+    options: dict[str, Any] = {name: "other"}
     with pytest.raises(ValueError, match=f"{name} must be one of '{allowed}', .*got 'other'"):
-        mfac(**{name: "other"})
+        mfac(**options)
 
 
 @pytest.mark.parametrize("value", [-1e-3, NAN, INF])

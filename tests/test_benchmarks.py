@@ -1,0 +1,191 @@
+"""The comparison of optimizers: tiny runs through its command line, and its report from made-up results."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+compare_optimizers, optimizers, report_comparison = (
+    importlib.import_module(name) for name in ("compare_optimizers", "optimizers", "report_comparison")
+)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------- the real thing
+
+
+def test_runs_are_stored_and_not_repeated_and_a_missing_package_is_named(tmp_path, capfd):
+    optimizers_wanted = ["--optimizers", "sgd", "mfac-default", "soap"]
+    options = ["--problems", "digits-mlp", *optimizers_wanted, "--seeds", "2", "--steps", "4"]
+    # A checkout of SOAP that cannot be imported, wherever this runs.
+    (tmp_path / "soap_jax.py").write_text("raise AttributeError('made for another JAX')\n")
+    options += ["--soap", str(tmp_path), "--out", str(tmp_path)]
+    compare_optimizers.main(options)
+    records = read(tmp_path / "runs.jsonl")
+    runs = [record for record in records if "evaluations" in record]
+    assert [record["missing"] for record in records if "missing" in record] == ["soap"]
+    assert "made for another JAX" in capfd.readouterr().err
+
+    counts = {name: sum(run["optimizer"] == name for run in runs) for name in ("sgd", "mfac-default")}
+    assert counts == {"sgd": 6, "mfac-default": 2}  # the grid, and seed 1 at the best rate
+    sgd = [run for run in runs if run["optimizer"] == "sgd"]
+    best = min(sgd[:5], key=lambda run: run["evaluations"][-1]["train_loss"])
+    assert (sgd[5]["rate"], sgd[5]["seed"]) == (best["rate"], 1)
+    for run in runs:
+        steps = [evaluation["step"] for evaluation in run["evaluations"]]
+        assert steps == [0, 1, 2, 3, 4]
+        assert all(set(e) >= {"seconds", "train_loss", "valid_loss"} for e in run["evaluations"])
+        assert run["step_ms"] > 0
+        assert run["jobs"] == 1
+        assert {"revision", "versions", "machine"} <= set(run)
+    # Peak rates are in the state: other rates are other runs, from the same start.
+    assert len({run["evaluations"][0]["train_loss"] for run in sgd[:5]}) == 1
+    assert len({run["evaluations"][-1]["train_loss"] for run in sgd[:5]}) == 5
+
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"study": "tuni')  # as an interrupted write leaves it
+    compare_optimizers.main(options)
+    again = [record for record in read(tmp_path / "runs.jsonl") if "evaluations" in record]
+    assert again == runs
+
+    report_comparison.main([str(tmp_path / "runs.jsonl"), "--out", str(tmp_path / "docs")])
+    printed = capfd.readouterr().out
+    assert "left out: soap on digits-mlp" in printed
+    assert "| mfac-default |" in printed
+
+
+def test_a_data_folder_that_is_not_there_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare_optimizers.main(["--data-dir", str(tmp_path / "none"), "--out", str(tmp_path)])
+    assert "--data-dir" in capsys.readouterr().err
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path, capsys):
+    (tmp_path / "runs.jsonl").write_text("no json\n")
+    with pytest.raises(SystemExit, match="2"):
+        compare_optimizers.main(["--out", str(tmp_path)])
+    assert "pass another --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        report_comparison.main([str(tmp_path / "runs.jsonl")])
+    assert "compare_optimizers.py" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- its plan
+
+
+def test_every_tuned_optimizer_has_five_rates_and_they_rise_in_factors_of_two_to_three():
+    for name, grids in optimizers.RATES.items():
+        for rates in grids.values():
+            assert len(rates) == (1 if name in ("mfac-default", "mfac-published") else 5)
+            ratios = np.divide(rates[1:], rates[:-1])
+            assert np.all((ratios > 1.9) & (ratios < 3.5))
+
+
+def test_muon_sees_kernels_as_matrices():
+    params = {"kernel": np.zeros((3, 3, 4, 8)), "bias": np.zeros(8), "dense": np.zeros((4, 2))}
+    dimensions = optimizers.TRANSFORMS["muon"].keywords["muon_weight_dimension_numbers"](params)
+    assert dimensions["kernel"] == ((0, 1, 2), 3)
+    assert dimensions["dense"] == ((0,), 1)
+    assert dimensions["bias"] is None
+
+
+# -------------------------------------------------------------------------------------------- its report
+
+
+def record(optimizer: str, rate: float, final: float | None, **changes) -> dict:
+    """A made-up run whose loss falls from 2.3 by a constant factor."""
+    middle = None if final is None else math.sqrt(2.3 * final)
+    evaluations = [
+        {"step": 50 * i, "seconds": 0.1 * i, "train_loss": loss, "valid_loss": loss, "valid_accuracy": 0.5}
+        for i, loss in enumerate((2.3, middle, final))
+    ]
+    defaults = {"study": "tuning", "problem": "digits-mlp", "damping": None, "seed": 0, "data": "default"}
+    context = {
+        "limit": None,
+        "step_ms": 2.0,
+        "steps": 100,
+        "parameters": 10,
+        "source": "made up",
+        "jobs": 2,
+    }
+    machine = {"revision": "abc", "versions": {"jax": "1"}, "machine": {"cpus": 2}, "device": "cpu"}
+    run = {"optimizer": optimizer, "rate": rate, "evaluations": evaluations}
+    return defaults | context | machine | run | changes
+
+
+def made_up() -> list[dict]:
+    rates = (0.01, 0.02, 0.05)
+    records = [record("sgd", rate, loss) for rate, loss in zip(rates, (0.5, 0.2, None), strict=True)]
+    records += [record("mfac", rate, loss) for rate, loss in zip(rates, (0.4, 0.1, 0.05), strict=True)]
+    records += [record("sgd", 0.02, 0.23, seed=1), record("mfac", 0.05, 0.07, seed=1)]
+    records += [record("muon", 0.01, None)]
+    records += [
+        record("mfac", rate, rate + damping, study="grid", damping=damping)
+        for rate in rates
+        for damping in (0.1, 1.0)
+    ]
+    return [*records, *(record("adamw", rate, rate, study="grid") for rate in rates)]
+
+
+def test_the_report_has_the_figures_of_the_runs(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    lines = [*made_up(), {"missing": "soap", "problem": "digits-mlp", "reason": "no module"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report_comparison.main([str(path), "--out", str(tmp_path / "docs")])
+    printed = capsys.readouterr().out
+    row = {
+        line.split("|")[1].strip(): line
+        for line in printed.split("Rates that")[0].splitlines()
+        if "|" in line
+    }
+    assert "0.05 (end of grid) | 0.06 ± 0.014" in row["mfac"]
+    assert "0.02 | 0.215 ± 0.021" in row["sgd"]
+    assert "every rate diverged" in row["muon"]
+    assert "steps to 0.23" in printed  # the worst seed of SGD
+    # log(2.3 / 0.23) / log(2.3 / 0.2) of the way for seed 0, the whole way for seed 1
+    assert row["sgd"].endswith("| 97.1 | 0.194 |")
+    assert "soap on digits-mlp: no module" in printed
+    assert "processes side by side" in printed
+    for name in ("curves", "sensitivity", "grid"):
+        picture = tmp_path / "docs" / f"comparison_{name}.png"
+        assert picture.stat().st_size < 150_000
+        with Image.open(picture) as image:
+            assert image.size[0] > 300
+
+
+def test_the_width_of_a_parabola_is_that_of_its_formula():
+    # log(loss) = 8 (log10(rate) + 2)^2, on a fine grid: factor f is reached at +- sqrt(log(f) / 8).
+    exponents = np.linspace(-3, -1, 401)
+    scan = {float(10**x): float(np.exp(8 * (x + 2) ** 2)) for x in exponents}
+    for factor in (1.1, 2.0):
+        decades, is_open = report_comparison.width(scan, factor)
+        assert decades == pytest.approx(2 * math.sqrt(math.log(factor) / 8), rel=1e-3)
+        assert not is_open
+
+
+def test_a_width_that_ends_with_the_grid_is_marked_and_a_divergence_ends_it():
+    assert report_comparison.width({0.1: 2.0, 1.0: 1.0}, 1.5) == (
+        pytest.approx(math.log(1.5) / math.log(2)),
+        True,
+    )
+    assert report_comparison.width({0.1: 1.0, 1.0: 1.0, 10.0: math.inf}, 2.0) == (pytest.approx(1.0), True)
+    assert report_comparison.width({0.1: math.inf, 1.0: 1.0, 10.0: math.inf}, 2.0) == (0.0, False)
+
+
+def test_the_time_to_a_loss_is_interpolated_on_a_logarithmic_scale():
+    run = record("sgd", 0.1, 0.023)  # a tenth of the loss every 50 steps
+    for target, step in ((2.3, 0), (0.23, 50), (2.3 * 10**-1.5, 75)):
+        assert report_comparison.first_at(run, target, "step") == pytest.approx(step)
+        assert report_comparison.first_at(run, target, "seconds") == pytest.approx(step / 500)
+    assert report_comparison.first_at(run, 0.01, "step") == math.inf
+    assert report_comparison.first_at(record("sgd", 0.1, None), 0.01, "step") == math.inf
