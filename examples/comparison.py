@@ -17,6 +17,8 @@ import numpy as np
 import workload as wl
 from tqdm import tqdm
 
+import mfac_jax
+
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and line styles for print.
 STYLES = {
     "mfac": {"color": "#0072B2", "linestyle": "-"},
@@ -92,16 +94,25 @@ def run(
       callback: called with optimizer, seed and state after every evaluation.
     """
     plt.switch_backend("Agg")  # pictures go to files; no window is opened
+    log = mfac_jax.DiagnosticsLog(every=1)
     rates = {name: dict(args.rates)[name] for name in args.optimizers}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         workload = make_workload(0)
-        histories = train_all(args, rates, workload, make_workload, callback)
+
+        def observe(name: str, seed: int, state: wl.TrainState) -> None:
+            if name == "mfac" and seed == 0:
+                log(int(state.step), state.opt_state)
+            callback(name, seed, state)
+
+        histories = train_all(args, rates, workload, make_workload, observe)
     except (wl.DataError, wl.CheckpointError, OSError) as error:
         parser.error(str(error))
     summaries = {name: summarize(histories[name]) for name in histories}
     print_table(rates, summaries, len(workload.batches))
     plot_curves(workload.name, histories, args.out / "curves.png")
+    if log.records:
+        log.plot(args.out / "diagnostics.png")
     write_results(args, workload, rates, summaries, histories)
     print(f"\nPictures and results.json are in {args.out}")
 

@@ -67,9 +67,10 @@ def mfac(
       momentum_in: `'window'`: the gradients in the window are averaged, with Nesterov's term, and meet the
         newest Fisher matrix; no buffer. `'update'`: the updates are averaged, as the authors do, by
         `optax.ema` (divided by :math:`1 - \beta^t`, which the authors do not).
-      step_adaptation: see `scale_by_mfac`; 0 for none, which `momentum_in='update'` needs. It rests while a schedule given as `learning_rate`
-        rises, because a warm-up is meant to be short of the best step. Under `optax.inject_hyperparams`
-        the schedule is not seen: pass a schedule that is 0 during the warm-up here too.
+      step_adaptation: see `scale_by_mfac`; 0 for none, which `momentum_in='update'` needs. It rests while
+        a schedule given as `learning_rate` rises, because a warm-up is meant to be short of the best
+        step. Under `optax.inject_hyperparams` the schedule is not seen: pass a schedule that is 0 during
+        the warm-up here too.
       decoupled_weight_decay: True adds :math:`\omega \theta` to the update, as in AdamW. False, as
         the authors do, adds it to the gradient before it enters the window.
       normalize_by: see `scale_by_mfac`.
