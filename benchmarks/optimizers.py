@@ -1,0 +1,221 @@
+"""The optimizers of the comparison: what is not said here is the default of the package they are from."""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+# pyright: reportMissingImports=false
+import workload as wl
+
+import mfac_jax
+
+MFAC_RATE = inspect.signature(mfac_jax.mfac).parameters["learning_rate"].default  # its untuned rate
+# Peak rates tried, for each family of problems; "all" where one grid serves all of them.
+RATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "sgd": {
+        "digits": (0.05, 0.1, 0.2, 0.5, 1.0),
+        "cifar10": (0.02, 0.05, 0.1, 0.2, 0.5),
+        "text": (0.1, 0.2, 0.5, 1.0, 2.0),
+    },
+    "adamw": {"digits": (0.02, 0.05, 0.1, 0.2, 0.5), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
+    "nadamw": {"digits": (0.02, 0.05, 0.1, 0.2, 0.5), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
+    "muon": {"digits": (0.01, 0.02, 0.05, 0.1, 0.2), "all": (0.005, 0.01, 0.02, 0.05, 0.1)},
+    "kfac": {"all": (0.003, 0.01, 0.03, 0.1, 0.3)},
+    "soap": {"all": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
+    "mfac-published": {"all": (1e-3,)},
+    "mfac-published-tuned": {"all": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
+    "mfac-default": {"all": (MFAC_RATE,)},
+    "mfac": {"digits": (0.002, 0.005, 0.01, 0.02, 0.05), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
+}
+# --grid: more rates, over three decades; M-FAC at each damping.
+GRID_RATES = {
+    "mfac": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+}
+GRID_DAMPINGS = (0.04, 0.2, 1.0, 5.0)
+
+
+def rates(optimizer: str, problem: str) -> tuple[float, ...]:
+    """The grid of the optimizer on the problem."""
+    grids = RATES[optimizer]
+    return grids.get(problem.split("-")[0]) or grids["all"]
+
+
+def _matrices(params):
+    """For Muon: which parameters are matrices; a convolution's kernel is one of (h * w * in, out)."""
+
+    def dimensions(p):
+        return (
+            optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim > 1 else None
+        )
+
+    return jax.tree.map(dimensions, params)
+
+
+def _soap(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """SOAP of the package soap_jax."""
+    return importlib.import_module("soap_jax").soap(schedule)
+
+
+def _published(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The settings of the paper's authors for ResNet-20."""
+    recipe = {"num_grads": 512, "damping": 1e-5, "momentum": 0.9, "weight_decay": 3e-3}
+    plain = {"metric": "identity", "relative_damping": False, "step_adaptation": 0.0}
+    return mfac_jax.mfac(schedule, **recipe, **plain, momentum_in="update", decoupled_weight_decay=False)
+
+
+# From a schedule, and a damping where that is swept, to a transform. K-FAC has its own steps below.
+TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": functools.partial(optax.sgd, momentum=0.9, nesterov=True),
+    "adamw": optax.adamw,
+    "nadamw": optax.nadamw,
+    "muon": functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices),
+    "soap": _soap,
+    "mfac-published": _published,
+    "mfac-published-tuned": _published,
+    "mfac-default": mfac_jax.mfac,
+    "mfac": mfac_jax.mfac,
+}
+# Where an optimizer is left out, and why.
+UNSUPPORTED = {
+    ("kfac", "cifar10"): "kfac-jax 0.0.8 was measured at seconds a step on a ResNet of half the width (CPU)"
+}
+PACKAGES = {"kfac": "kfac_jax", "soap": "soap_jax"}  # of optimizers that users install themselves
+
+
+def why_missing(optimizer: str) -> str | None:
+    """Why the optimizer's package cannot be used, None where it can."""
+    try:
+        importlib.import_module(PACKAGES.get(optimizer, "optax"))
+    except Exception as error:  # a package made for another JAX may raise anything
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def schedule(steps: int) -> optax.Schedule:
+    """What all share, with a peak of one: a tenth of warm-up, then a cosine to zero."""
+    return optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), max(2, steps))
+
+
+@functools.cache
+def make_transform(optimizer: str, steps: int, sweeps_damping: bool) -> optax.GradientTransformation:
+    """The optimizer with peak rate and swept damping in its state: one compilation serves a whole grid."""
+
+    def make(peak_rate, swept_damping=None):
+        options = {} if swept_damping is None else {"damping": swept_damping}
+        return TRANSFORMS[optimizer](lambda step: peak_rate * schedule(steps)(step), **options)
+
+    hyperparameters = {"peak_rate": 1.0} | ({"swept_damping": 1.0} if sweeps_damping else {})
+    return optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(**hyperparameters)
+
+
+# A run's first state, and a step: `(state, indices) -> (state, loss)`.
+Start = tuple[wl.TrainState, Callable[[wl.TrainState, np.ndarray], tuple[wl.TrainState, jax.Array]]]
+_compiled = {}  # (loss, transform) -> compiled `wl.train_step`, in this process
+
+
+def start(workload: wl.Workload, optimizer: str, rate: float, damping: float | None, seed: int) -> Start:
+    """The run's first state and its compiled step."""
+    if optimizer == "kfac":
+        return _start_kfac(workload, rate, seed)
+    tx = make_transform(optimizer, len(workload.batches), damping is not None)
+    params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
+    swept = {} if damping is None else {"swept_damping": jnp.float32(damping)}
+    opt_state = optax.tree.set(tx.init(params), peak_rate=jnp.float32(rate), **swept)
+    state = wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
+    state = jax.device_put(state, jax.devices()[0])
+    data, key, program = workload.data, jax.random.key(seed), (workload.loss, tx)
+    if program not in _compiled:
+        lowered = wl.train_step.lower(*program, state, data, workload.batches[0], key)
+        _compiled[program] = lowered.compile()
+    step = _compiled[program]
+    return state, lambda state, indices: step(state, data, indices, key)
+
+
+# ------------------------------------------------------------------------------------------------- K-FAC
+
+# kfac-jax has no default for these. Of its two kinds of damping, the constant one is what its authors found
+# to work for convolutional networks and transformers; at 1e-3, rates from 0.03 diverged on digits.
+KFAC = {"momentum": 0.9, "damping": 1e-2}
+
+
+@contextlib.contextmanager
+def _registered_losses(kfac_jax) -> Iterator[None]:
+    """Inside, the cross-entropy of optax tells kfac-jax its logits, as K-FAC needs."""
+    plain = optax.softmax_cross_entropy_with_integer_labels
+
+    def registering(logits, labels):
+        kfac_jax.register_softmax_cross_entropy_loss(logits, labels, weight=len(labels) / labels.size)
+        return plain(logits, labels)
+
+    with mock.patch.object(optax, "softmax_cross_entropy_with_integer_labels", registering):
+        yield
+
+
+def _evaluate_equation(equation, inputs):
+    """kfac_jax 0.0.8 unpacks `get_bind_params` into two; from JAX 0.10 on it returns one dictionary."""
+    with jax.extend.source_info_util.user_context(equation.source_info.traceback):
+        parameters = equation.primitive.get_bind_params(equation.params)
+        output = equation.primitive.bind(*inputs, **parameters)
+    return output if equation.primitive.multiple_results else [output]
+
+
+@functools.cache
+def _kfac(loss: Callable):
+    """The optimizer of kfac_jax for a loss of the examples, `(params, model_state, data, indices, key)`."""
+    kfac_jax = importlib.import_module("kfac_jax")
+    matcher: Any = importlib.import_module("kfac_jax._src.tag_graph_matcher")
+    matcher.eval_jaxpr_eqn = _evaluate_equation
+
+    def registered_loss(params, model_state, key, batch):
+        with _registered_losses(kfac_jax):
+            return loss(params, model_state, *batch, key)
+
+    return kfac_jax.Optimizer(
+        jax.value_and_grad(registered_loss, has_aux=True),
+        l2_reg=0.0,
+        value_func_has_state=True,
+        value_func_has_rng=True,
+        num_burnin_steps=0,  # the others have no extra batches
+        batch_size_extractor=lambda batch: len(batch[1]),
+    )
+
+
+def _start_kfac(workload: wl.Workload, rate: float, seed: int) -> Start:
+    """As `start`; a first step, thrown away, compiles."""
+    optimizer, key, peak = _kfac(workload.loss), jax.random.key(seed), schedule(len(workload.batches))
+    settings = {name: jnp.float32(value) for name, value in KFAC.items()}
+
+    def step(state, indices):
+        params, opt_state, model_state, stats = optimizer.step(
+            state.params,
+            state.opt_state,
+            jax.random.fold_in(key, state.step),
+            batch=(workload.data, indices),
+            func_state=state.model_state,
+            learning_rate=jnp.float32(rate) * peak(state.step),
+            **settings,
+        )
+        return wl.TrainState(state.step + 1, params, model_state, opt_state), stats["loss"]
+
+    def first_state():
+        params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
+        opt_state = optimizer.init(params, key, (workload.data, workload.batches[0]), model_state)
+        return wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
+
+    jax.block_until_ready(step(first_state(), workload.batches[0])[1])
+    return first_state(), step
