@@ -32,7 +32,6 @@ import numpy as np
 from tqdm import tqdm
 
 # Beside this file, and in examples/, which `optimizers` puts on the path.
-# pyright: reportMissingImports=false
 import optimizers as opt  # isort: skip
 import comparison
 import train_cifar10
@@ -49,7 +48,7 @@ class Run(NamedTuple):
     """What distinguishes a run from all others, in the words of runs.jsonl.
 
     Attributes:
-      study: "tuning", or "grid" for the scan of --grid.
+      study: "tuning", "grid" for the scan of --grid, "variants" for that of --variants.
       damping: None for the optimizer's own.
       data: "given" with --data-dir, else "default".
       limit: steps that the run is cut to, or None.
@@ -82,8 +81,9 @@ def make_workload(problem: str, seed: int, limit: int | None, data_dir: Path | N
     if problem.startswith("digits"):
         workload = train_digits.make_workload(problem.removeprefix("digits-"), epochs=12, seed=seed)
     elif problem == "cifar10":
-        settings = {"epochs": 2, "batch_size": 64, "samples": 10_000}
-        workload = train_cifar10.make_workload(**settings, data_dir=data_dir, seed=seed)
+        workload = train_cifar10.make_workload(
+            epochs=2, batch_size=64, samples=10_000, data_dir=data_dir, seed=seed
+        )
     else:
         workload = train_text.make_workload(data_dir=data_dir, seed=seed)
     return workload._replace(batches=workload.batches[:limit])
@@ -286,11 +286,20 @@ def grid(args: argparse.Namespace, problem: str) -> list[Run]:
     return runs
 
 
+def variants(args: argparse.Namespace, problem: str) -> list[Run]:
+    """The runs of --variants on the problem."""
+    first = tuning(args, problem, "mfac")[0]._replace(study="variants")
+    return [
+        first._replace(optimizer=name, rate=rate) for name in opt.VARIANTS for rate in opt.VARIANT_RATES
+    ]
+
+
 def compare(args: argparse.Namespace, runner: Runner) -> None:
-    """The whole comparison, one problem after the other."""
-    if args.grid:
+    """The whole comparison, or another study, one problem after the other."""
+    if args.grid or args.variants:
         for problem in args.problems:
-            runner.run(grid(args, problem), f"{problem}, grid")
+            runs = grid(args, problem) * args.grid + variants(args, problem) * args.variants
+            runner.run(runs, f"{problem}, other studies")
         return
     missing = runner.missing(args.optimizers, args.problems)
     for problem in args.problems:
@@ -326,6 +335,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-dir", type=Path, help="for cifar10 and text, as in examples/")
     add("--soap", type=Path, help="checkout of SOAP_JAX, the package of SOAP")
     add("--grid", action="store_true", help="scan rates and dampings of M-FAC, and rates of AdamW, instead")
+    add("--variants", action="store_true", help="change M-FAC's settings one at a time instead")
     add(
         "--out",
         type=Path,

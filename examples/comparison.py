@@ -10,6 +10,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -238,7 +239,7 @@ def write_results(args, workload: wl.Workload, rates, summaries, histories: Hist
     (args.out / "results.json").write_text(text + "\n")
 
 
-def without_nan(value):
+def without_nan(value: Any) -> Any:
     """The same with null for what is not finite: JSON knows no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(x) for key, x in value.items()}
