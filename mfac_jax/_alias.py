@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from mfac_jax import _tree, _validation
 from mfac_jax._metric import in_diagonal_metric
@@ -40,9 +41,9 @@ def mfac(
       F_t = \rho \bar s_t I + \sum_s D_s g_s g_s^\top D_s, \qquad
       \theta_{t+1} = \theta_t - \eta \left(u_t + \omega \theta_t\right).
 
-    Directions that the window does not hold move as in Adam (NAdam with momentum), and all do where the
-    damping is large: learning rates are those of Adam. The chain is `in_diagonal_metric` of
-    `scale_by_mfac`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`; what is None is left
+    A gradient that has nothing in common with the others in the window moves the parameters as in Adam, and
+    all do where the damping is large: learning rates are those of Adam. The chain is `in_diagonal_metric`
+    of `scale_by_mfac`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`; what is None is left
     out. A gradient with a NaN or an Inf makes a non-finite update and leaves the state as it was.
 
     The paper's algorithm, with the settings of its authors for ResNet-20, is `mfac(1e-3, num_grads=512,
@@ -106,7 +107,11 @@ def mfac(
     _validation.check_choice("momentum_in", momentum_in, ("window", "update"))
     if momentum is not None:
         _validation.check_decay("momentum", momentum, "0.9")
-    if momentum_in == "update" and not _is_zero(step_adaptation):
+    if (
+        momentum_in == "update"
+        and not isinstance(step_adaptation, Tracer)
+        and not _is_zero(step_adaptation)
+    ):
         raise ValueError(
             f"step_adaptation must be 0 with momentum_in='update', got {step_adaptation!r}: it would not "
             "see the momentum. Pass step_adaptation=0, or momentum_in='window'."
@@ -153,7 +158,7 @@ def _resting_while_rising(
 
 def _is_zero(rate: optax.ScalarOrSchedule) -> bool:
     """Whether the rate is known to be zero before tracing."""
-    return isinstance(rate, (int, float)) and rate == 0
+    return not callable(rate) and not isinstance(rate, Tracer) and bool(rate == 0)
 
 
 def _skip_not_finite(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -8,6 +8,8 @@ import optax
 
 from mfac_jax import _tree, _validation
 
+_LARGEST = 2.0**62  # entries beyond it are taken as this: their squares would overflow float32
+
 
 class DiagonalMetricState(NamedTuple):
     """State of `in_diagonal_metric`.
@@ -43,7 +45,7 @@ def in_diagonal_metric(
     all rows anew would read and write the whole window once more a step.
 
     State: one copy of the parameters beside the state of `inner`. A gradient with a NaN or an Inf leaves v
-    as it was; entries are clipped to 2^62 in v, whose squares would overflow.
+    as it was; entries are clipped to 2^62, whose squares would overflow.
 
     Args:
       inner: any transform; extra arguments of `update` are passed on.
@@ -55,8 +57,10 @@ def in_diagonal_metric(
       A transform whose state is a `DiagonalMetricState`.
 
     Raises:
-      ValueError: `decay` or `eps` is out of its range.
-      TypeError: `decay` or `eps` is not a number; a parameter is not a real floating-point array.
+      ValueError: `decay` or `eps` is out of its range; updates do not have the tree or the shapes of the
+        parameters given to `init`.
+      TypeError: `decay` or `eps` is not a number; a parameter or an update is not a real floating-point
+        array; the state is of another transform.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax, optax
@@ -81,19 +85,27 @@ def in_diagonal_metric(
         return DiagonalMetricState(jnp.zeros((), jnp.int32), second_moment, inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        if not isinstance(state, DiagonalMetricState):
+            raise TypeError(
+                f"state must be a DiagonalMetricState, got {type(state).__name__}: it is of a transform "
+                "with other options. Call init again."
+            )
+        _validation.check_like_params("updates", updates, state.second_moment)
         finite, dtype = _tree.all_finite(updates), _tree.accumulation_dtype(updates)
         count = jnp.where(finite, optax.safe_increment(state.metric_count), state.metric_count)
 
         def average(v, g):
-            square = jnp.square(jnp.clip(g.astype(v.dtype), -(2.0**62), 2.0**62))
+            square = jnp.square(jnp.clip(g.astype(v.dtype), -_LARGEST, _LARGEST))
             return jnp.where(finite, decay * v + (1 - decay) * square, v)
 
         second_moment = jax.tree.map(average, state.second_moment, updates)
-        correction = 1 - decay ** jnp.maximum(count, 1).astype(dtype)
+        correction = -jnp.expm1(jnp.maximum(count, 1).astype(dtype) * jnp.log(jnp.asarray(decay, dtype)))
 
         def scaled(x, v):
-            rms = jnp.sqrt(v / correction)
-            return _tree.narrow(x.astype(v.dtype) * jax.lax.rsqrt(rms + eps), x.dtype)
+            # Entries that are not finite pass, for what is inside and the caller to see.
+            entry = jnp.where(jnp.isfinite(x), jnp.clip(x.astype(v.dtype), -_LARGEST, _LARGEST), x)
+            y = entry * jax.lax.rsqrt(jnp.sqrt(v / correction) + eps)
+            return jnp.where(jnp.isfinite(x), _tree.narrow(y, x.dtype), x)
 
         updates = jax.tree.map(scaled, updates, second_moment)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)

@@ -181,7 +181,8 @@ def scale_by_mfac(
         rate = _value(step_adaptation, state.grads_seen, gram.dtype, 0.0, 1.0)
         last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
         cosine = _gram.cosine_to_row(gram, newest, last_update)
-        is_known = jnp.any(last_update != 0)
+        # Without a direction on both sides there is nothing to learn, not even the drift.
+        is_known = jnp.any(last_update != 0) & jnp.any(gram[:, newest, newest] > 0)
         moved = state.log_step + jnp.where(is_known, rate * (cosine + _DRIFT), 0)
         return jnp.clip(moved, -_MAX_LOG_STEP, _MAX_LOG_STEP)
 

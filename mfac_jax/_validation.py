@@ -89,20 +89,27 @@ def _check_floating(name: str, path, leaf) -> None:
 
 def check_like_window(name: str, tree: optax.Updates, window: optax.Params) -> None:
     """Refuse a tree whose structure or shapes are not those the window was made for."""
+    check_like_params(
+        name, tree, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), window)
+    )
+
+
+def check_like_params(name: str, tree: optax.Updates, params: optax.Params) -> None:
+    """Refuse a tree whose structure or shapes are not those of the parameters given to init."""
     leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
-    rows = dict(jax.tree_util.tree_leaves_with_path(window))
-    if jax.tree.structure(tree) != jax.tree.structure(window):
-        differing = [_leaf_name(path) for path in [*leaves, *rows] if (path in leaves) != (path in rows)]
+    expected = dict(jax.tree_util.tree_leaves_with_path(params))
+    if jax.tree.structure(tree) != jax.tree.structure(params):
+        differing = [_leaf_name(p) for p in [*leaves, *expected] if (p in leaves) != (p in expected)]
         found = f"but {differing[0]} is only in one of the two" if differing else "but its nodes differ"
         raise ValueError(
             f"{name} must have the tree of the parameters given to init, {found}. Call init again with the "
             "parameters that are trained now."
         )
     for path, leaf in leaves.items():
-        if np.shape(leaf) != rows[path].shape[1:]:
+        if np.shape(leaf) != expected[path].shape:
             raise ValueError(
                 f"{name} must have the shapes of the parameters given to init, but {_leaf_name(path)} is "
-                f"{np.shape(leaf)} and was {rows[path].shape[1:]}. Call init again with the new parameters."
+                f"{np.shape(leaf)} and was {expected[path].shape}. Call init again with the new parameters."
             )
         _check_floating(name, path, leaf)
 

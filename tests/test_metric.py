@@ -81,6 +81,53 @@ def test_it_does_not_depend_on_the_scale_of_the_loss():
     np.testing.assert_allclose(scaled, updates, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_sees_what_is_not_finite(dtype, bad):
+    good = jnp.asarray([1.0, 2.0, 3.0], dtype)
+    tx = mfac(0.01, 4)
+    state = tx.init(good)
+    _, state = tx.update(good, state)
+    updates, after = tx.update(good.at[1].set(bad), state)
+    assert not jnp.isfinite(updates).all()
+    assert optax.tree.get(after, "grads_rejected") == 1
+    chex.assert_trees_all_equal(optax.tree.set(after, grads_rejected=jnp.int32(0))[0], state[0])
+
+
+@pytest.mark.parametrize("entry", [1e15, 1e20, 3e38])
+def test_a_lone_huge_gradient_makes_a_step_of_the_rate(entry):
+    updates, _ = run(mfac(0.01, 4), jnp.full((1, 3), entry, jnp.float32))
+    np.testing.assert_allclose(updates, -0.01, rtol=1e-3)
+
+
+def test_zero_gradients_do_not_lengthen_the_step():
+    grads = np.concatenate([gradients(2), np.zeros((20, 12))]).astype(np.float32)
+    _, before = run(mfac(0.01, 4), grads[:2])
+    _, after = run(mfac(0.01, 4), grads)
+    assert optax.tree.get(after, "log_step") <= optax.tree.get(before, "log_step") + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("updates", "error", "message"),
+    [
+        (jnp.ones(()), ValueError, "updates must have the shapes of the parameters"),
+        (jnp.ones(2), ValueError, "updates must have the shapes of the parameters"),
+        (jnp.ones(3, int), TypeError, "updates must be real floating-point arrays"),
+        ({"x": jnp.ones(3)}, ValueError, "updates must have the tree of the parameters"),
+    ],
+)
+def test_updates_that_do_not_fit_are_refused(updates, error, message):
+    tx = mfac(0.01, 4)
+    with pytest.raises(error, match=message):
+        tx.update(updates, tx.init(jnp.ones(3)))
+
+
+def test_a_state_of_another_metric_is_refused():
+    state = mfac(0.01, 4, metric="identity").init(jnp.ones(3))
+    with pytest.raises(TypeError, match="must be a DiagonalMetricState, got ScaleByMFACState"):
+        mfac(0.01, 4).update(jnp.ones(3), state)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_leaves_the_metric(bad):
     grads = gradients(6).astype(np.float32)
