@@ -170,7 +170,7 @@ def scale_by_mfac(
             c = _gram.inverse_power(gram, rho, n, power, weights)
             return c, jnp.broadcast_to(n * rho, gram.shape[:1])
         energy = _gram.mean_square(gram, jnp.clip(seen, 1, num_grads))
-        rho = jnp.minimum(rho, 2.0**100 / jnp.maximum(energy, 1))  # their product must not overflow
+        rho = jnp.minimum(rho, 2.0**126 / jnp.maximum(energy, 1))  # their product must not overflow
         c = _gram.inverse_power(gram, rho * energy, jnp.ones((), gram.dtype), power, weights)
         return c * ((1 + rho) * energy)[:, None] ** power, rho * energy
 

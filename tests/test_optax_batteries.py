@@ -40,7 +40,8 @@ _CONFIGURATIONS = {
         "decoupled_weight_decay": False,
         "normalize_by": "count",
         "power": 0.9,
-        "window_momentum": 0.5,
+        "momentum_in": "update",
+        "step_adaptation": 0.0,
         "blocks": "leaf",
     },
 }
