@@ -30,11 +30,21 @@ with mock.patch.dict(os.environ), warnings.catch_warnings():
 
 # With these, M-FAC converges on every problem of the batteries in the steps they allow.
 _CONFIGURATIONS = {
-    "plain": {"learning_rate": 0.03, "num_grads": 4, "damping": 1.0},
+    "plain": {
+        "learning_rate": 0.03,
+        "num_grads": 4,
+        "damping": 1.0,
+        "metric": "identity",
+        "relative_damping": False,
+        "momentum_in": "update",
+        "step_adaptation": 0.0,
+    },
     "every_option": {
         "learning_rate": 0.03,
         "num_grads": 3,
         "damping": 1.0,
+        "metric": "identity",
+        "relative_damping": False,
         "momentum": 0.5,
         "weight_decay": 1e-5,
         "decoupled_weight_decay": False,
