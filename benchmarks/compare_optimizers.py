@@ -4,7 +4,8 @@ Every rate of an optimizer's grid is tried with seed 0; the rate with the lowest
 run with the other seeds. Each run becomes a line of runs.jsonl when it ends, and is not repeated when the
 command is given again. report_comparison.py makes tables and pictures of the file.
 
-The problems are those of examples/. kfac and soap need packages that are not installed with this one:
+The problems are those of examples/, and noisy-digits: the MLP on batches of 4 images, with 30 % of the
+training labels drawn at random, to see who mistakes noise for a direction. kfac and soap need packages that are not installed with this one:
 kfac_jax (pip; with JAX 0.10 also tfp-nightly in place of tensorflow-probability) and a checkout of
 haydn-jones/SOAP_JAX; without them the file says that they are missing.
 """
@@ -40,7 +41,7 @@ import train_text
 import workload as wl
 
 # Losses are measured before the first step and this many times in a run.
-EVALUATIONS = {"digits-mlp": 22, "digits-cnn": 22, "cifar10": 6, "text": 10}
+EVALUATIONS = {"digits-mlp": 22, "digits-cnn": 22, "noisy-digits": 12, "cifar10": 6, "text": 10}
 PACKAGES = ("mfac_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -80,6 +81,8 @@ def make_workload(problem: str, seed: int, limit: int | None, data_dir: Path | N
     """The problem; the digits are always those of scikit-learn."""
     if problem.startswith("digits"):
         workload = train_digits.make_workload(problem.removeprefix("digits-"), epochs=12, seed=seed)
+    elif problem == "noisy-digits":
+        workload = with_noisy_labels(train_digits.make_workload(epochs=4, batch_size=4, seed=seed), seed)
     elif problem == "cifar10":
         workload = train_cifar10.make_workload(
             epochs=2, batch_size=64, samples=10_000, data_dir=data_dir, seed=seed
@@ -87,6 +90,16 @@ def make_workload(problem: str, seed: int, limit: int | None, data_dir: Path | N
     else:
         workload = train_text.make_workload(data_dir=data_dir, seed=seed)
     return workload._replace(batches=workload.batches[:limit])
+
+
+def with_noisy_labels(workload: wl.Workload, seed: int) -> wl.Workload:
+    """30 % of the training labels drawn at random; those for validation stay right."""
+    rng = np.random.default_rng(seed)
+    labels = np.array(workload.data["y"])
+    is_random = rng.random(len(labels)) < 0.3
+    labels[is_random] = rng.integers(0, 10, is_random.sum())
+    source = f"{workload.source}, 30 % of the training labels at random"
+    return workload._replace(data=workload.data | {"y": jax.numpy.asarray(labels)}, source=source)
 
 
 def start_process(cores: "multiprocessing.Queue[int]", options: Options) -> None:
@@ -270,7 +283,7 @@ def _cores(jobs: int) -> list[int]:
 def tuning(args: argparse.Namespace, problem: str, optimizer: str) -> list[Run]:
     """A run with seed 0 for every rate of the grid."""
     data, steps = "given" if args.data_dir else "default", args.steps
-    if problem.startswith("digits"):
+    if "digits" in problem:
         data = "default"
     rates = opt.rates(optimizer, problem)
     return [Run("tuning", problem, optimizer, rate, None, 0, data, steps) for rate in rates]

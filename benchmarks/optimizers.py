@@ -27,8 +27,9 @@ MFAC_RATE = inspect.signature(mfac_jax.mfac).parameters["learning_rate"].default
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "sgd": {
         "digits": (0.05, 0.1, 0.2, 0.5, 1.0),
+        "noisy": (0.005, 0.01, 0.02, 0.05, 0.1),
         "cifar10": (0.02, 0.05, 0.1, 0.2, 0.5),
-        "text": (0.1, 0.2, 0.5, 1.0, 2.0),
+        "text": (0.02, 0.05, 0.1, 0.2, 0.5),
     },
     "adamw": {"digits": (0.02, 0.05, 0.1, 0.2, 0.5), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
     "nadamw": {"digits": (0.02, 0.05, 0.1, 0.2, 0.5), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
@@ -38,7 +39,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "mfac-published": {"all": (1e-3,)},
     "mfac-published-tuned": {"all": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
     "mfac-default": {"all": (MFAC_RATE,)},
-    "mfac": {"digits": (0.01, 0.02, 0.05, 0.1, 0.2), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
+    "mfac": {"digits": (0.01, 0.02, 0.05, 0.1, 0.2), "all": (0.001, 0.002, 0.003, 0.005, 0.01)},
 }
 # --grid: more rates, over three decades; M-FAC at each damping.
 GRID_RATES = {

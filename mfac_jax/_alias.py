@@ -107,11 +107,8 @@ def mfac(
     _validation.check_choice("momentum_in", momentum_in, ("window", "update"))
     if momentum is not None:
         _validation.check_decay("momentum", momentum, "0.9")
-    if (
-        momentum_in == "update"
-        and not isinstance(step_adaptation, Tracer)
-        and not _is_zero(step_adaptation)
-    ):
+    is_traced = isinstance(step_adaptation, Tracer)
+    if momentum_in == "update" and not is_traced and not _validation.is_known_zero(step_adaptation):
         raise ValueError(
             f"step_adaptation must be 0 with momentum_in='update', got {step_adaptation!r}: it would not "
             "see the momentum. Pass step_adaptation=0, or momentum_in='window'."
@@ -145,8 +142,8 @@ def _resting_while_rising(
 ) -> optax.ScalarOrSchedule:
     """The rate, as a schedule that is 0 where `learning_rate` is one and rises."""
     if not callable(rate):
-        _validation.check_not_negative("step_adaptation", rate, "0.3")
-    if not callable(learning_rate) or _is_zero(rate):
+        _validation.check_share("step_adaptation", rate, "0.3")
+    if not callable(learning_rate) or _validation.is_known_zero(rate):
         return rate
 
     def resting(count):
@@ -154,11 +151,6 @@ def _resting_while_rising(
         return jnp.where(rise > 0, 0, rate(count) if callable(rate) else rate)
 
     return resting
-
-
-def _is_zero(rate: optax.ScalarOrSchedule) -> bool:
-    """Whether the rate is known to be zero before tracing."""
-    return not callable(rate) and not isinstance(rate, Tracer) and bool(rate == 0)
 
 
 def _skip_not_finite(inner: optax.GradientTransformation) -> optax.GradientTransformation:

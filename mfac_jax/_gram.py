@@ -33,12 +33,28 @@ def cosine_to_row(gram: jax.Array, index: jax.Array, coefficients: jax.Array) ->
     """Cosine of row `index` of G and G^T c, over all blocks together; zero where one of them is zero."""
     scale = jnp.max(jnp.abs(coefficients))
     unit = coefficients / jnp.where(scale > 0, scale, 1)
-    largest = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    gram = gram / jnp.where(largest > 0, largest, 1)  # products of norms would overflow otherwise
+    gram = _with_largest_one(gram)
     product = jnp.sum(gram[:, index] * unit)
     squares = jnp.sum(gram[:, index, index]) * jnp.sum(unit * _matvec(gram, unit))
     cosine = product * lax.rsqrt(jnp.where(squares > 0, squares, 1))
     return jnp.clip(jnp.where(squares > 0, cosine, 0), -1, 1)
+
+
+def typical_cosine(gram: jax.Array) -> jax.Array:
+    """Root mean square of the cosines of different rows of G, all blocks together, without zero rows."""
+    gram = jnp.sum(_with_largest_one(gram), axis=0)
+    norms = jnp.sqrt(jnp.diagonal(gram))
+    inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+    others = 1 - jnp.eye(len(norms), dtype=gram.dtype)
+    count = jnp.sum(norms > 0).astype(gram.dtype)
+    total = jnp.sum(jnp.square(inverse[:, None] * gram * inverse) * others)
+    return jnp.sqrt(total / jnp.maximum(count * (count - 1), 1))
+
+
+def _with_largest_one(gram: jax.Array) -> jax.Array:
+    """The Gram matrices over their largest entry: products of norms would overflow otherwise."""
+    largest = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1))
+    return gram / jnp.where(largest > 0, largest, 1)
 
 
 def inverse_power(

@@ -1,6 +1,5 @@
 """The M-FAC optimizer step as an optax transform, and products with the Fisher inverse it holds."""
 
-import math
 from collections.abc import Callable, Hashable
 from typing import Literal, NamedTuple
 
@@ -8,15 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mfac_jax import _gram, _tree, _validation
+from mfac_jax import _gram, _step_length, _tree, _validation
 
 Normalization = Literal["window", "count"]
 Blocks = Literal["leaf"] | Callable[[jax.tree_util.KeyPath], Hashable] | None
-
-# The cosine that `step_adaptation` settles at is minus this: with 0 it stops at the step that is best for
-# the next step only, which is too short in the long run.
-_DRIFT = 0.05
-_MAX_LOG_STEP = math.log(30)
 
 
 class ScaleByMFACState(NamedTuple):
@@ -32,6 +26,7 @@ class ScaleByMFACState(NamedTuple):
       coefficients: c of the last update G^T c, before the step factor.
       shift: what the last step added to the diagonal of each Gram matrix, n times the damping; zero
         before the first.
+      mean_cosine: running mean of the cosine of a gradient and the update before it.
       log_step: logarithm of the factor that `step_adaptation` has brought the update's length to.
     """
 
@@ -42,6 +37,7 @@ class ScaleByMFACState(NamedTuple):
     gram: jax.Array  # (blocks, num_grads, num_grads) float32, float64 with a float64 leaf
     coefficients: jax.Array  # (blocks, num_grads), of the dtype of gram
     shift: jax.Array  # (blocks,), of the dtype of gram
+    mean_cosine: jax.Array  # (), of the dtype of gram
     log_step: jax.Array  # (), of the dtype of gram
 
 
@@ -84,7 +80,8 @@ def scale_by_mfac(
       damping: lambda, > 0, a number or a schedule over the gradients accepted. In units of a squared
         gradient norm over n: directions in which the mean squared gradient is below it are left as in
         gradient descent with rate 1 / lambda. The paper uses 1e-5 to 1e-7 with n = 512 or 1024. Values
-        of a schedule outside of 1.2e-38 to 1.3e30 are moved to the nearer end.
+        of a schedule outside of 1.2e-38 to 1.3e30 are moved to the nearer end, NaN to the upper; so in
+        `step_adaptation`.
       normalize_by: n. `'window'`, as in the paper: always m, so that the first steps are larger.
         `'count'`: the gradients seen, at most m.
       relative_damping: True measures the damping in units of the window: :math:`\lambda = \rho \bar s / n`
@@ -100,11 +97,15 @@ def scale_by_mfac(
         transform it needs no buffer, and old gradients meet the newest Fisher matrix.
       nesterov: whether the newest gradient counts once more in that mean, with beta of the mean and
         1 - beta of the gradient, as in NAdam.
-      step_adaptation: h >= 0, a number or a schedule over the gradients accepted; 0 leaves the length of
-        the update as it is. Otherwise it is multiplied by a factor in [1/30, 30] whose logarithm moves by
-        :math:`h (\cos(g_t, u_{t-1}) + 0.05)` a step: it grows while the newest gradient still points
-        along the last update, and shrinks when that update went too far. From the Gram matrix alone:
-        momentum that is added after the transform is not seen, and the steps then become too long.
+      step_adaptation: h in [0, 1], a number or a schedule over the gradients accepted; 0 leaves the length
+        of the update as it is. Otherwise it is multiplied by a factor in [1/30, 30] that grows while the
+        newest gradient still points along the last update, and shrinks when that update went too far. Up
+        to 5 its logarithm moves by :math:`h (\cos(g_t, u_{t-1}) + 0.05)` a step, so that it also grows
+        without a sign of either. Beyond, it moves by h times the mean of the last 20 or so cosines, as
+        far as that mean is larger than unrelated gradients have it, and falls back slowly otherwise: noise
+        does not drive it on. From the Gram matrix alone: momentum that is added after the transform is
+        not seen, and the steps then become too long; with `num_grads` = 1 nothing is seen and the
+        factor stays one.
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
         `'leaf'`: a block a leaf. A function from a leaf's key path (as in
         `jax.tree_util.tree_map_with_path`) to a hashable label: a block a label. Under
@@ -157,6 +158,7 @@ def scale_by_mfac(
             gram=jnp.zeros((num_blocks, num_grads, num_grads), dtype),
             coefficients=jnp.zeros((num_blocks, num_grads), dtype),
             shift=jnp.zeros((num_blocks,), dtype),
+            mean_cosine=jnp.zeros((), dtype),
             log_step=jnp.zeros((), dtype),
         )
 
@@ -175,16 +177,19 @@ def scale_by_mfac(
         return c * ((1 + rho) * energy)[:, None] ** power, rho * energy
 
     def adapted(state, gram, newest):
-        """The logarithm of the step factor, moved by how the newest gradient meets the last update."""
-        if isinstance(step_adaptation, (int, float)) and step_adaptation == 0:
-            return state.log_step
+        """The mean cosine and the logarithm of the step factor, with the newest gradient in them."""
+        if _validation.is_known_zero(step_adaptation):
+            return state.mean_cosine, state.log_step
         rate = _value(step_adaptation, state.grads_seen, gram.dtype, 0.0, 1.0)
         last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
         cosine = _gram.cosine_to_row(gram, newest, last_update)
+        mean = _step_length.next_mean(state.mean_cosine, cosine, state.grads_seen)
+        noise = _gram.typical_cosine(gram)
+        log_step = _step_length.next_log_factor(state.log_step, cosine, mean, noise, state.grads_seen, rate)
         # Without a direction on both sides there is nothing to learn, not even the drift.
         is_known = jnp.any(last_update != 0) & jnp.any(gram[:, newest, newest] > 0)
-        moved = state.log_step + jnp.where(is_known, rate * (cosine + _DRIFT), 0)
-        return jnp.clip(moved, -_MAX_LOG_STEP, _MAX_LOG_STEP)
+        before = (state.mean_cosine, state.log_step)
+        return jax.tree.map(lambda new, old: jnp.where(is_known, new, old), (mean, log_step), before)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -200,7 +205,7 @@ def scale_by_mfac(
 
         seen = optax.safe_increment(state.grads_seen)
         coefficients, shift = precondition(gram, newest, seen)
-        log_step = adapted(state, gram, newest)
+        mean_cosine, log_step = adapted(state, gram, newest)
         preconditioned = _combine(coefficients * jnp.exp(log_step), window, block_of_leaf)
         updates = jax.tree.map(
             lambda x, u: jnp.where(finite, _tree.narrow(u, x.dtype), x), updates, preconditioned
@@ -215,6 +220,7 @@ def scale_by_mfac(
             gram=gram,
             coefficients=jnp.where(finite, coefficients, state.coefficients),
             shift=jnp.where(finite, shift, state.shift),
+            mean_cosine=jnp.where(finite, mean_cosine, state.mean_cosine),
             log_step=jnp.where(finite, log_step, state.log_step),
         )
         return updates, changed
@@ -304,7 +310,7 @@ def _check_schedules(damping, step_adaptation) -> None:
     if not callable(damping):
         _validation.check_positive("damping", damping, "1e-3")
     if not callable(step_adaptation):
-        _validation.check_not_negative("step_adaptation", step_adaptation, "0.3")
+        _validation.check_share("step_adaptation", step_adaptation, "0.3")
 
 
 def _check_options(normalize_by, power, blocks) -> None:
@@ -360,7 +366,7 @@ def _weights_by_age(newest, seen, num_grads: int, momentum, nesterov: bool, dtyp
 
 def _value(number_or_schedule: optax.ScalarOrSchedule, step: jax.Array, dtype, low, high) -> jax.Array:
     value = number_or_schedule(step) if callable(number_or_schedule) else number_or_schedule
-    return jnp.clip(jnp.asarray(value, dtype), low, high)
+    return jnp.fmax(jnp.fmin(jnp.asarray(value, dtype), high), low)  # NaN becomes high
 
 
 def _normalizer(normalize_by: Normalization, seen: jax.Array, num_grads: int, dtype) -> jax.Array:

@@ -43,6 +43,20 @@ def check_decay(name: str, value, example: str) -> None:
     _check_number(name, value, "a finite number >= 0 and < 1", lambda x: 0 <= x < 1, example)
 
 
+def check_share(name: str, value, example: str) -> None:
+    """Refuse what is not a number in [0, 1]."""
+    _check_number(name, value, "a finite number >= 0 and <= 1", lambda x: 0 <= x <= 1, example)
+
+
+def is_known_zero(number_or_schedule: optax.ScalarOrSchedule) -> bool:
+    """Whether it is a number, and known to be zero before tracing."""
+    return (
+        not callable(number_or_schedule)
+        and not isinstance(number_or_schedule, Tracer)
+        and float(number_or_schedule) == 0
+    )
+
+
 def check_power(power) -> None:
     """Refuse what is not a number in (0, 1]."""
     _check_number("power", power, "a finite number > 0 and <= 1", lambda x: 0 < x <= 1, "1.0")

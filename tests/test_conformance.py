@@ -301,7 +301,7 @@ def test_no_step_is_traced_twice(init):
 def test_the_state_is_an_immutable_named_tuple():
     state: Any = PLAIN.init(PARAMS)
     scalars = ("grads_seen", "grads_rejected", "next_row")
-    assert state._fields == (*scalars, "window", "gram", "coefficients", "shift", "log_step")
+    assert state._fields == (*scalars, "window", "gram", "coefficients", "shift", "mean_cosine", "log_step")
     with pytest.raises(AttributeError):
         state.gram = state.gram
     before = jax.tree.map(np.array, state)

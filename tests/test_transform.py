@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,23 +170,35 @@ def test_nesterov_counts_the_newest_gradient_once_more(x64):
         assert relative_error(as_flat(updates)[step], inverse_power(window, x, 0.05, 4)) < 1e-9
 
 
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+
+
 def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float) -> np.ndarray:
     """What `log_step` should be after each gradient, as long as the window wraps never."""
-    log_steps = [0.0]
-    for g, last in zip(grads[1:], directions[:-1], strict=True):
-        cosine = g @ last / np.linalg.norm(g) / np.linalg.norm(last)
-        log_steps.append(np.clip(log_steps[-1] + rate * (cosine + 0.05), -np.log(30), np.log(30)))
+    log_steps, mean = [0.0], 0.0
+    for step in range(1, len(grads)):
+        newest = cosine(grads[step], directions[step - 1])
+        share = max(0.05, 1 / step)
+        mean += share * (newest - mean)
+        pairs = [cosine(grads[i], grads[j]) for i in range(step + 1) for j in range(i)]
+        noise = np.sqrt(np.mean(np.square(pairs)) * share / (2 - share))
+        evidence = np.sign(mean) * max(abs(mean) - noise, 0)
+        move = newest + 0.05 if log_steps[-1] < np.log(5) else evidence - 0.005
+        log_steps.append(np.clip(log_steps[-1] + rate * move, -np.log(30), np.log(30)))
     return np.array(log_steps)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_the_step_factor_follows_the_cosine_of_gradient_and_last_update(x64, blocks):
-    grads = stream(10)
-    plain, _ = run(scale_by_mfac(10, 0.05, window_momentum=0.5, blocks=blocks), as_tree(grads))
-    tx = scale_by_mfac(10, 0.05, window_momentum=0.5, blocks=blocks, step_adaptation=0.3)
+    signs = np.where(np.arange(40) < 8, 1, (-1) ** np.arange(40))  # along the updates, then against them
+    grads = stream(40) / 3 + signs[:, None] * stream(1, seed=1)
+    plain, _ = run(scale_by_mfac(40, 0.5, window_momentum=0.3, blocks=blocks), as_tree(grads))
+    tx = scale_by_mfac(40, 0.5, window_momentum=0.3, blocks=blocks, step_adaptation=1.0)
     updates, state = run(tx, as_tree(grads))
-    log_steps = adapted_log_steps(grads, as_flat(plain), 0.3)
-    assert np.abs(log_steps).max() > 0.1
+    log_steps = adapted_log_steps(grads, as_flat(plain), 1.0)
+    assert log_steps.max() > np.log(5)
+    assert log_steps[-1] < log_steps.max()
     np.testing.assert_allclose(state.log_step, log_steps[-1], rtol=1e-9)
     assert worst_error(as_flat(updates), np.exp(log_steps)[:, None] * as_flat(plain)) < 1e-9
 
@@ -200,6 +213,20 @@ def test_the_step_factor_stays_in_its_band(sign, factor):
     assert state.log_step == 0
     _, state = run(scale_by_mfac(2, 0.05, step_adaptation=1.0), as_tree(grads))
     np.testing.assert_allclose(np.exp(state.log_step), factor, rtol=1e-5)
+
+
+def test_the_step_factor_does_not_grow_on_noise():
+    """Unrelated gradients have the cosine 0 at any length of the step: no sign that it is too short."""
+    noise = np.random.default_rng(0).standard_normal((3000, 64), np.float32)
+    tx = scale_by_mfac(16, 0.2, relative_damping=True, window_momentum=0.9, step_adaptation=0.3)
+    _, state = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(jnp.zeros(64)), noise)[::-1]
+    assert np.log(4) < state.log_step < np.log(7)
+
+
+def test_a_schedule_of_nan_does_not_poison_the_state():
+    tx = scale_by_mfac(4, lambda count: jnp.nan, step_adaptation=lambda count: jnp.nan)
+    updates, state = run(tx, as_tree(stream(6)))
+    chex.assert_tree_all_finite((updates, state))
 
 
 def test_a_rejected_gradient_leaves_the_step_factor():

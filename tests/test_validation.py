@@ -121,9 +121,9 @@ def test_momenta_must_be_in_the_unit_interval(make, name, value):
 
 
 @pytest.mark.parametrize("make", [scale_by_mfac, mfac])
-@pytest.mark.parametrize("value", [-0.1, NAN, INF])
-def test_step_adaptation_must_not_be_negative(make, value):
-    message = f"^step_adaptation must be a finite number >= 0, {spelled(value)}.*Pass e.g."
+@pytest.mark.parametrize("value", [-0.1, 1.1, NAN, INF])
+def test_step_adaptation_must_be_in_the_closed_unit_interval(make, value):
+    message = f"^step_adaptation must be a finite number >= 0 and <= 1, {spelled(value)}.*Pass e.g."
     with pytest.raises(ValueError, match=message):
         make(step_adaptation=value)
 
