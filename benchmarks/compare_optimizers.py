@@ -5,9 +5,10 @@ run with the other seeds. Each run becomes a line of runs.jsonl when it ends, an
 command is given again. report_comparison.py makes tables and pictures of the file.
 
 The problems are those of examples/, and noisy-digits: the MLP on batches of 4 images, with 30 % of the
-training labels drawn at random, to see who mistakes noise for a direction. kfac and soap need packages that are not installed with this one:
-kfac_jax (pip; with JAX 0.10 also tfp-nightly in place of tensorflow-probability) and a checkout of
-haydn-jones/SOAP_JAX; without them the file says that they are missing.
+training labels drawn at random, to see who mistakes noise for a direction. kfac and soap need packages that
+are not installed with this one: kfac_jax (pip; with JAX 0.10 also tfp-nightly in place of
+tensorflow-probability) and a checkout of haydn-jones/SOAP_JAX; without them the file says that they are
+missing.
 """
 
 import argparse
