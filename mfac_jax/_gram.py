@@ -51,6 +51,21 @@ def typical_cosine(gram: jax.Array) -> jax.Array:
     return jnp.sqrt(total / jnp.maximum(count * (count - 1), 1))
 
 
+def shrinkage(gram: jax.Array, age: jax.Array, count: jax.Array) -> jax.Array:
+    """How far the `count` rows in use shrink: 1 - r, r the mean square of the newer half over the older's.
+
+    In [0, 1], zero where they grow; all blocks together. `age` is 0 for the newest row.
+    """
+    squares = jnp.sum(jnp.diagonal(_with_largest_one(gram), axis1=-2, axis2=-1), axis=0)
+    half = count / 2
+
+    def mean(chosen):
+        return jnp.sum(squares * chosen) / jnp.maximum(jnp.sum(chosen), 1)
+
+    newer, older = mean(age < half), mean((age >= half) & (age < count))
+    return jnp.maximum(1 - newer / jnp.where(older > 0, older, 1), 0) * (older > 0)
+
+
 def _with_largest_one(gram: jax.Array) -> jax.Array:
     """The Gram matrices over their largest entry: products of norms would overflow otherwise."""
     largest = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1))

@@ -1,6 +1,7 @@
 """The factor that `scale_by_mfac(step_adaptation=...)` puts on the update's length."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,38 +10,38 @@ import jax.numpy as jnp
 # run it is below: -0.05 to -0.1 at the best fixed rates on digits and text.
 _DRIFT = 0.05
 # So the factor grows also without evidence, but only up to here: gradients that are pure noise have the
-# cosine 0 at any length, and would drive it on for ever. Beyond, it falls back slowly without evidence.
+# cosine 0 at any length, and would drive it on for ever. Beyond, it drifts on only while gradients shrink,
+# that is as long as no noise is their floor, and falls back slowly otherwise.
 _FREE = math.log(5)
 _RETURN = 0.005
 _LARGEST = math.log(30)
 _MEMORY = 0.95  # of the mean cosine, which is about that of the last 20 gradients
 
 
-def next_mean(mean: jax.Array, cosine: jax.Array, count: jax.Array) -> jax.Array:
-    """The running mean of cosines, with the newest, the `count`-th, in it."""
-    return mean + _share(count, mean.dtype) * (cosine - mean)
+class Signs(NamedTuple):
+    """What a new gradient tells about the last update.
 
-
-def next_log_factor(
-    log_factor: jax.Array, cosine: jax.Array, mean: jax.Array, noise: jax.Array, count: jax.Array, rate
-) -> jax.Array:
-    """The logarithm of the factor after a gradient with this cosine to the last update.
-
-    Args:
-      log_factor: the one before.
-      cosine: of the newest gradient and the last update.
-      mean: running mean of the cosines, as `next_mean` gives it.
-      noise: the cosine that two unrelated gradients have, in root mean square.
-      count: the cosines that were seen.
-      rate: how far a cosine of one moves the logarithm.
+    Attributes:
+      cosine: of the two.
+      typical_cosine: of two gradients of the window, in root mean square.
+      shrinkage: how much smaller the newer gradients of the window are, in [0, 1].
+      seen: gradients before this one.
     """
-    share = _share(count, mean.dtype)
-    deviation = noise * jnp.sqrt(share / (2 - share))  # of the mean of unrelated cosines
-    evidence = jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - deviation, 0)
-    moved = log_factor + rate * jnp.where(log_factor < _FREE, cosine + _DRIFT, evidence - _RETURN)
-    return jnp.clip(moved, -_LARGEST, _LARGEST)
+
+    cosine: jax.Array
+    typical_cosine: jax.Array
+    shrinkage: jax.Array
+    seen: jax.Array
 
 
-def _share(count: jax.Array, dtype) -> jax.Array:
-    """The part of the newest cosine in the mean: a plain mean at first."""
-    return jnp.maximum(1 - _MEMORY, 1 / jnp.maximum(count, 1).astype(dtype))
+def adapt(
+    mean_cosine: jax.Array, log_step: jax.Array, signs: Signs, rate: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The running mean of the cosines, and the logarithm of the factor, after a new gradient."""
+    share = jnp.maximum(1 - _MEMORY, 1 / jnp.maximum(signs.seen, 1).astype(log_step.dtype))
+    mean = mean_cosine + share * (signs.cosine - mean_cosine)
+    noise = signs.typical_cosine * jnp.sqrt(share / (2 - share))  # the mean of unrelated cosines has it
+    evidence = jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - noise, 0)
+    beyond = evidence + _DRIFT * signs.shrinkage - _RETURN
+    moved = log_step + rate * jnp.where(log_step < _FREE, signs.cosine + _DRIFT, beyond)
+    return mean, jnp.clip(moved, -_LARGEST, _LARGEST)

@@ -102,10 +102,10 @@ def scale_by_mfac(
         newest gradient still points along the last update, and shrinks when that update went too far. Up
         to 5 its logarithm moves by :math:`h (\cos(g_t, u_{t-1}) + 0.05)` a step, so that it also grows
         without a sign of either. Beyond, it moves by h times the mean of the last 20 or so cosines, as
-        far as that mean is larger than unrelated gradients have it, and falls back slowly otherwise: noise
-        does not drive it on. From the Gram matrix alone: momentum that is added after the transform is
-        not seen, and the steps then become too long; with `num_grads` = 1 nothing is seen and the
-        factor stays one.
+        far as that mean is larger than unrelated gradients have it, drifts on while the gradients in the
+        window shrink, and falls back slowly otherwise: noise does not drive it on. From the Gram matrix
+        alone: momentum that is added after the transform is not seen, and the steps then become too
+        long; with `num_grads` = 1 nothing is seen and the factor stays one.
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
         `'leaf'`: a block a leaf. A function from a leaf's key path (as in
         `jax.tree_util.tree_map_with_path`) to a hashable label: a block a label. Under
@@ -183,13 +183,18 @@ def scale_by_mfac(
         rate = _value(step_adaptation, state.grads_seen, gram.dtype, 0.0, 1.0)
         last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
         cosine = _gram.cosine_to_row(gram, newest, last_update)
-        mean = _step_length.next_mean(state.mean_cosine, cosine, state.grads_seen)
-        noise = _gram.typical_cosine(gram)
-        log_step = _step_length.next_log_factor(state.log_step, cosine, mean, noise, state.grads_seen, rate)
+        age = (newest - jnp.arange(num_grads)) % num_grads
+        signs = _step_length.Signs(
+            cosine,
+            _gram.typical_cosine(gram),
+            _gram.shrinkage(gram, age, jnp.minimum(state.grads_seen, num_grads - 1) + 1),
+            state.grads_seen,
+        )
+        before = (state.mean_cosine, state.log_step)
+        after = _step_length.adapt(*before, signs, rate)
         # Without a direction on both sides there is nothing to learn, not even the drift.
         is_known = jnp.any(last_update != 0) & jnp.any(gram[:, newest, newest] > 0)
-        before = (state.mean_cosine, state.log_step)
-        return jax.tree.map(lambda new, old: jnp.where(is_known, new, old), (mean, log_step), before)
+        return jax.tree.map(lambda new, old: jnp.where(is_known, new, old), after, before)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -184,7 +184,10 @@ def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float) ->
         pairs = [cosine(grads[i], grads[j]) for i in range(step + 1) for j in range(i)]
         noise = np.sqrt(np.mean(np.square(pairs)) * share / (2 - share))
         evidence = np.sign(mean) * max(abs(mean) - noise, 0)
-        move = newest + 0.05 if log_steps[-1] < np.log(5) else evidence - 0.005
+        newer, older = np.array_split(np.sum(grads[step::-1] ** 2, axis=1), 2)
+        shrinkage = max(0, 1 - newer.mean() / older.mean())
+        beyond = evidence + 0.05 * shrinkage - 0.005
+        move = newest + 0.05 if log_steps[-1] < np.log(5) else beyond
         log_steps.append(np.clip(log_steps[-1] + rate * move, -np.log(30), np.log(30)))
     return np.array(log_steps)
 
