@@ -61,7 +61,8 @@ def mfac(
       momentum: :math:`\beta` in [0, 1), or None for none. The authors use 0 or 0.9.
       weight_decay: :math:`\omega` >= 0, or None. Needs `params` in `update`. The authors use 3e-3 to
         1e-4, coupled.
-      mask: a tree of bools, or a function from parameters to one: where weight decay acts.
+      mask: a tree of bools, or a function from parameters to one: where weight decay acts. Needs
+        `weight_decay`.
       metric: `'diagonal'`: the Fisher matrix is damped in the metric of a running second moment, see
         `in_diagonal_metric`. `'identity'`: as in the paper.
       relative_damping: see `scale_by_mfac`.
@@ -85,7 +86,8 @@ def mfac(
       TypeError: as `scale_by_mfac`; `momentum`, `weight_decay` or `decoupled_weight_decay` has a wrong
         type.
       ValueError: as `scale_by_mfac`; `momentum`, `weight_decay`, `metric` or `momentum_in` is out of its
-        range or not among its choices; `update` with weight decay gets no `params`.
+        range or not among its choices; `mask` comes without `weight_decay`; `step_adaptation` is not 0
+        with `momentum_in='update'`; `update` with weight decay gets no `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
@@ -112,6 +114,10 @@ def mfac(
         raise ValueError(
             f"step_adaptation must be 0 with momentum_in='update', got {step_adaptation!r}: it would not "
             "see the momentum. Pass step_adaptation=0, or momentum_in='window'."
+        )
+    if mask is not None and weight_decay is None:
+        raise ValueError(
+            "mask says where weight_decay acts, but weight_decay is None. Pass e.g. 1e-4, or no mask."
         )
     window_momentum = momentum if momentum_in == "window" and momentum is not None else 0.0
     preconditioner = scale_by_mfac(

@@ -37,9 +37,10 @@ def in_diagonal_metric(
       D \; \mathrm{inner}(D g).
 
     Where `inner` is the identity this is RMSProp, and Adam under momentum. Around `scale_by_mfac` with
-    relative damping, directions outside of the window move as in Adam, those inside by the natural gradient
-    of the Fisher matrix in this metric. The identity in M-FAC's damping treats all coordinates alike;
-    in this metric that is right also for networks whose layers differ in scale.
+    relative damping, a gradient that is orthogonal to the others in the window moves the parameters as in
+    Adam, and what it shares with them by the natural gradient of the Fisher matrix in this metric. The
+    identity in M-FAC's damping treats all coordinates alike; in this metric that is right also for networks
+    whose layers differ in scale.
 
     A row of the window keeps the scale that it entered with: v moves slowly against the window, and scaling
     all rows anew would read and write the whole window once more a step.

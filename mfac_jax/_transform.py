@@ -88,7 +88,8 @@ def scale_by_mfac(
         with :math:`\rho` = `damping` and :math:`\bar s` the mean squared norm of its gradients, and returns
         :math:`((1 + \rho) \bar s / n)^p F^{-p} g_j`. Then a lone gradient comes out as it went in, and
         so does any gradient where :math:`\rho` is large: learning rates are those of gradient descent, at
-        any scale of the loss. `normalize_by` makes no difference.
+        any scale of the loss (below :math:`\bar s` = 1e-30 it is taken as 1). `normalize_by` makes no
+        difference.
       power: p in :math:`F^{-p} g_j`, in (0, 1]. 1 is the natural gradient, 1/2 full-matrix AdaGrad over the
         window (GGT). Powers other than 1 take an eigendecomposition of the m x m matrix, and rows
         whose norm is below about 1e-2 of the largest are damped more than they should be.

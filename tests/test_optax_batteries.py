@@ -30,7 +30,8 @@ with mock.patch.dict(os.environ), warnings.catch_warnings():
 
 # With these, M-FAC converges on every problem of the batteries in the steps they allow.
 _CONFIGURATIONS = {
-    "plain": {
+    "default": {"learning_rate": 0.01, "num_grads": 8},
+    "as published": {
         "learning_rate": 0.03,
         "num_grads": 4,
         "damping": 1.0,

@@ -133,6 +133,11 @@ def test_momentum_of_updates_excludes_step_adaptation():
         mfac(momentum_in="update")
 
 
+def test_a_mask_needs_weight_decay():
+    with pytest.raises(ValueError, match=r"mask says where weight_decay acts, .* Pass"):
+        mfac(mask=lambda params: params)
+
+
 @pytest.mark.parametrize(("name", "allowed"), [("metric", "diagonal"), ("momentum_in", "window")])
 def test_names_must_be_among_the_choices(name, allowed):
     options: dict[str, Any] = {name: "other"}
