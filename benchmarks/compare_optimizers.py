@@ -4,6 +4,9 @@ Every rate of an optimizer's grid is tried with seed 0; the rate with the lowest
 run with the other seeds. Each run becomes a line of runs.jsonl when it ends, and is not repeated when the
 command is given again. report_comparison.py makes tables and pictures of the file.
 
+Results of an older revision of this repository are kept: the peers' do not depend on it. To redo runs after
+a change of M-FAC, delete their lines from runs.jsonl. The report names M-FAC entries of several revisions.
+
 The problems are those of examples/, and noisy-digits: the MLP on batches of 4 images, with 30 % of the
 training labels drawn at random, to see who mistakes noise for a direction. kfac and soap need packages that
 are not installed with this one: kfac_jax (pip; with JAX 0.10 also tfp-nightly in place of
@@ -175,9 +178,12 @@ class Store:
             file.write(json.dumps(self.records[-1], allow_nan=False) + "\n")
 
     def loss(self, run: Run) -> float | None:
-        """Its final training loss, infinite where it diverged; None if it was not done yet."""
+        """Its final training loss, infinite where it diverged; None if it was not done yet.
+
+        A result of an older revision counts; delete its line to redo the run.
+        """
         wanted = run._asdict()
-        for record in self.records:
+        for record in reversed(self.records):  # of several records of a run the last counts
             if "evaluations" in record and all(record[name] == value for name, value in wanted.items()):
                 loss = record["evaluations"][-1]["train_loss"]
                 return math.inf if loss is None else loss
@@ -286,7 +292,7 @@ def tuning(args: argparse.Namespace, problem: str, optimizer: str) -> list[Run]:
     data, steps = "given" if args.data_dir else "default", args.steps
     if "digits" in problem:
         data = "default"
-    rates = opt.rates(optimizer, problem)
+    rates = opt.rates(opt.RATES[optimizer], problem)
     return [Run("tuning", problem, optimizer, rate, None, 0, data, steps) for rate in rates]
 
 
@@ -303,9 +309,9 @@ def grid(args: argparse.Namespace, problem: str) -> list[Run]:
 def variants(args: argparse.Namespace, problem: str) -> list[Run]:
     """The runs of --variants on the problem."""
     first = tuning(args, problem, "mfac")[0]._replace(study="variants")
-    return [
-        first._replace(optimizer=name, rate=rate) for name in opt.VARIANTS for rate in opt.VARIANT_RATES
-    ]
+    names = (*opt.VARIANTS, *opt.IDEAS)
+    rates = opt.rates(opt.VARIANT_RATES, problem)
+    return [first._replace(optimizer=name, rate=rate) for name in names for rate in rates]
 
 
 def compare(args: argparse.Namespace, runner: Runner) -> None:
@@ -349,7 +355,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-dir", type=Path, help="for cifar10 and text, as in examples/")
     add("--soap", type=Path, help="checkout of SOAP_JAX, the package of SOAP")
     add("--grid", action="store_true", help="scan rates and dampings of M-FAC, and rates of AdamW, instead")
-    add("--variants", action="store_true", help="change M-FAC's settings one at a time instead")
+    add(
+        "--variants",
+        action="store_true",
+        help="change M-FAC's settings one at a time, and add the ideas of ideas.py, instead",
+    )
     add(
         "--out",
         type=Path,

@@ -3,142 +3,63 @@
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 
-Record = dict[str, Any]
+# Beside this file.
+import comparison_plots as plots  # isort: skip
+import comparison_results as results  # isort: skip
+from comparison_plots import STYLES, Record, Scan  # isort: skip
+from comparison_results import Summary, final_loss, scan_of  # isort: skip
 
-# Colours that colour-blind readers can tell apart (Okabe and Ito), with line styles and markers for print.
-STYLES: dict[str, dict[str, Any]] = {
-    "mfac": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "mfac-default": {"color": "#56B4E9", "linestyle": "-", "marker": "D"},
-    "mfac-published-tuned": {"color": "#7F7F7F", "linestyle": "--", "marker": "P"},
-    "mfac-published": {"color": "#7F7F7F", "linestyle": ":", "marker": "x"},
-    "sgd": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
-    "adamw": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
-    "nadamw": {"color": "#CC79A7", "linestyle": ":", "marker": "v"},
-    "muon": {"color": "#000000", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "<"},
-    "kfac": {"color": "#E69F00", "linestyle": "--", "marker": ">"},
-    "soap": {"color": "#8C564B", "linestyle": "-.", "marker": "*"},
-}
-PEERS = ("sgd", "adamw", "nadamw")  # the best of these, tuned, sets the loss that all have to reach
-NEAR_ZERO = 0.1  # a loss that falls below this part of the initial one counts as going to zero
-
-
-class Summary(NamedTuple):
-    """The figures of an optimizer on a problem.
-
-    Attributes:
-      scan: final training loss for each rate with seed 0, rates rising, infinite where a run diverged.
-      best_rate: the one with the lowest loss in the scan.
-      runs: those at the best rate, one a seed; empty where every rate diverged.
-    """
-
-    scan: dict[float, float]
-    best_rate: float
-    runs: list[Record]
-
-
-# ------------------------------------------------------------------------------------------ figures
-
-
-def final_loss(record: Record) -> float:
-    """The last training loss, infinite where the run diverged."""
-    loss = record["evaluations"][-1]["train_loss"]
-    return math.inf if loss is None else loss
-
-
-def scan_of(records: list[Record]) -> dict[float, float]:
-    """Final training loss for each rate, rates rising."""
-    return dict(sorted((record["rate"], final_loss(record)) for record in records))
-
-
-def summarize(records: list[Record]) -> dict[str, Summary]:
-    """A summary for each optimizer in the tuning runs of one problem."""
-    summaries = {}
-    for name in STYLES:
-        own = [record for record in records if record["optimizer"] == name]
-        scan = scan_of([record for record in own if record["seed"] == 0])
-        if scan:
-            best = min(scan, key=lambda rate: scan[rate])
-            runs = [r for r in own if r["rate"] == best] if scan[best] < math.inf else []
-            summaries[name] = Summary(scan, best, sorted(runs, key=lambda record: record["seed"]))
-    return summaries
-
-
-def width(scan: dict[float, float], factor: float) -> tuple[float, bool]:
-    """Decades of rates around the best one whose loss is at most `factor` times the best loss.
-
-    Between two rates log(loss) is taken as linear in log(rate); towards a rate that
-    diverged it rises at once.
-
-    Returns:
-      The width, and whether it reaches an end of the grid, so that it may be larger.
-    """
-    rates, losses = np.log10(list(scan)), np.array(list(scan.values()))
-    best = int(np.argmin(losses))
-    if not np.isfinite(losses[best]):
-        return math.nan, False
-    logs = np.log(np.maximum(losses, np.finfo(float).tiny))
-    limit = logs[best] + math.log(factor)
-    ends, is_open = [], False
-    for direction in (-1, 1):
-        at = best
-        while 0 <= at + direction < len(rates) and logs[at + direction] <= limit:
-            at += direction
-        beyond, end = at + direction, rates[at]
-        if 0 <= beyond < len(rates):
-            end += (limit - logs[at]) / (logs[beyond] - logs[at]) * (rates[beyond] - rates[at])
-        else:
-            is_open = True
-        ends.append(end)
-    return float(ends[1] - ends[0]), is_open
-
-
-def first_at(record: Record, target: float, axis: str) -> float:
-    """Where on the axis log(loss), linear between evaluations, reaches the target; infinite for never."""
-    previous = None
-    for evaluation in record["evaluations"]:
-        loss = evaluation["train_loss"]
-        if loss is None:
-            return math.inf
-        if loss <= target:
-            if previous is None or loss <= 0:
-                return evaluation[axis]
-            share = math.log(previous["train_loss"] / target) / math.log(previous["train_loss"] / loss)
-            return previous[axis] + share * (evaluation[axis] - previous[axis])
-        previous = evaluation
-    return math.inf
-
-
-def target_loss(summaries: dict[str, Summary]) -> tuple[float, str | None]:
-    """The loss that every seed of the best tuned peer reaches, and which peer that is."""
-    peers = [name for name in PEERS if name in summaries]
-    losses = {name: max(map(final_loss, summaries[name].runs), default=math.inf) for name in peers}
-    losses = {name: loss for name, loss in losses.items() if loss < math.inf}
-    best = min(losses, key=lambda name: losses[name], default=None)
-    return (losses[best], best) if best else (math.nan, None)
+PUBLISHED_WINDOW = 512  # gradients that mfac-published keeps, see optimizers.py
 
 
 # ------------------------------------------------------------------------------------------- tables
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean ± sample standard deviation."""
+    """Mean ± sample standard deviation, this with two digits and the mean with as many decimals."""
     numbers = np.array(values, float)  # None, JSON's NaN, becomes one
-    if not np.isfinite(numbers).all():
-        return "diverged"
-    return f"{numbers.mean():.4g}" + (f" ± {numbers.std(ddof=1):.2g}" if len(numbers) > 1 else "")
+    diverged = int(np.sum(~np.isfinite(numbers)))
+    if diverged:
+        return f"{diverged} of {len(numbers)} diverged"
+    mean = numbers.mean()
+    if len(numbers) == 1:
+        return f"{mean:.4g}"
+    deviation = numbers.std(ddof=1)
+    if mean < 1e-4 or deviation < 1e-4 * mean:
+        return f"{mean:.2g} ± {deviation:.2g}" if mean < 1e-4 else f"{mean:.4g} ± {deviation:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
 
 
 def markdown(header: Sequence[str], rows: list[list[str]]) -> str:
     """A table."""
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *rows))
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """A list."""
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def summary_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
+    """Every optimizer on every problem: the final training loss, the lowest of a problem in bold."""
+    names = [name for name in STYLES if any(name in own for own in problems.values())]
+    rows = {name: [STYLES[name]["label"]] for name in names}
+    for own in problems.values():
+        losses = {name: [final_loss(run) for run in summary.runs] for name, summary in own.items()}
+        means = {name: float(np.mean(values)) if values else math.inf for name, values in losses.items()}
+        lowest = min(means.values())
+        for name in names:
+            text = spread(losses[name]) if losses.get(name) else "diverged" if name in own else "-"
+            is_best = name in own and math.isfinite(lowest) and means[name] == lowest
+            rows[name].append(f"**{text}**" if is_best else text)
+    return markdown(["", *problems], list(rows.values()))
 
 
 def rate_cell(summary: Summary) -> str:
@@ -148,40 +69,46 @@ def rate_cell(summary: Summary) -> str:
     return f"{summary.best_rate:g}" + (" (end of grid)" if at_end else "")
 
 
-def results_table(summaries: dict[str, Summary]) -> str:
+def results_table(summaries: Mapping[str, Summary]) -> str:
     """The optimizers side by side at their best rates."""
-    target, whose = target_loss(summaries)
+    target, whose = results.target_loss(summaries)
     metrics = next((s.runs[0]["evaluations"][0] for s in summaries.values() if s.runs), {})
     columns = ["train_loss", "valid_loss", *(["valid_accuracy"] if "valid_accuracy" in metrics else [])]
-    header = ["", "best rate", *(column.replace("_", " ") for column in columns), "seeds", "ms a step"]
+    header = ["", "rates tried", "best rate", *(column.replace("_", " ") for column in columns)]
+    header += ["seeds", "ms a step"]
     header += [f"{axis} to {target:.4g}" for axis in ("steps", "seconds")] if whose else []
     rows = []
     for name, summary in summaries.items():
+        row = [f"{STYLES[name]['label']} (`{name}`)", str(len(summary.scan))]
+        rows.append(row)
         if not summary.runs:
-            rows.append([name, "every rate diverged"] + [""] * (len(header) - 2))
+            row += ["every rate diverged"] + [""] * (len(header) - 3)
             continue
-        row = [name, rate_cell(summary)]
+        row.append(rate_cell(summary))
         row += [spread([run["evaluations"][-1][column] for run in summary.runs]) for column in columns]
         row += [str(len(summary.runs)), f"{np.mean([run['step_ms'] for run in summary.runs]):.3g}"]
         for axis in ("step", "seconds") if whose else ():
-            mean = float(np.mean([first_at(run, target, axis) for run in summary.runs]))
+            mean = float(np.mean([results.first_at(run, target, axis) for run in summary.runs]))
             row.append("not by every seed" if math.isinf(mean) else f"{mean:.3g}")
-        rows.append(row)
-    note = (
-        f"\nThe fixed loss is what every seed of the best of tuned {', '.join(PEERS)} reaches: {whose}.\n"
-    )
-    return markdown(header, rows) + (note if whose else "")
+    return markdown(header, rows)
 
 
-def width_table(scans: dict[str, dict[float, float]], to_zero: bool) -> str:
-    """How wide each optimizer's range of good rates is."""
+def width_table(scans: Mapping[str, Scan], to_zero: bool, grid: str) -> str:
+    """How wide each optimizer's range of good rates is, on which grid."""
     factors = {"within 10 %": 1.1} | ({"within a factor of 2": 2.0} if to_zero else {})
     rows = []
     for name, scan in scans.items():
-        grid = f"{min(scan):g} to {max(scan):g}, {len(scan)} rates"
-        widths = [width(scan, factor) for factor in factors.values()]
-        rows.append([name, *(f"{'≥ ' * is_open}{decades:.2f}" for decades, is_open in widths), grid])
-    return markdown(["", *(f"decades {name}" for name in factors), "grid"], rows)
+        found = [results.width(scan, factor) for factor in factors.values()]
+        cells = [
+            "-" if math.isnan(decades) else f"{'≥ ' * is_open}{decades:.2f}" for decades, is_open in found
+        ]
+        rows.append([name, *cells, f"{min(scan):g} to {max(scan):g}, {len(scan)} rates"])
+    text = (
+        f"Decades of learning rates around the best one with nearly its final training loss, on {grid}, "
+        "seed 0 alone (between two rates log(loss) is taken as linear in log(rate); "
+        "≥: the range reaches an end of the grid):\n\n"
+    )
+    return text + markdown(["", *(f"decades {name}" for name in factors), "grid"], rows)
 
 
 def variants_table(records: list[Record]) -> str:
@@ -196,23 +123,81 @@ def variants_table(records: list[Record]) -> str:
     return markdown(["", "best", *(f"rate {rate:g}" for rate in rates)], rows)
 
 
-def goes_to_zero(records: list[Record]) -> bool:
-    """Whether the best final loss is a small part of the initial one."""
-    return min(map(final_loss, records)) < NEAR_ZERO * records[0]["evaluations"][0]["train_loss"]
+# -------------------------------------------------------------------------------------------- notes
 
 
-def grid_scans(records: list[Record]) -> dict[str, dict[float, float]]:
-    """The scans of --grid on one problem: M-FAC at each damping, AdamW."""
-    settings = sorted({(r["optimizer"], r["damping"]) for r in records}, key=lambda s: (s[0], s[1] or 0.0))
-    return {
-        name if damping is None else f"{name}, damping {damping:g}": scan_of(
-            [r for r in records if (r["optimizer"], r["damping"]) == (name, damping)]
+def notes(tuning: Mapping[str, list[Record]], problems: Mapping[str, Mapping[str, Summary]]) -> list[str]:
+    """What a reader of the results of these problems has to know."""
+    summaries = [(name, summary) for own in problems.values() for name, summary in own.items()]
+    names = {name for name, _ in summaries}
+    lines = []
+    if any(len(summary.scan) > 1 for _, summary in summaries):
+        line = (
+            "The rate of an optimizer is the one of its grid with the lowest final training loss on seed 0"
         )
-        for name, damping in settings
+        has_zero = any(run["seed"] == 0 for _, summary in summaries for run in summary.runs)
+        lines.append(line + (", which is also among the seeds reported." if has_zero else "."))
+    fixed = [
+        STYLES[n]["label"]
+        for n in STYLES
+        if n in names and all(len(s.scan) < 2 for m, s in summaries if m == n)
+    ]
+    if fixed:
+        lines.append(f"Run at one rate alone, not tuned: {'; '.join(fixed)}.")
+    short = {
+        title: min(run["steps"] for run in tuning[title])
+        for title, own in problems.items()
+        if any(name.startswith("mfac-published") for name in own)
     }
+    short = [f"{steps} steps of {title}" for title, steps in short.items() if steps < PUBLISHED_WINDOW]
+    if short:
+        text = f"The window of M-FAC as published, {PUBLISHED_WINDOW} gradients, does not fill"
+        lines.append(f"{text} in the {', the '.join(short)}.")
+    if "muon" in names:
+        text = (
+            "Muon treats every array of 2 or more dimensions as a matrix, embeddings and output layer too"
+        )
+        lines.append(f"{text}.")
+    for title in problems:
+        if tuning[title][0]["problem"] == "noisy-digits":
+            text = "the training loss is that of partly random labels; validation accuracy is what counts"
+            lines.append(f"{title}: {text}.")
+    return lines
 
 
-def provenance(records: list[Record], runs: list[Record]) -> str:
+def target_note(summaries: Mapping[str, Summary]) -> list[str]:
+    """Where the loss comes from that steps and seconds are counted to."""
+    whose, peers = results.target_loss(summaries)[1], [name for name in results.PEERS if name in summaries]
+    text = f"The fixed loss is what every seed of the best of tuned {', '.join(peers)} reaches: {whose}."
+    return [text] if whose else []
+
+
+def description(records: list[Record]) -> str:
+    """Model, length and data of the runs of a section; more than one where they were changed meanwhile."""
+    sizes = " and ".join(f"{size:,}" for size in sorted({record["parameters"] for record in records}))
+    steps = " and ".join(str(count) for count in sorted({record["steps"] for record in records}))
+    cut = "" if records[0]["limit"] is None else " (cut)"
+    sources = "; ".join(sorted({record["source"] for record in records}))
+    return f"{sizes} parameters, {steps} steps{cut}; {sources}\n"
+
+
+def revision_lines(sections: Mapping[str, list[Record]]) -> list[str]:
+    """The M-FAC entries with runs of several revisions; peers do not depend on the revision."""
+    found: dict[tuple[str, str, str], dict[str, None]] = {}
+    for title, own in sections.items():
+        for run in own:
+            if run["optimizer"].startswith("mfac"):
+                commit, _, dirty = run["revision"].partition("-")
+                revisions = found.setdefault((title, run["study"], run["optimizer"]), {})
+                revisions[commit[:8] + (dirty and f"-{dirty}")] = None
+    return [
+        f"runs of several revisions: {name} on {title}, {study}: {', '.join(revisions)}"
+        for (title, study, name), revisions in found.items()
+        if len(revisions) > 1
+    ]
+
+
+def provenance(records: list[Record], runs: list[Record], sections: Mapping[str, list[Record]]) -> str:
     """With what, on what and how the runs were done."""
 
     def values(name: str) -> str:
@@ -220,174 +205,63 @@ def provenance(records: list[Record], runs: list[Record]) -> str:
         return "; ".join(sorted(text.strip('{}"').replace('"', "") for text in found))
 
     lines = [f"{name}: {values(name)}" for name in ("revision", "versions", "machine", "device")]
+    lines += revision_lines(sections)
     lines.append(f"processes side by side while times were taken, one thread each: {values('jobs')}")
     lines.append("± is the standard deviation over the seeds (n - 1); steps and seconds are means")
     for record in {(r["missing"], r["problem"]): r for r in records if "missing" in r}.values():
         name, problem = record["missing"], record["problem"]
         if not any((r["optimizer"], r["problem"]) == (name, problem) for r in runs):
             lines.append(f"left out: {name} on {problem}: {record['reason']}")
-    failed = {identity(record): record for record in records if "error" in record}
-    for key in failed.keys() - {identity(run) for run in runs}:
+    failed = {results.identity(record): record for record in records if "error" in record}
+    for key in failed.keys() - {results.identity(run) for run in runs}:
         lines.append(f"failed: {key}: {failed[key]['error'][:200]}")
-    return "".join(f"- {line}\n" for line in lines)
+    return bullets(lines)
 
 
-def identity(record: Record) -> tuple:
-    """What two records of the same run have in common."""
-    study = (record[name] for name in ("study", "problem", "data", "limit"))
-    return (*study, record["optimizer"], record["rate"], record["damping"], record["seed"])
-
-
-# ----------------------------------------------------------------------------------------- pictures
-
-
-def panels(rows: int, columns: int):
-    """A figure and its axes `(rows, columns)`."""
-    size = (5 * columns + 2, 3.4 * rows)
-    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-
-
-def finish(figure, grid, path: Path) -> None:
-    """One legend beside all panels, and a file of 256 colours: a third of the size."""
-    entries = {}
-    for axes in grid.flat:
-        entries |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside right upper")
-    figure.set_dpi(80)
-    figure.canvas.draw()
-    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
-    plt.close(figure)
-
-
-def log_if_wide(axes) -> None:
-    """A logarithmic y axis where the lines span more than a factor of 20."""
-    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
-    values = values[np.isfinite(values) & (values > 0)]
-    if len(values) and values.max() > 20 * values.min():
-        axes.set_yscale("log")
-
-
-def plot_curves(problems: dict[str, dict[str, Summary]], path: Path) -> None:
-    """Training loss against steps and seconds at the best rates: mean and range over the seeds."""
-    figure, grid = panels(len(problems), 2)
-    for row, (problem, summaries) in zip(grid, problems.items(), strict=True):
-        runs = [run for summary in summaries.values() for run in summary.runs]
-        top = 1.5 * max(
-            (run["evaluations"][0]["train_loss"] for run in runs), default=1
-        )  # what rises above it leaves
-        for axes, axis in zip(row, ("step", "seconds"), strict=True):
-            for name, summary in summaries.items():
-                length = min((len(run["evaluations"]) for run in summary.runs), default=0)
-                evaluations = [run["evaluations"][:length] for run in summary.runs]
-                if not length:
-                    continue
-                x = np.array([[e[axis] for e in run] for run in evaluations]).mean(axis=0)
-                y = np.array([[e["train_loss"] for e in run] for run in evaluations], float)
-                axes.plot(x, y.mean(axis=0), label=name, linewidth=1.6, **STYLES[name] | {"marker": None})
-                color = STYLES[name]["color"]
-                axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.12, lw=0)
-            log_if_wide(axes)
-            axes.set_ylim(top=min(axes.get_ylim()[1], top))
-            axes.set(xlabel=axis, ylabel="training loss", title=problem)
-            if axis == "seconds":
-                axes.set_xscale("log")
-            axes.grid(alpha=0.25)
-    finish(figure, grid, path)
-
-
-def plot_scans(problems: dict[str, dict[str, dict[float, float]]], path: Path) -> None:
-    """Final training loss against the peak rate, a panel a problem."""
-    figure, grid = panels(1, len(problems))
-    for axes, (problem, scans) in zip(grid.flat, problems.items(), strict=True):
-        draw_scans(axes, {name: (scan, STYLES[name]) for name, scan in scans.items()})
-        axes.set(title=f"{problem}, seed 0")
-    finish(figure, grid, path)
-
-
-def draw_scans(axes, scans: dict[str, tuple[dict[float, float], dict]]) -> None:
-    """Loss against rate; runs that diverged or ended above 10 times the best stay off the picture."""
-    best = min(min(scan.values()) for scan, _ in scans.values())
-    for name, (scan, style) in scans.items():
-        shown = [loss if math.isfinite(loss) else math.nan for loss in scan.values()]
-        axes.plot(list(scan), shown, label=name, linewidth=1.6, markersize=5, **style)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="final training loss")
-    log_if_wide(axes)
-    if math.isfinite(best):
-        axes.set_ylim(top=min(axes.get_ylim()[1], 300 * best if axes.get_yscale() == "log" else 3 * best))
-    axes.grid(alpha=0.25)
-
-
-def plot_grids(problems: dict[str, list[Record]], path: Path) -> None:
-    """Rate times damping, and beside it the same as lines with AdamW's."""
-    figure, grid = panels(len(problems), 2)
-    for (left, right), (problem, records) in zip(grid, problems.items(), strict=True):
-        draw_heat_map(figure, left, [r for r in records if r["damping"] is not None])
-        left.set_title(f"{problem}: final training loss of mfac")
-        shades = iter(plt.get_cmap("cividis")(np.linspace(0, 0.85, 5)))
-        scans = grid_scans(records)
-        styles = {name: {"color": next(shades), "marker": "o"} for name in scans} | {
-            "adamw": STYLES["adamw"]
-        }
-        draw_scans(right, {name: (scan, styles[name]) for name, scan in scans.items()})
-        right.set_title(f"{problem}, seed 0")
-    finish(figure, grid, path)
-
-
-def draw_heat_map(figure, axes, records: list[Record]) -> None:
-    """The logarithm of the loss as colour, the loss as text; an x where a run diverged."""
-    rates = sorted({record["rate"] for record in records})
-    dampings = sorted({record["damping"] for record in records})
-    losses = np.full((len(dampings), len(rates)), np.nan)
-    for record in records:
-        at = dampings.index(record["damping"]), rates.index(record["rate"])
-        losses[at] = final_loss(record)
-    logs = np.log10(np.where(np.isfinite(losses) & (losses > 0), losses, np.nan))
-    image = axes.imshow(logs, plt.get_cmap("cividis_r"), aspect="auto", origin="lower")
-    for (row, column), loss in np.ndenumerate(losses):
-        text = "x" if math.isinf(loss) else "" if math.isnan(loss) else f"{loss:.2g}"
-        color = "w" if image.norm(logs[row, column]) > 0.5 else "k"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
-    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates], fontsize=8)
-    axes.set_yticks(range(len(dampings)), [f"{damping:g}" for damping in dampings])
-    axes.set(xlabel="peak learning rate", ylabel="damping")
-    figure.colorbar(image, ax=axes, label="log10 of the loss")
-
-
-def by_problem(records: list[Record], study: str) -> dict[str, list[Record]]:
-    """The runs of a study, grouped."""
-    chosen = [record for record in records if record["study"] == study]
-    names = dict.fromkeys(record["problem"] for record in chosen)
-    return {name: [record for record in chosen if record["problem"] == name] for name in names}
+# ------------------------------------------------------------------------------------------- report
 
 
 def report(records: list[Record], out: Path) -> str:
     """Draw the pictures; the text of the report."""
-    runs = list({identity(r): r for r in records if "evaluations" in r}.values())
-    tuning, grids = by_problem(runs, "tuning"), by_problem(runs, "grid")
-    summaries = {problem: summarize(own) for problem, own in tuning.items()}
-    scans = {problem: {n: s.scan for n, s in own.items()} for problem, own in summaries.items()}
-    parts = ["# Comparison of optimizers\n", provenance(records, runs)]
-    for problem, own in summaries.items():
-        steps, size = tuning[problem][0]["steps"], tuning[problem][0]["parameters"]
+    runs = list({results.identity(r): r for r in records if "evaluations" in r}.values())  # the last counts
+    sections = results.by_section(runs)
+    tuning, grids = results.select(sections, "tuning"), results.select(sections, "grid")
+    summaries = {title: results.summarize(own) for title, own in tuning.items()}
+    scans = {title: {n: s.scan for n, s in own.items()} for title, own in summaries.items()}
+    starts = {title: results.initial_loss(own) for title, own in sections.items()}
+    parts = ["# Comparison of optimizers\n"]
+    if summaries:
+        seeds = sorted({len(s.runs) for own in summaries.values() for s in own.values() if s.runs})
+        over = " to ".join(str(count) for count in (seeds[:1] + seeds[-1:] if len(seeds) > 1 else seeds))
         parts.append(
-            f"## {problem}\n\n{size:,} parameters, {steps} steps; {tuning[problem][0]['source']}\n"
+            f"Final training loss, mean ± standard deviation over {over} seeds, the best in bold:\n"
         )
-        parts.append(results_table(own))
-        widths = {name: scan for name, scan in scans[problem].items() if len(scan) > 1}
-        parts.append("Rates that do nearly as well as the best, seed 0:\n")
-        parts.append(width_table(widths, goes_to_zero(tuning[problem])))
-    for problem, own in grids.items():
-        parts.append(f"## {problem}: rate and damping, seed 0\n")
-        parts.append(width_table(grid_scans(own), goes_to_zero(own)))
-    for problem, own in by_problem(runs, "variants").items():
-        parts.append(f"## {problem}: one setting changed, seed 0, final training loss\n")
+        parts += [summary_table(summaries), bullets(notes(tuning, summaries))]
+    parts += ["## How it was measured\n", provenance(records, runs, sections)]
+    for title, own in summaries.items():
+        parts += [f"## {title}\n", description(tuning[title]), results_table(own)]
+        parts.append(bullets(target_note(own) + notes(tuning, {title: own})))
+        several = {name: scan for name, scan in scans[title].items() if len(scan) > 1}
+        if several:
+            parts.append(
+                width_table(several, results.goes_to_zero(tuning[title]), "the grid of its trials")
+            )
+    for title, own in grids.items():
+        parts.append(f"## {title}: rate and damping, seed 0\n")
+        named = {
+            "adamw" if d is None else f"mfac, damping {d:g}": s for d, s in results.grid_scans(own).items()
+        }
+        parts.append(width_table(named, results.goes_to_zero(own), "the grid of `--grid`"))
+    for title, own in results.select(sections, "variants").items():
+        parts.append(f"## {title}: one setting changed, seed 0, final training loss\n")
         parts.append(variants_table(own))
     if summaries:
-        plot_curves(summaries, out / "comparison_curves.png")
-        plot_scans(scans, out / "comparison_sensitivity.png")
+        curves = {title: {n: s.runs for n, s in own.items()} for title, own in summaries.items()}
+        plots.plot_curves(curves, out / "comparison_curves.png")
+        plots.plot_scans(scans, starts, out / "comparison_sensitivity.png")
     if grids:
-        plot_grids(grids, out / "comparison_grid.png")
+        grid_lines = {title: results.grid_scans(own) for title, own in grids.items()}
+        plots.plot_grids(grid_lines, starts, out / "comparison_grid.png")
     return "\n".join(parts)
 
 

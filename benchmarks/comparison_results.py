@@ -1,0 +1,156 @@
+"""What report_comparison.py reads off the runs of compare_optimizers.py: groups, rates, times."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+# Beside this file.
+from comparison_plots import STYLES, Record, Scan  # isort: skip
+
+PEERS = ("sgd", "adamw", "nadamw")  # the best of these, tuned, sets the loss that all have to reach
+NEAR_ZERO = 0.1  # a loss that falls below this part of the initial one counts as going to zero
+
+
+class Summary(NamedTuple):
+    """The figures of an optimizer on a problem.
+
+    Attributes:
+      scan: final training loss for each rate with seed 0, rates rising, infinite where a run diverged.
+      best_rate: the one with the lowest loss in the scan.
+      runs: those at the best rate, one a seed; empty where every rate diverged.
+    """
+
+    scan: Scan
+    best_rate: float
+    runs: list[Record]
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def final_loss(record: Record) -> float:
+    """The last training loss, infinite where the run diverged."""
+    loss = record["evaluations"][-1]["train_loss"]
+    return math.inf if loss is None else loss
+
+
+def scan_of(records: list[Record]) -> dict[float, float]:
+    """Final training loss for each rate, rates rising; of several runs at a rate the last counts."""
+    return dict(sorted({record["rate"]: final_loss(record) for record in records}.items()))
+
+
+def summarize(records: list[Record]) -> dict[str, Summary]:
+    """A summary for each optimizer in the tuning runs of one problem."""
+    summaries = {}
+    for name in STYLES:
+        own = [record for record in records if record["optimizer"] == name]
+        scan = scan_of([record for record in own if record["seed"] == 0])
+        if scan:
+            best = min(scan, key=lambda rate: scan[rate])
+            runs = [r for r in own if r["rate"] == best] if scan[best] < math.inf else []
+            summaries[name] = Summary(scan, best, sorted(runs, key=lambda record: record["seed"]))
+    return summaries
+
+
+def width(scan: Scan, factor: float) -> tuple[float, bool]:
+    """Decades of rates around the best one whose loss is at most `factor` times the best loss.
+
+    Between two rates log(loss) is taken as linear in log(rate); towards a rate that
+    diverged it rises at once.
+
+    Returns:
+      The width, and whether it reaches an end of the grid, so that it may be larger.
+    """
+    rates, losses = np.log10(list(scan)), np.array(list(scan.values()))
+    best = int(np.argmin(losses))
+    if not np.isfinite(losses[best]):
+        return math.nan, False
+    logs = np.log(np.maximum(losses, np.finfo(float).tiny))
+    limit = logs[best] + math.log(factor)
+    ends, is_open = [], False
+    for direction in (-1, 1):
+        at = best
+        while 0 <= at + direction < len(rates) and logs[at + direction] <= limit:
+            at += direction
+        beyond, end = at + direction, rates[at]
+        if 0 <= beyond < len(rates):
+            end += (limit - logs[at]) / (logs[beyond] - logs[at]) * (rates[beyond] - rates[at])
+        else:
+            is_open = True
+        ends.append(end)
+    return float(ends[1] - ends[0]), is_open
+
+
+def first_at(record: Record, target: float, axis: str) -> float:
+    """Where on the axis log(loss), linear between evaluations, reaches the target; infinite for never."""
+    previous = None
+    for evaluation in record["evaluations"]:
+        loss = evaluation["train_loss"]
+        if loss is None:
+            return math.inf
+        if loss <= target:
+            if previous is None or loss <= 0:
+                return evaluation[axis]
+            share = math.log(previous["train_loss"] / target) / math.log(previous["train_loss"] / loss)
+            return previous[axis] + share * (evaluation[axis] - previous[axis])
+        previous = evaluation
+    return math.inf
+
+
+def target_loss(summaries: Mapping[str, Summary]) -> tuple[float, str | None]:
+    """The loss that every seed of the best tuned peer reaches, and which peer that is."""
+    peers = [name for name in PEERS if name in summaries]
+    losses = {name: max(map(final_loss, summaries[name].runs), default=math.inf) for name in peers}
+    losses = {name: loss for name, loss in losses.items() if loss < math.inf}
+    best = min(losses, key=lambda name: losses[name], default=None)
+    return (losses[best], best) if best else (math.nan, None)
+
+
+# ------------------------------------------------------------------------------------------- groups
+
+
+def identity(record: Record) -> tuple:
+    """What two records of the same run have in common."""
+    study = (record[name] for name in ("study", "problem", "data", "limit"))
+    return (*study, record["optimizer"], record["rate"], record["damping"], record["seed"])
+
+
+def by_section(runs: list[Record]) -> dict[str, list[Record]]:
+    """The runs by problem, data and limit, which are not to be mixed; the title names what differs."""
+    groups: dict[tuple, list[Record]] = {}
+    for run in runs:
+        groups.setdefault((run["problem"], run["data"], run["limit"]), []).append(run)
+    sections = {}
+    for (problem, data, limit), own in groups.items():
+        same = [key for key in groups if key[0] == problem]
+        title = problem
+        if data == "default" and len({key[1] for key in same}) > 1:
+            title += ", default data"
+        if limit is not None and len({key[2] for key in same}) > 1:
+            title += f", {limit} steps"
+        sections[title] = own
+    return sections
+
+
+def select(sections: Mapping[str, list[Record]], study: str) -> dict[str, list[Record]]:
+    """The runs of a study, without the sections that have none."""
+    chosen = {title: [run for run in own if run["study"] == study] for title, own in sections.items()}
+    return {title: own for title, own in chosen.items() if own}
+
+
+def grid_scans(records: list[Record]) -> dict[float | None, dict[float, float]]:
+    """The scans of --grid on one problem: M-FAC's at each damping, AdamW's at None."""
+    dampings = sorted({record["damping"] for record in records}, key=lambda d: math.inf if d is None else d)
+    return {damping: scan_of([r for r in records if r["damping"] == damping]) for damping in dampings}
+
+
+def initial_loss(records: list[Record]) -> float:
+    """The training loss before the first step, which all optimizers share for a seed."""
+    return records[0]["evaluations"][0]["train_loss"]
+
+
+def goes_to_zero(records: list[Record]) -> bool:
+    """Whether the best final loss is a small part of the initial one."""
+    return min(map(final_loss, records)) < NEAR_ZERO * initial_loss(records)
