@@ -56,7 +56,7 @@ def load(data_dir: Path | None = None, tfds: bool = False) -> Images:
     raise DataError(
         f"--data-dir: no CIFAR-10 in {data_dir}. Looked for cifar-10-batches-bin/data_batch_1.bin, "
         f"cifar-10-batches-py/data_batch_1, an *.npz with {', '.join(sorted(IMAGE_KEYS))}, "
-        f"and an *.npz with {', '.join(sorted(JPEG_KEYS))}."
+        f"and an *.npz with {', '.join(sorted(JPEG_KEYS))}. Without --data-dir, digits are used."
     )
 
 

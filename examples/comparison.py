@@ -37,9 +37,18 @@ Histories = dict[str, list[wl.History]]  # optimizer -> one history a seed
 
 def count(text: str) -> int:
     """For argparse: an int >= 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
+
+
+def output_folder(text: str) -> Path:
+    """For argparse: a folder, which need not exist."""
+    for path in (Path(text), *Path(text).parents):
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise argparse.ArgumentTypeError(f"must be a folder, but {path} is a file: pass another path")
+    return Path(text)
 
 
 def rate(text: str) -> tuple[str, float]:
@@ -52,17 +61,36 @@ def rate(text: str) -> tuple[str, float]:
     with contextlib.suppress(ValueError):
         if 0 < float(value) < math.inf:
             return name, float(value)
-    raise argparse.ArgumentTypeError(f"the rate of {name} must be a number above 0, got {value!r}")
+    raise argparse.ArgumentTypeError(
+        f"the rate of {name} must be a number above 0, got {value!r}: write e.g. {name}=0.01"
+    )
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults as they are typed, and none where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        values = action.default if isinstance(action.default, list) else [action.default]
+        shown = " ".join("=".join(map(str, x)) if isinstance(x, tuple) else str(x) for x in values)
+        return f"{action.help} (default: {shown})"
 
 
 def make_parser(
     name: str, description: str | None, *, optimizers: list[str], seeds: int, evaluations: int
 ) -> argparse.ArgumentParser:
     """The options that all examples have."""
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=defaults)
-    add = parser.add_argument
-    add("--optimizers", nargs="+", choices=list(wl.OPTIMIZERS), default=optimizers, help="which to compare")
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    add, known = parser.add_argument, list(wl.OPTIMIZERS)
+    add(
+        "--optimizers",
+        nargs="+",
+        choices=known,
+        default=optimizers,
+        metavar="NAME",
+        help=f"which to compare, of {', '.join(known)}",
+    )
     add(
         "--rates",
         nargs="+",
@@ -70,13 +98,22 @@ def make_parser(
         type=rate,
         default=list(wl.RATES[name].items()),
         metavar="NAME=RATE",
-        help="peak learning rates",
+        help="learning rates at the end of the warm-up; an optimizer that is not named keeps its default",
     )
-    add("--seeds", type=count, default=seeds, help="runs of each; the seeds are 0, 1, 2, ...")
+    add("--seeds", type=count, default=seeds, help="runs of each optimizer, with the seeds 0, 1, 2, ...")
     add("--evaluations", type=count, default=evaluations, help="times that losses are measured in a run")
-    add("--out", type=Path, default=Path("out", name), help="folder for pictures and results.json")
-    add("--checkpoint-dir", type=Path, help="folder for a checkpoint at every evaluation")
-    add("--resume", action="store_true", help="continue the runs in --checkpoint-dir")
+    add(
+        "--out",
+        type=output_folder,
+        default=f"out/{name}",  # a str, which argparse checks as it checks what is typed
+        help="folder for results.json, curves.png and, with mfac, diagnostics.png of its first seed",
+    )
+    add(
+        "--checkpoint-dir",
+        type=output_folder,
+        help="folder where every run is saved at each evaluation; without it nothing is",
+    )
+    add("--resume", action="store_true", help="continue the runs saved in --checkpoint-dir")
     return parser
 
 
@@ -85,7 +122,7 @@ def run(
     args: argparse.Namespace,
     make_workload: Callable[[int], wl.Workload],
     callback: Callable[[str, int, wl.TrainState], object] = lambda name, seed, state: None,
-) -> None:
+) -> list[dict[str, Any]]:
     """Train the workload of every seed with every optimizer, and write the report.
 
     Args:
@@ -93,29 +130,39 @@ def run(
       args: parsed options of `make_parser` and of the example.
       make_workload: the workload of a seed.
       callback: called with optimizer, seed and state after every evaluation.
+
+    Returns:
+      The diagnostics of M-FAC's first run at every evaluation, none where it was not among the optimizers.
     """
     plt.switch_backend("Agg")  # pictures go to files; no window is opened
-    log = mfac_jax.DiagnosticsLog(every=1)
     rates = {name: dict(args.rates)[name] for name in args.optimizers}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         workload = make_workload(0)
 
-        def observe(name: str, seed: int, state: wl.TrainState) -> None:
-            if name == "mfac" and seed == 0:
-                log(int(state.step), state.opt_state)
+        def observe(name: str, seed: int, state: wl.TrainState) -> dict[str, Any] | None:
             callback(name, seed, state)
+            return diagnose(state) if (name, seed) == ("mfac", 0) else None
 
         histories = train_all(args, rates, workload, make_workload, observe)
     except (wl.DataError, wl.CheckpointError, OSError) as error:
         parser.error(str(error))
     summaries = {name: summarize(histories[name]) for name in histories}
-    print_table(rates, summaries, len(workload.batches))
+    print_table(rates, summaries, args.seeds)
     plot_curves(workload.name, histories, args.out / "curves.png")
-    if log.records:
-        log.plot(args.out / "diagnostics.png")
+    records = histories["mfac"][0].records if "mfac" in histories else []
+    if records:
+        mfac_jax.DiagnosticsLog(records=records).plot(args.out / "diagnostics.png")
     write_results(args, workload, rates, summaries, histories)
     print(f"\nPictures and results.json are in {args.out}")
+    return records
+
+
+def diagnose(state: wl.TrainState) -> dict[str, Any]:
+    """A record of M-FAC's diagnostics, to be kept in the checkpoints."""
+    log = mfac_jax.DiagnosticsLog(every=1)
+    log(state.step, state.opt_state)
+    return log.records[0]
 
 
 def train_all(args, rates: dict[str, float], workload: wl.Workload, make_workload, callback) -> Histories:
@@ -169,15 +216,21 @@ def summarize(histories: list[wl.History]) -> dict[str, dict[str, float]]:
     return {metric: {"mean": float(x.mean()), "std": float(x.std())} for metric, x in columns.items()}
 
 
-def print_table(rates: dict[str, float], summaries: dict[str, dict], steps: int) -> None:
+def print_table(rates: dict[str, float], summaries: dict[str, dict], seeds: int) -> None:
     """The optimizers side by side; a NaN shows a run that diverged."""
     has_accuracy = all("valid_accuracy" in summary for summary in summaries.values())
     columns = ["train_loss", "valid_loss", *(["valid_accuracy"] if has_accuracy else []), "seconds"]
-    print(f"\n{'':10}{'rate':>8}" + "".join(f"{METRICS.get(c, c):>20}" for c in columns) + f"{'steps':>8}")
+    print(f"\nAt the end, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}:")
+    print(f"{'':10}{'rate':>8}" + "".join(f"{METRICS.get(c, c):>20}" for c in columns) + f"{'steps':>8}")
     for name, summary in summaries.items():
         cells = [f"{summary[c]['mean']:.4f} ± {summary[c]['std']:.4f}" for c in columns[:-1]]
         cells.append(f"{summary['seconds']['mean']:.2f} ± {summary['seconds']['std']:.2f}")
-        print(f"{name:10}{rates[name]:8g}" + "".join(f"{cell:>20}" for cell in cells) + f"{steps:8}")
+        steps = f"{summary['step']['mean']:8.0f}"
+        print(f"{name:10}{rates[name]:8g}" + "".join(f"{cell:>20}" for cell in cells) + steps)
+    print("The rate is the largest of the schedule; seconds are those of training steps alone.")
+    diverged = [name for name in summaries if not math.isfinite(summaries[name]["train_loss"]["mean"])]
+    if diverged:
+        print(f"{', '.join(diverged)}: a run diverged; pass --rates NAME=RATE with a lower rate.")
 
 
 def plot_curves(title: str, histories: Histories, path: Path) -> None:

@@ -156,9 +156,13 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--data-dir",
         type=Path,
-        help="folder with cifar-10-batches-bin, cifar-10-batches-py or an *.npz; or an npz itself",
+        help="folder that holds cifar-10-batches-bin, cifar-10-batches-py or an *.npz; or an *.npz itself",
     )
-    add("--tfds", action="store_true", help="data from tensorflow_datasets, kept in --data-dir")
+    add(
+        "--tfds",
+        action="store_true",
+        help="take the data from tensorflow_datasets, which keeps them in --data-dir",
+    )
     return parser
 
 

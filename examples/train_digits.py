@@ -1,7 +1,7 @@
 """Train a small Flax network on scikit-learn's handwritten digits.
 
 A seed sets the split into training and validation data (80 to 20 per cent), the initial parameters and the
-order of the batches. With M-FAC among the optimizers, a second picture shows its Fisher matrix.
+order of the batches. With mfac among the optimizers, fisher.png shows its Fisher matrix.
 """
 
 import argparse
@@ -84,10 +84,13 @@ def load(data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
                 x, y = arrays["x"], arrays["y"]
         except READ_ERRORS as error:
             raise DataError(f"--data-dir: cannot read x and y from {path}: {error}") from error
+    where = f"--data-dir: in {data_dir}/digits.npz "
     if x.shape[1:] not in ((64,), (8, 8)) or y.shape != x.shape[:1]:
-        raise DataError(f"x must be (n, 64) or (n, 8, 8) and y (n,), they are {x.shape} and {y.shape}")
+        raise DataError(
+            f"{where}x must be (n, 64) or (n, 8, 8) and y (n,), they are {x.shape} and {y.shape}"
+        )
     if not (np.isin(y, np.arange(10)).all() and np.isfinite(x).all() and np.max(x) > 0):
-        raise DataError("x must be finite, with positive entries, and y must hold labels from 0 to 9")
+        raise DataError(f"{where}x must be finite, with positive entries, and y labels from 0 to 9")
     return (x / x.max()).reshape(-1, 64).astype(np.float32), y.astype(np.int32)
 
 
@@ -125,21 +128,25 @@ def gram_by_age(state: mfac_jax.ScaleByMFACState) -> np.ndarray:
     return np.roll(np.asarray(state.gram[0]), -int(state.next_row), axis=(0, 1))[-seen:, -seen:]
 
 
-def plot_fisher(grams: dict[int, np.ndarray], path: Path) -> None:
-    """Eigenvalues of the window's Fisher matrix, and the cosines between its gradients."""
+def plot_fisher(records: list[dict[str, Any]], last: np.ndarray, path: Path) -> None:
+    """Eigenvalues of the window's Fisher matrix, and the cosines between its last gradients.
+
+    Args:
+      records: diagnostics of the run.
+      last: `gram_by_age` at its end.
+      path: of the picture.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    steps = list(grams)
     for position, shade in ((0.25, "#56B4E9"), (0.5, "#0072B2"), (1, "#000000")):
-        step = steps[max(0, round(position * len(steps)) - 1)]
-        gram = grams[step].astype(np.float64)
-        eigenvalues = np.linalg.eigvalsh(gram)[::-1] / len(gram)
-        left.plot(1 + np.arange(len(gram)), eigenvalues, color=shade, linewidth=2, label=f"step {step}")
+        record = records[max(0, round(position * len(records)) - 1)]
+        eigenvalues = record["spectrum"][0][: record["rows_used"]]
+        numbers, label = 1 + np.arange(len(eigenvalues)), f"step {record['step']}"
+        left.plot(numbers, eigenvalues, color=shade, linewidth=2, label=label)
     left.set(yscale="log", xlabel="eigenvalue, largest first", ylabel="mean squared gradient along it")
     left.set_title("Fisher spectrum of the gradients in the window")
     left.grid(alpha=0.25)
     left.legend()
 
-    last = grams[steps[-1]]
     norms = np.sqrt(np.maximum(np.diag(last), np.finfo(last.dtype).tiny))
     colors = plt.get_cmap("RdBu_r", 21)  # steps of colour make the file a third of its size
     image = right.imshow(last / norms / norms[:, None], colors, vmin=-1, vmax=1, interpolation="nearest")
@@ -158,7 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", choices=list(MODELS), default="mlp", help="mlp: 64-128-10; cnn: two convolutions")
     add("--epochs", type=count, default=12, help="passes over the training data")
     add("--batch-size", type=count, default=64, help="images a step")
-    add("--data-dir", type=Path, help="folder with your digits.npz: x (n, 64) or (n, 8, 8) and y (n,)")
+    add("--data-dir", type=Path, help="folder of a digits.npz with your x (n, 64) or (n, 8, 8) and y (n,)")
     return parser
 
 
@@ -167,15 +174,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     settings = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "data_dir")}
-    grams = {}
+    last = {}
 
     def keep_gram(name, seed, state):
-        if name == "mfac" and seed == 0:
-            grams[int(state.step)] = gram_by_age(optax.tree.get(state.opt_state, "ScaleByMFACState"))
+        if (name, seed) == ("mfac", 0):
+            last["gram"] = gram_by_age(optax.tree.get(state.opt_state, "ScaleByMFACState"))
 
-    comparison.run(parser, args, lambda seed: make_workload(**settings, seed=seed), keep_gram)
-    if grams:
-        plot_fisher(grams, args.out / "fisher.png")
+    records = comparison.run(parser, args, lambda seed: make_workload(**settings, seed=seed), keep_gram)
+    if records:
+        plot_fisher(records, last["gram"], args.out / "fisher.png")
 
 
 if __name__ == "__main__":

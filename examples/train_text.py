@@ -132,7 +132,8 @@ def make_workload(
     train, valid = np.split(ids.astype(np.int32), [int(0.9 * len(ids))])
     if len(valid) <= context + 1:
         raise DataError(
-            f"a tenth of the text must exceed --context {context}, it has {len(valid)} characters"
+            f"a tenth of the text must exceed --context {context}, it has {len(valid)} characters: "
+            "pass a longer text or a smaller --context"
         )
     model = Transformer(len(vocabulary), context, width, heads, layers, nnx.Rngs(seed))
     graph, params, model_state = nnx.split(model, nnx.Param, ...)
@@ -171,7 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--width", type=count, default=96, help="features of a character")
     add("--heads", type=count, default=4, help="attention heads; must divide --width")
     add("--context", type=count, default=64, help="characters in a window")
-    add("--data-dir", type=Path, help="folder with tinyshakespeare.txt, or else all its *.txt")
+    add("--data-dir", type=Path, help="folder of the text: its tinyshakespeare.txt, or else all its *.txt")
     add("--text", type=Path, help="text file, in place of --data-dir")
     return parser
 

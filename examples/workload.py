@@ -110,10 +110,12 @@ class History(NamedTuple):
       losses: of the batch of every step, before the step.
       evaluations: what `Workload.evaluate` measured, with the `step` and the `seconds` spent in training
         steps up to there, without evaluation and compilation.
+      records: what the callback of `train` returned after every evaluation.
     """
 
     losses: list[float]
     evaluations: list[dict[str, float]]
+    records: list[Any]
 
 
 # The state is donated, so that M-FAC's window of gradients is updated in place.
@@ -150,12 +152,13 @@ def train(
         already is continued, exactly as if the run had not been interrupted.
       progress: called with the number of steps that were done.
       callback: called with the state and the evaluation after each of them, also after the one that is
-        restored. The next step invalidates the state's arrays: copy what is to be kept.
+        restored. The next step invalidates the state's arrays: copy what is to be kept. What it returns,
+        representable in JSON, is kept in the history and in the checkpoint.
     """
     params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
     state = TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
     state = jax.device_put(state, jax.devices()[0])  # as a restored one is: jit then sees no difference
-    history = History([], [])
+    history = History([], [], [])
     evaluate = jax.jit(workload.evaluate)
     with _open_checkpoints(checkpoint_dir) as checkpoints:
         if checkpoints is not None and checkpoints.latest_step() is not None:
@@ -174,7 +177,7 @@ def train(
             evaluation = {"step": done, "seconds": seconds} | {k: float(v) for k, v in metrics.items()}
             history.losses.extend(losses)
             history.evaluations.append(evaluation)
-            callback(state, evaluation)
+            history.records.append(callback(state, evaluation))
             if checkpoints is not None:
                 _save(checkpoints, state, history)
     return history
@@ -254,9 +257,9 @@ def _restore(checkpoints: ocp.CheckpointManager, like: TrainState) -> tuple[Trai
     items = ocp.args.Composite(state=ocp.args.StandardRestore(like), history=ocp.args.JsonRestore())
     try:
         restored: Any = checkpoints.restore(checkpoints.latest_step(), args=items)
+        return restored.state, History(**restored.history)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"cannot restore {checkpoints.directory}, perhaps from another version: {error}. Pass another "
             "--checkpoint-dir."
         ) from error
-    return restored.state, History(**restored.history)

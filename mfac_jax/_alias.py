@@ -91,7 +91,7 @@ def mfac(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
-      >>> tx = mfac_jax.mfac(learning_rate=optax.cosine_decay_schedule(0.1, 100))
+      >>> tx = mfac_jax.mfac(learning_rate=optax.cosine_decay_schedule(0.2, 100))
       >>> params = jnp.array([3.0, -2.0])
       >>> state = tx.init(params)
       >>> for _ in range(100):

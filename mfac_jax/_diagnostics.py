@@ -33,6 +33,8 @@ class Diagnostics(NamedTuple):
       gradient_norm: norm of the newest gradient.
       step_norm: norm of the update.
       fisher_norm: root mean square of the products of the update with the gradients of the window.
+      mean_cosine: running mean, over 20 steps or so, of the cosine of a gradient and the update before it.
+        Well above 0 the steps are too short, below about -0.1 too long. Zero without `step_adaptation`.
       step_factor: what `step_adaptation` multiplies the update by.
       grads_seen: gradients accepted so far.
       grads_rejected: gradients refused because an entry was NaN or Inf.
@@ -50,6 +52,7 @@ class Diagnostics(NamedTuple):
     gradient_norm: jax.Array  # (blocks,)
     step_norm: jax.Array  # (blocks,)
     fisher_norm: jax.Array  # (blocks,)
+    mean_cosine: jax.Array  # ()
     step_factor: jax.Array  # ()
     grads_seen: jax.Array  # () int32
     grads_rejected: jax.Array  # () int32
@@ -81,8 +84,10 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
     n (1 - damping_share) are the effective degrees of freedom of ridge regression. (The share of the
     damping in the trace would say less: relative damping fixes it.)
 
-    Gradients are those that `scale_by_mfac` was given, and the update is what it returned, before
-    momentum and learning rate: inside of `in_diagonal_metric` both are in the coordinates of that metric.
+    Gradients are those that `scale_by_mfac` was given, and the update is what it returned, with
+    `window_momentum` and step factor. What comes after it in a chain is not seen: momentum of updates, such
+    as `optax.ema`, decoupled weight decay, learning rate. Inside of `in_diagonal_metric` the gradients are
+    already multiplied by D, and the update is not yet.
 
     After a gradient that was refused they are those of the last one accepted.
 
@@ -122,13 +127,14 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
     state = _find(state)
     # The nnx optimizer wraps every array of its state.
     scalars = [jnp.asarray(x) for x in (state.grads_seen, state.grads_rejected, state.next_row)]
-    arrays = [jnp.asarray(x) for x in (state.gram, state.coefficients, state.shift, state.log_step)]
-    if arrays[0].ndim != 3:
+    arrays = (state.gram, state.coefficients, state.shift, state.mean_cosine, state.log_step)
+    gram, *others = [jnp.asarray(x) for x in arrays]
+    if gram.ndim != 3:
         raise ValueError(
-            f"state must be that of one optimizer, with a gram of 3 axes, got {arrays[0].shape}. After "
+            f"state must be that of one optimizer, with a gram of 3 axes, got {gram.shape}. After "
             "jax.vmap(tx.init) call jax.vmap(mfac_jax.diagnostics)."
         )
-    return _measure(*scalars, *arrays)
+    return _measure(*scalars, gram, *others)
 
 
 def _find(state) -> ScaleByMFACState:
@@ -151,7 +157,7 @@ def _find(state) -> ScaleByMFACState:
 
 
 @jax.jit
-def _measure(seen, rejected, next_row, gram, coefficients, shift, log_step) -> Diagnostics:
+def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, log_step) -> Diagnostics:
     """The formulas of `diagnostics`."""
     m, dtype = gram.shape[-1], gram.dtype
     max_float = float(jnp.finfo(dtype).max)
@@ -184,6 +190,7 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, log_step) -> D
         gradient_norm=norms[:, newest],
         step_norm=jnp.minimum(length * update_norm, max_float),
         fisher_norm=jnp.minimum(length * _root_mean_square(norms * projections, n), max_float),
+        mean_cosine=mean_cosine,
         step_factor=step_factor,
         grads_seen=seen,
         grads_rejected=rejected,
@@ -280,10 +287,14 @@ class DiagnosticsLog:
     """
 
     def __init__(self, every: int = 10, records: Iterable[dict[str, Any]] = ()):
-        """Check `every`, an int >= 1, and copy `records`, those of an earlier log."""
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an int >= 1, got {every!r}. Pass e.g. 10.")
-        self.every = every
+        """Check `every`, any integer >= 1, and copy `records`, those of an earlier log."""
+        message = f"every must be an int >= 1, got {every!r}. Pass e.g. 10."
+        try:
+            self.every = operator.index(every)
+        except TypeError:
+            raise TypeError(message) from None
+        if isinstance(every, bool) or self.every < 1:
+            raise ValueError(message)
         self.records = list(records)
 
     def __call__(self, step: int | jax.Array, opt_state: optax.OptState) -> None:
@@ -329,7 +340,8 @@ def _line(record: dict[str, Any]) -> str:
         f"condition number {show('condition_number')}, damping share {show('damping_share')}, "
         f"similarity {show('similarity')}, alignment {show('alignment')}, "
         f"gradient norm {show('gradient_norm')}, step norm {show('step_norm')}, "
-        f"step factor {show('step_factor')}, rejected {record['grads_rejected']}"
+        f"mean cosine {show('mean_cosine')}, step factor {show('step_factor')}, "
+        f"rejected {record['grads_rejected']}"
     )
 
 
@@ -372,6 +384,7 @@ def _draw(axes, records: list[dict[str, Any]]) -> None:
     line(axes[2], column("similarity"), "of two gradients", blue)
     line(axes[2], column("newest_similarity"), "newest and other gradients", green, ":")
     line(axes[2], column("alignment"), "newest gradient and update", orange, "--")
+    line(axes[2], column("mean_cosine"), "gradient and update before, mean", purple, "-.")
     line(axes[3], column("gradient_norm"), "newest gradient", blue)
     line(axes[3], column("step_norm"), "update", orange, "--")
     line(axes[3], column("fisher_norm"), "update, Fisher norm", green, ":")

@@ -123,6 +123,7 @@ def test_every_field_is_its_dense_formula(steps, relative, blocks):
             np.testing.assert_allclose(actual / scale, value / scale, rtol=0, atol=atol, err_msg=name)
     assert (int(result.grads_seen), int(result.rows_used)) == (steps, min(steps, 4))
     np.testing.assert_allclose(result.step_factor, np.exp(state.log_step), rtol=EPS)
+    np.testing.assert_array_equal(result.mean_cosine, state.mean_cosine)
 
 
 def test_damping_is_in_the_units_of_the_spectrum():
@@ -205,7 +206,7 @@ def test_all_is_finite_at_extremes(name, dtype, damping, relative):
     result = jax.device_get(diagnostics(state))
     for field, x in zip(Diagnostics._fields, result, strict=True):
         assert np.isfinite(x).all(), field
-    for field in ("similarity", "newest_similarity", "alignment"):
+    for field in ("similarity", "newest_similarity", "alignment", "mean_cosine"):
         assert np.all(np.abs(getattr(result, field)) <= 1), field
     assert np.all((result.damping_share >= 0) & (result.damping_share <= 1 + 4 * EPS))
     assert np.all((result.effective_rank >= 0) & (result.effective_rank <= 4 * (1 + 10 * EPS)))
@@ -235,7 +236,7 @@ def test_jit_and_vmap_agree_with_plain_calls():
 def test_float64_parameters_have_float64_diagnostics():
     with jax.enable_x64(True):
         result = diagnostics(walk(random_grads(6), dtype=jnp.float64)[1])
-        assert {x.dtype for x in result[:12]} == {jnp.dtype(jnp.float64)}
+        assert {x.dtype for x in result[:13]} == {jnp.dtype(jnp.float64)}
         rows = random_grads(6)[-4:]
         s = np.linalg.eigvalsh(rows @ rows.T / 4)[::-1]
         np.testing.assert_allclose(result.spectrum[0], s, rtol=1e-12)
@@ -293,6 +294,38 @@ def test_the_log_keeps_every_so_many_steps_as_json():
     assert json.loads(json.dumps(log.records, allow_nan=False)) == log.records
 
 
+def test_every_may_be_any_integer():
+    log = DiagnosticsLog(every=np.int64(10))  # pyright: ignore[reportArgumentType]
+    fill(log, steps=11)
+    assert [record["step"] for record in log.records] == [0, 10]
+
+
+def test_the_mean_cosine_tells_short_steps_from_long_ones():
+    means = []
+    for rate in (0.01, 10.0):  # gradient descent on |x|^2 / 2, whose right rate is near one
+        tx = scale_by_mfac(4, 100.0, relative_damping=True, step_adaptation=1e-6)
+        x = jnp.asarray(random_grads(1)[0], jnp.float32)
+        state = tx.init(x)
+        for _ in range(8):
+            updates, state = tx.update(x, state)
+            x = optax.apply_updates(x, optax.tree.scale(-rate, updates))
+        means.append(float(diagnostics(state).mean_cosine))
+    assert means[0] > 0.9
+    assert means[1] < -0.9
+
+
+def test_the_update_is_the_one_with_the_momentum_in_the_window():
+    grads = random_grads(6)
+    updates, state = walk(grads)  # with window_momentum=0.5
+    newest_alone = scale_by_mfac(4, 0.2)
+    without, other = zeros(), newest_alone.init(zeros())
+    for g in grads:
+        without, other = newest_alone.update(as_tree(g), other)
+    for result, tree in ((diagnostics(state), updates), (diagnostics(other), without)):
+        np.testing.assert_allclose(result.step_norm, [optax.tree.norm(tree)], rtol=1e-4)
+    assert abs(float(diagnostics(state).alignment[0]) - float(diagnostics(other).alignment[0])) > 1e-3
+
+
 def test_a_log_goes_on_from_its_records():
     whole = DiagnosticsLog(every=5)
     state = fill(whole)
@@ -315,6 +348,7 @@ def test_a_record_is_logged_as_one_line(caplog, blocks, pattern):
     assert lines[1].startswith("step 24: effective rank")
     assert "\n" not in lines[1]
     assert re.search(pattern, lines[1])
+    assert re.search(r"mean cosine -?[\d.e-]+, step factor [\d.e-]+, rejected 0$", lines[1])
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -333,8 +367,12 @@ def test_a_plot_of_the_first_state_alone_is_drawn(tmp_path):
 
 
 def test_the_log_refuses_bad_input_with_the_cure(monkeypatch, tmp_path):
-    for every in (0, -1, 2.5, True, math.nan):
-        with pytest.raises(ValueError, match=r"every must be an int >= 1, got .*Pass e\.g\. 10"):
+    message = r"every must be an int >= 1, got .*Pass e\.g\. 10"
+    for every in (0, -1, True):
+        with pytest.raises(ValueError, match=message):
+            DiagnosticsLog(every=every)
+    for every in (2.5, math.nan, "10", None):
+        with pytest.raises(TypeError, match=message):
             DiagnosticsLog(every=every)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="records must not be empty: call the log"):
         DiagnosticsLog().plot(tmp_path / "x.png")

@@ -20,9 +20,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
-cifar10_data, train_cifar10, train_digits, train_text, workload = (
+cifar10_data, comparison, train_cifar10, train_digits, train_text, workload = (
     importlib.import_module(name)
-    for name in ("cifar10_data", "train_cifar10", "train_digits", "train_text", "workload")
+    for name in ("cifar10_data", "comparison", "train_cifar10", "train_digits", "train_text", "workload")
 )
 MODULES = {"digits": train_digits, "cifar10": train_cifar10, "text": train_text}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -82,12 +82,18 @@ def test_help_explains_every_option(name, capsys, monkeypatch):
     assert {"--seeds", "--optimizers", "--rates", "--data-dir", "--out", "--checkpoint-dir"} < options
     for option in options:
         assert re.search(rf"^  {option}\b.*(?<=\S)(  +|\n {{20,}})\S", text, re.MULTILINE)
+    assert "(default: mfac sgd adamw)" in text
+    assert "(default: mfac=0.003 sgd=" in text
+    assert not re.search(r"default: (None|False|\[|==)", text)
 
 
 def test_a_run_that_diverges_ends_early_and_its_results_are_valid_json(tmp_path, capsys):
     options = "--epochs 1 --seeds 1 --optimizers sgd adamw --rates sgd=1e30 --evaluations 4"
     train_digits.main([*options.split(), "--out", str(tmp_path)])
-    assert re.search(r"^sgd +1e\+30 +nan", capsys.readouterr().out, re.MULTILINE)
+    printed = capsys.readouterr().out
+    assert re.search(r"^sgd +1e\+30 +nan.* 6$", printed, re.MULTILINE)
+    assert re.search(r"^adamw .* 22$", printed, re.MULTILINE)
+    assert "\nsgd: a run diverged; pass --rates NAME=RATE with a lower rate." in printed
     optimizers = json.loads((tmp_path / "results.json").read_text())["optimizers"]
     assert optimizers["sgd"]["final"]["train_loss"]["mean"] is None
     assert [len(optimizers[name]["evaluations"][0]) for name in ("sgd", "adamw")] == [1, 4]
@@ -144,6 +150,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_pat
             if evaluation["step"] == interrupt_at:
                 raise InterruptionError
             states[evaluation["step"]] = jax.tree.map(np.array, state)
+            return comparison.diagnose(state) if optimizer == "mfac" else None
 
         return workload.train(problem, tx, 1, evaluate_every=2, callback=keep, **options), states
 
@@ -155,6 +162,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_pat
 
     assert min(resumed_states) == 4
     assert resumed_history.losses == history.losses
+    assert resumed_history.records == history.records
+    assert len(history.records) == len(history.evaluations)
     assert len(history.losses) == len(problem.batches)
     last = max(states)
     jax.tree.map(np.testing.assert_array_equal, resumed_states[last], states[last])
@@ -163,7 +172,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_pat
         assert mine | {"seconds": 0} == theirs | {"seconds": 0}
 
 
-def test_a_killed_run_leaves_checkpoints_that_resume(tmp_path):
+def test_a_killed_run_leaves_checkpoints_that_resume(tmp_path, monkeypatch):
     options = ["--epochs", "1", "--seeds", "1", "--optimizers", "mfac", "--evaluations", "11"]
     checkpoints = ["--checkpoint-dir", str(tmp_path / "checkpoints")]
     folder = tmp_path / "checkpoints" / "mfac-seed0"
@@ -179,8 +188,15 @@ def test_a_killed_run_leaves_checkpoints_that_resume(tmp_path):
     assert b"Warning" not in process.communicate()[1]
     assert process.returncode == -signal.SIGKILL
 
+    drawn = []
+    monkeypatch.setattr(train_digits, "plot_fisher", lambda *arguments: drawn.append(arguments[:2]))
     train_digits.main([*options, *checkpoints, "--resume", "--out", str(tmp_path / "resumed")])
+    train_digits.main([*options, *checkpoints, "--resume", "--out", str(tmp_path / "finished")])
     train_digits.main([*options, "--out", str(tmp_path / "whole")])
+    for records, gram in drawn:
+        assert [record["step"] for record in records] == list(range(2, 23, 2))
+        np.testing.assert_allclose(gram, drawn[-1][1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_equal(drawn[0], drawn[1])
     resumed, whole = (
         json.loads((tmp_path / name / "results.json").read_text())["optimizers"]["mfac"]["evaluations"][0]
         for name in ("resumed", "whole")
@@ -327,12 +343,14 @@ def test_the_transformer_does_not_look_ahead():
         ("cifar10", "--samples 100", "a batch of 128 needs as many samples, got 100: lower --batch-size"),
         ("digits", "--rates adam=1", "unknown optimizer 'adam': write NAME=RATE with a NAME of mfac, sgd,"),
         ("digits", "--rates sgd=-1", "the rate of sgd must be a number above 0, got '-1'"),
-        ("digits", "--rates sgd", "the rate of sgd must be a number above 0, got ''"),
+        ("digits", "--rates sgd", "the rate of sgd must be a number above 0, got '': write e.g. sgd=0.01"),
         ("digits", "--optimizers adam", "invalid choice: 'adam'"),
-        ("digits", "--seeds 0", "--seeds: must be at least 1, got 0"),
-        ("digits", "--epochs x", "--epochs: invalid count value: 'x'"),
+        ("digits", "--seeds 0", "--seeds: must be a whole number, at least 1, got '0'"),
+        ("digits", "--epochs x", "--epochs: must be a whole number, at least 1, got 'x'"),
         ("digits", "--resume", "--resume needs the --checkpoint-dir of the runs to continue"),
-        ("digits", "--out {}/short.md", "File exists"),
+        ("digits", "--out {0}/short.md", "--out: must be a folder, but {0}/short.md is a file: pass"),
+        ("digits", "--out {0}/short.md/new", "--out: must be a folder, but {0}/short.md is a file"),
+        ("text", "--checkpoint-dir {0}/short.md", "--checkpoint-dir: must be a folder, but {0}/short.md"),
     ],
 )
 def test_a_wrong_argument_is_refused_with_the_cure(name, arguments, message, tmp_path, capsys, monkeypatch):

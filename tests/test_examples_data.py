@@ -149,6 +149,7 @@ def broken_cifar_10(kind: str, folder: Path) -> None:
 )
 def test_broken_cifar_10_is_refused_by_its_fault(kind, message, tmp_path, capsys, monkeypatch):
     broken_cifar_10(kind, tmp_path)
+    importlib.import_module("matplotlib.backends.backend_agg")  # which needs Pillow too
     monkeypatch.setitem(sys.modules, "PIL", None)  # as where Pillow is not installed
     assert re.search(message, error_of(train_cifar10.main, capsys, tmp_path))
 
@@ -158,8 +159,8 @@ def test_broken_cifar_10_is_refused_by_its_fault(kind, message, tmp_path, capsys
     [
         (None, "No such file or directory: .*digits.npz"),
         ({"x": np.ones((20, 64))}, "y is not a file"),
-        ({"x": np.ones((20, 63)), "y": np.zeros(20, int)}, r"x must be \(n, 64\) or \(n, 8, 8\)"),
-        ({"x": np.full((20, 64), np.nan), "y": np.zeros(20, int)}, "x must be finite"),
+        ({"x": np.ones((20, 63)), "y": np.zeros(20, int)}, r"npz x must be \(n, 64\) or \(n, 8, 8\)"),
+        ({"x": np.full((20, 64), np.nan), "y": np.zeros(20, int)}, "digits.npz x must be finite"),
         ({"x": np.ones((20, 64)), "y": np.full(20, 10)}, "labels from 0 to 9"),
         ({"x": np.ones((50, 64)), "y": np.arange(50) // 5}, "got 40: lower --batch-size"),
         ({"x": np.ones((9, 64)), "y": np.arange(9)}, "cannot be split into training and validation"),
