@@ -44,7 +44,7 @@ import train_digits
 import train_text
 import workload as wl
 
-# Losses are measured before the first step and this many times in a run.
+# Losses are measured before the first step and this many times in a run of "tuning"; else at its end alone.
 EVALUATIONS = {"digits-mlp": 22, "digits-cnn": 22, "noisy-digits": 12, "cifar10": 6, "text": 10}
 PACKAGES = ("mfac_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -122,7 +122,7 @@ def train(run: Run, options: Options) -> dict[str, Any]:
     state, step = opt.start(workload, run.optimizer, run.rate, run.damping, run.seed)
     evaluate = jax.jit(workload.evaluate)
     total = len(workload.batches)
-    every = math.ceil(total / EVALUATIONS[run.problem])
+    every = math.ceil(total / EVALUATIONS[run.problem]) if run.study == "tuning" else total
     evaluations, seconds, spent = [], [], 0.0
     for done in range(total + 1):
         if done % every == 0 or done == total:
