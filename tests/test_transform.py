@@ -222,7 +222,7 @@ def test_the_step_factor_does_not_grow_on_noise():
     """Unrelated gradients have the cosine 0 at any length of the step: no sign that it is too short."""
     noise = np.random.default_rng(0).standard_normal((3000, 64), np.float32)
     tx = scale_by_mfac(16, 0.2, relative_damping=True, window_momentum=0.9, step_adaptation=0.3)
-    _, state = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(jnp.zeros(64)), noise)[::-1]
+    _, state = run(tx, noise)
     assert np.log(4) < state.log_step < np.log(7)
 
 
