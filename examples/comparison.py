@@ -223,7 +223,7 @@ def print_table(rates: dict[str, float], summaries: dict[str, dict], seeds: int)
     print(f"\nAt the end, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}:")
     print(f"{'':10}{'rate':>8}" + "".join(f"{METRICS.get(c, c):>20}" for c in columns) + f"{'steps':>8}")
     for name, summary in summaries.items():
-        cells = [f"{summary[c]['mean']:.4f} ± {summary[c]['std']:.4f}" for c in columns[:-1]]
+        cells = [f"{summary[c]['mean']:.4g} ± {summary[c]['std']:.2g}" for c in columns[:-1]]
         cells.append(f"{summary['seconds']['mean']:.2f} ± {summary['seconds']['std']:.2f}")
         steps = f"{summary['step']['mean']:8.0f}"
         print(f"{name:10}{rates[name]:8g}" + "".join(f"{cell:>20}" for cell in cells) + steps)
