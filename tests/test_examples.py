@@ -54,7 +54,7 @@ def test_an_example_prints_a_row_for_each_optimizer_and_writes_its_report(name, 
     MODULES[name].main([*options, "--rates", f"{optimizers[0]}=0.01", "--out", str(out)])
     printed = capsys.readouterr().out
     for optimizer in optimizers:
-        assert re.search(rf"^{optimizer} +[\d.]+ +\d+\.\d+ ± \d+\.\d+ ", printed, re.MULTILINE)
+        assert re.search(rf"^{optimizer} +[\d.]+ +\d[\d.e-]* ± \d[\d.e-]* ", printed, re.MULTILINE)
     assert (out / "curves.png").read_bytes().startswith(PNG_SIGNATURE)
     assert (out / "fisher.png").exists() == (name == "digits")
 
