@@ -11,9 +11,8 @@ from matplotlib import ticker
 from PIL import Image
 
 Record = dict[str, Any]
-Scan = Mapping[
-    float, float
-]  # final training loss for each rate, rates rising, infinite where a run diverged
+# Final training loss for each rate, rates rising, infinite where a run diverged.
+Scan = Mapping[float, float]
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), with line styles and markers for print.
 STYLES: dict[str, dict[str, Any]] = {

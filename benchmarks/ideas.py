@@ -4,6 +4,7 @@ Each is a function from a schedule of learning rates to a transform. compare_opt
 them beside the default, report_comparison.py prints what they gave.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ import optax
 
 import mfac_jax
 
-DAMPING, MOMENTUM, NUM_GRADS, ADAPTATION = 0.2, 0.9, 64, 0.3  # of the default
+DAMPING, MOMENTUM, NUM_GRADS, ADAPTATION = (
+    inspect.signature(mfac_jax.mfac).parameters[name].default
+    for name in ("damping", "momentum", "num_grads", "step_adaptation")
+)
 
 
 def _adaptation(schedule: optax.Schedule) -> optax.Schedule:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from mfac_jax import _validation
 from mfac_jax._transform import ScaleByMFACState
 
 _logger = logging.getLogger("mfac_jax")
@@ -288,13 +289,7 @@ class DiagnosticsLog:
 
     def __init__(self, every: int = 10, records: Iterable[dict[str, Any]] = ()):
         """Check `every`, any integer >= 1, and copy `records`, those of an earlier log."""
-        message = f"every must be an int >= 1, got {every!r}. Pass e.g. 10."
-        try:
-            self.every = operator.index(every)
-        except TypeError:
-            raise TypeError(message) from None
-        if isinstance(every, bool) or self.every < 1:
-            raise ValueError(message)
+        self.every = _validation.check_count("every", every, "10")
         self.records = list(records)
 
     def __call__(self, step: int | jax.Array, opt_state: optax.OptState) -> None:

@@ -184,11 +184,11 @@ def scale_by_mfac(
         rate = _value(step_adaptation, state.grads_seen, gram.dtype, 0.0, 1.0)
         last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
         cosine = _gram.cosine_to_row(gram, newest, last_update)
-        age = (newest - jnp.arange(num_grads)) % num_grads
+        in_use = jnp.minimum(state.grads_seen, num_grads - 1) + 1
         signs = _step_length.Signs(
             cosine,
             _gram.typical_cosine(gram),
-            _gram.shrinkage(gram, age, jnp.minimum(state.grads_seen, num_grads - 1) + 1),
+            _gram.shrinkage(gram, _ages(newest, num_grads), in_use),
             state.grads_seen,
         )
         before = (state.mean_cosine, state.log_step)
@@ -362,12 +362,17 @@ def _combine(coefficients: jax.Array, window, block_of_leaf: list[int]) -> optax
 
 def _weights_by_age(newest, seen, num_grads: int, momentum, nesterov: bool, dtype) -> jax.Array:
     """Weights `(m,)` proportional to momentum^age over the rows in use; they add up to one."""
-    age = (newest - jnp.arange(num_grads)) % num_grads
+    age = _ages(newest, num_grads)
     momentum = jnp.asarray(momentum, dtype)
     decayed = momentum ** age.astype(dtype)
     weights = jnp.where(age < jnp.maximum(seen, 1), decayed, 0)
     weights /= jnp.sum(weights)
     return momentum * weights + (1 - momentum) * (age == 0) if nesterov else weights
+
+
+def _ages(newest: jax.Array, num_grads: int) -> jax.Array:
+    """The age of every row `(m,)`, zero for the newest."""
+    return (newest - jnp.arange(num_grads)) % num_grads
 
 
 def _value(number_or_schedule: optax.ScalarOrSchedule, step: jax.Array, dtype, low, high) -> jax.Array:

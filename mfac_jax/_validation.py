@@ -18,14 +18,19 @@ def check_num_grads(num_grads: int) -> int:
             f"num_grads is the size of the window and must be a Python int, got {num_grads!r}. Under "
             "optax.inject_hyperparams pass static_args=('num_grads',)."
         )
-    message = f"num_grads must be an int >= 1, got {num_grads!r}. Pass e.g. 64."
+    return check_count("num_grads", num_grads, "64")
+
+
+def check_count(name: str, value: int, example: str) -> int:
+    """A Python int from any integer >= 1."""
+    message = f"{name} must be an int >= 1, got {value!r}. Pass e.g. {example}."
     try:
-        size = operator.index(num_grads)
+        count = operator.index(value)
     except TypeError:
         raise TypeError(message) from None
-    if isinstance(num_grads, bool) or size < 1:
+    if isinstance(value, bool) or count < 1:
         raise ValueError(message)
-    return size
+    return count
 
 
 def check_positive(name: str, value, example: str) -> None:

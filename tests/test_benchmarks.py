@@ -20,6 +20,23 @@ compare_optimizers, optimizers, report_comparison, comparison_results = map(
 )
 
 
+@pytest.mark.parametrize("name", optimizers.IDEAS)
+def test_every_idea_descends(name):
+    tx = optimizers.IDEAS[name](optax.constant_schedule(0.05))
+    params = jax.numpy.array([3.0, -2.0, 1.0])
+    state, loss = tx.init(params), lambda p: jax.numpy.sum(p**2)
+    step = jax.jit(lambda p, s: tx_step(tx, loss, p, s))
+    for _ in range(100):
+        params, state = step(params, state)
+    assert loss(params) < 13.5  # 14 at the start
+
+
+def tx_step(tx, loss, params, state):
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, state = optax.with_extra_args_support(tx).update(grads, state, params, value=value)
+    return optax.apply_updates(params, updates), state
+
+
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
