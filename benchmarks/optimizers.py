@@ -42,15 +42,15 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "mfac-default": {"all": (MFAC_RATE,)},
     "mfac": {"digits": (0.01, 0.02, 0.05, 0.1, 0.2), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
 }
-# --grid: more rates, over three decades; M-FAC at each damping.
+# --grid: more rates, over three decades and a half; M-FAC at each damping.
 GRID_RATES = {
-    "mfac": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "mfac": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
 }
 GRID_DAMPINGS = (0.04, 0.2, 1.0, 5.0)
 # --variants: what each setting of M-FAC's default earns, at a few rates, or at its own where a run takes
 # minutes; seed 0.
-VARIANT_RATES = {"digits": (1e-3, 3e-3, 1e-2, 3e-2), "all": (MFAC_RATE,)}
+VARIANT_RATES = {"digits": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), "all": (MFAC_RATE,)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "mfac": {},
     "mfac, step_adaptation=0": {"step_adaptation": 0.0},

@@ -109,6 +109,8 @@ def mfac(
     _validation.check_choice("momentum_in", momentum_in, ("window", "update"))
     if momentum is not None:
         _validation.check_decay("momentum", momentum, "0.9")
+    if not callable(step_adaptation):
+        _validation.check_share("step_adaptation", step_adaptation, "0.3")
     is_traced = isinstance(step_adaptation, Tracer)
     if momentum_in == "update" and not is_traced and not _validation.is_known_zero(step_adaptation):
         raise ValueError(
@@ -147,8 +149,6 @@ def _resting_while_rising(
     rate: optax.ScalarOrSchedule, learning_rate: optax.ScalarOrSchedule
 ) -> optax.ScalarOrSchedule:
     """The rate, as a schedule that is 0 where `learning_rate` is one and rises."""
-    if not callable(rate):
-        _validation.check_share("step_adaptation", rate, "0.3")
     if not callable(learning_rate) or _validation.is_known_zero(rate):
         return rate
 

@@ -52,18 +52,27 @@ def typical_cosine(gram: jax.Array) -> jax.Array:
 
 
 def shrinkage(gram: jax.Array, age: jax.Array, count: jax.Array) -> jax.Array:
-    """How far the `count` rows in use shrink: 1 - r, r the mean square of the newer half over the older's.
+    """How far the `count` rows in use shrink, in [-1, 1], negative where they grow; all blocks together.
 
-    In [0, 1], zero where they grow; all blocks together. `age` is 0 for the newest row.
+    1 - e^-x, for x > 0 the difference of the mean logarithms of |row|^2 in the older half and the newer, as
+    far as it exceeds its standard error: single large rows and the spread of the norms do not count. `age`
+    is 0 for the newest row; rows of zeros are left out.
     """
     squares = jnp.sum(jnp.diagonal(_with_largest_one(gram), axis1=-2, axis2=-1), axis=0)
-    half = count / 2
+    logarithms = jnp.log(jnp.where(squares > 0, squares, 1))
 
-    def mean(chosen):
-        return jnp.sum(squares * chosen) / jnp.maximum(jnp.sum(chosen), 1)
+    def mean_and_variance(chosen):
+        chosen = chosen & (squares > 0)
+        number = jnp.maximum(jnp.sum(chosen), 1).astype(gram.dtype)
+        mean = jnp.sum(logarithms * chosen) / number
+        deviations = jnp.sum(jnp.square(logarithms - mean) * chosen)
+        return mean, deviations / (number * jnp.maximum(number - 1, 1))
 
-    newer, older = mean(age < half), mean((age >= half) & (age < count))
-    return jnp.maximum(1 - newer / jnp.where(older > 0, older, 1), 0) * (older > 0)
+    newer, newer_variance = mean_and_variance(age < count / 2)
+    older, older_variance = mean_and_variance((age >= count / 2) & (age < count))
+    standard_error = jnp.sqrt(newer_variance + older_variance)
+    excess = jnp.maximum(jnp.abs(older - newer) - standard_error, 0)
+    return -jnp.sign(older - newer) * jnp.expm1(-excess)
 
 
 def _with_largest_one(gram: jax.Array) -> jax.Array:

@@ -80,8 +80,7 @@ def scale_by_mfac(
       damping: lambda, > 0, a number or a schedule over the gradients accepted. In units of a squared
         gradient norm over n: directions in which the mean squared gradient is below it are left as in
         gradient descent with rate 1 / lambda. The paper uses 1e-5 to 1e-7 with n = 512 or 1024. Values
-        of a schedule outside of 1.2e-38 to 1.3e30 are moved to the nearer end, NaN to the upper; so in
-        `step_adaptation`.
+        of a schedule outside of 1.2e-38 to 1.3e30 are moved to the nearer end, NaN to the upper.
       normalize_by: n. `'window'`, as in the paper: always m, so that the first steps are larger.
         `'count'`: the gradients seen, at most m.
       relative_damping: True measures the damping in units of the window: :math:`\lambda = \rho \bar s / n`
@@ -101,10 +100,12 @@ def scale_by_mfac(
       step_adaptation: h in [0, 1], a number or a schedule over the gradients accepted; 0 leaves the length
         of the update as it is. Otherwise it is multiplied by a factor in [1/30, 30] that grows while the
         newest gradient still points along the last update, and shrinks when that update went too far. Up
-        to 5 its logarithm moves by :math:`h (\cos(g_t, u_{t-1}) + 0.05)` a step, so that it also grows
+        to 5 its logarithm moves by :math:`h (\cos(g_t, u_{t-1}) + 0.06)` a step, so that it also grows
         without a sign of either. Beyond, it moves by h times the mean of the last 20 or so cosines, as
         far as that mean is larger than unrelated gradients have it, drifts on while the gradients in the
-        window shrink, and falls back slowly otherwise: noise does not drive it on. From the Gram matrix
+        window shrink (back while they grow), and falls back slowly otherwise: noise does not drive it on.
+        It knows nothing of the learning rate: where that jumps back up, as in warm restarts, pass 0.
+        Values of a schedule outside of [0, 1] are moved to the nearer end, NaN to 0. From the Gram matrix
         alone: momentum that is added after the transform is not seen, and the steps then become too
         long; with `num_grads` = 1 nothing is seen and the factor stays one.
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
@@ -165,7 +166,7 @@ def scale_by_mfac(
 
     def precondition(gram, newest, seen):
         """Coefficients of the update, and the shift they were computed with."""
-        rho = _value(damping, seen - 1, gram.dtype, jnp.finfo(gram.dtype).tiny, 2.0**100)
+        rho = _damping_at(damping, seen - 1, gram.dtype)
         weights = _weights_by_age(newest, seen, num_grads, window_momentum, nesterov, gram.dtype)
         weights = jnp.broadcast_to(weights, gram.shape[:-1])
         if not relative_damping:
@@ -181,18 +182,18 @@ def scale_by_mfac(
         """The mean cosine and the logarithm of the step factor, with the newest gradient in them."""
         if _validation.is_known_zero(step_adaptation):
             return state.mean_cosine, state.log_step
-        rate = _value(step_adaptation, state.grads_seen, gram.dtype, 0.0, 1.0)
+        rate = jnp.clip(jnp.nan_to_num(_at(step_adaptation, state.grads_seen, gram.dtype)), 0, 1)
         last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
         cosine = _gram.cosine_to_row(gram, newest, last_update)
         in_use = jnp.minimum(state.grads_seen, num_grads - 1) + 1
-        signs = _step_length.Signs(
+        statistics = _step_length.StepStatistics(
             cosine,
             _gram.typical_cosine(gram),
             _gram.shrinkage(gram, _ages(newest, num_grads), in_use),
             state.grads_seen,
         )
         before = (state.mean_cosine, state.log_step)
-        after = _step_length.adapt(*before, signs, rate)
+        after = _step_length.adapt(*before, statistics, rate)
         # Without a direction on both sides there is nothing to learn, not even the drift.
         is_known = jnp.any(last_update != 0) & jnp.any(gram[:, newest, newest] > 0)
         return jax.tree.map(lambda new, old: jnp.where(is_known, new, old), after, before)
@@ -298,7 +299,7 @@ def ihvp(
             f"blocks must split the tree into the {num_blocks} block(s) of the state, got "
             f"{_count(block_of_leaf)}. Pass the value of blocks given to scale_by_mfac."
         )
-    damping = _value(damping, state.grads_seen, gram.dtype, jnp.finfo(gram.dtype).tiny, 2.0**100)
+    damping = _damping_at(damping, state.grads_seen, gram.dtype)
     coefficients = _gram.outside_inverse_power(
         gram,
         damping,
@@ -372,12 +373,19 @@ def _weights_by_age(newest, seen, num_grads: int, momentum, nesterov: bool, dtyp
 
 def _ages(newest: jax.Array, num_grads: int) -> jax.Array:
     """The age of every row `(m,)`, zero for the newest."""
-    return (newest - jnp.arange(num_grads)) % num_grads
+    return (newest - jnp.arange(num_grads, dtype=newest.dtype)) % num_grads
 
 
-def _value(number_or_schedule: optax.ScalarOrSchedule, step: jax.Array, dtype, low, high) -> jax.Array:
-    value = number_or_schedule(step) if callable(number_or_schedule) else number_or_schedule
-    return jnp.fmax(jnp.fmin(jnp.asarray(value, dtype), high), low)  # NaN becomes high
+def _damping_at(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
+    """The damping after `step` gradients, moved into what the dtype can hold; NaN becomes the upper end."""
+    return jnp.fmax(jnp.fmin(_at(damping, step, dtype), 2.0**100), jnp.finfo(dtype).tiny)
+
+
+def _at(number_or_schedule: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
+    """The number, or the schedule's value at the step."""
+    return jnp.asarray(
+        number_or_schedule(step) if callable(number_or_schedule) else number_or_schedule, dtype
+    )
 
 
 def _normalizer(normalize_by: Normalization, seen: jax.Array, num_grads: int, dtype) -> jax.Array:

@@ -183,11 +183,13 @@ def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float) ->
         mean += share * (newest - mean)
         pairs = [cosine(grads[i], grads[j]) for i in range(step + 1) for j in range(i)]
         noise = np.sqrt(np.mean(np.square(pairs)) * share / (2 - share))
-        evidence = np.sign(mean) * max(abs(mean) - noise, 0)
-        newer, older = np.array_split(np.sum(grads[step::-1] ** 2, axis=1), 2)
-        shrinkage = max(0, 1 - newer.mean() / older.mean())
-        beyond = evidence + 0.05 * shrinkage - 0.005
-        move = newest + 0.05 if log_steps[-1] < np.log(5) else beyond
+        significant = np.sign(mean) * max(abs(mean) - 2 * noise, 0)
+        newer, older = np.array_split(np.log(np.sum(grads[step::-1] ** 2, axis=1)), 2)
+        difference = older.mean() - newer.mean()
+        standard_error = np.sqrt(sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0 for x in (newer, older)))
+        shrinkage = np.sign(difference) * (1 - np.exp(-max(abs(difference) - standard_error, 0)))
+        beyond = significant + 0.06 * shrinkage - 0.005
+        move = newest + 0.06 if log_steps[-1] < np.log(5) else beyond
         log_steps.append(np.clip(log_steps[-1] + rate * move, -np.log(30), np.log(30)))
     return np.array(log_steps)
 
@@ -218,18 +220,46 @@ def test_the_step_factor_stays_in_its_band(sign, factor):
     np.testing.assert_allclose(np.exp(state.log_step), factor, rtol=1e-5)
 
 
-def test_the_step_factor_does_not_grow_on_noise():
-    """Unrelated gradients have the cosine 0 at any length of the step: no sign that it is too short."""
-    noise = np.random.default_rng(0).standard_normal((3000, 64), np.float32)
-    tx = scale_by_mfac(16, 0.2, relative_damping=True, window_momentum=0.9, step_adaptation=0.3)
-    _, state = run(tx, noise)
-    assert np.log(4) < state.log_step < np.log(7)
+def noise(norms: str, dimensions: int) -> np.ndarray:
+    """Unrelated gradients; a bound on the step's length is all they can teach."""
+    rng = np.random.default_rng(0)
+    lengths = {
+        "equal": np.ones(2000),
+        "spread": np.exp(rng.standard_normal(2000)),
+        "outliers": np.where(rng.random(2000) < 0.02, 30, 1),
+        "waves": np.where(np.arange(2000) % 100 < 50, 3, 1),
+    }[norms]
+    return (lengths[:, None] * rng.standard_normal((2000, dimensions))).astype(np.float32)
+
+
+@pytest.mark.parametrize("dimensions", [2, 64])
+@pytest.mark.parametrize("num_grads", [4, 64])
+@pytest.mark.parametrize("norms", ["equal", "spread", "outliers", "waves"])
+def test_the_step_factor_does_not_grow_on_noise(norms, num_grads, dimensions):
+    tx = scale_by_mfac(num_grads, 0.2, relative_damping=True, window_momentum=0.9, step_adaptation=0.3)
+
+    def step(state, gradient):
+        state = tx.update(gradient, state)[1]
+        return state, optax.tree.get(state, "log_step")
+
+    grads = noise(norms, dimensions)
+    _, log_steps = jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads))(grads)
+    assert np.log(4) < np.median(log_steps[1000:]) < np.log(8)
+    assert log_steps.max() < np.log(20)
+
+
+def test_the_step_factor_grows_while_gradients_shrink():
+    shrinking = noise("spread", 64) * np.exp(-np.arange(2000) / 50, dtype=np.float32)[:, None]
+    tx = scale_by_mfac(64, 0.2, relative_damping=True, window_momentum=0.9, step_adaptation=0.3)
+    _, state = run(tx, shrinking[:1000])
+    np.testing.assert_allclose(np.exp(state.log_step), 30, rtol=1e-5)
 
 
 def test_a_schedule_of_nan_does_not_poison_the_state():
     tx = scale_by_mfac(4, lambda count: jnp.nan, step_adaptation=lambda count: jnp.nan)
     updates, state = run(tx, as_tree(stream(6)))
     chex.assert_tree_all_finite((updates, state))
+    assert state.log_step == 0
 
 
 def test_a_rejected_gradient_leaves_the_step_factor():
