@@ -1,10 +1,13 @@
 """What report_comparison.py reads off the runs of compare_optimizers.py: groups, rates, times."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+import mfac_jax
 
 # Beside this file.
 from comparison_plots import STYLES, Record, Scan  # isort: skip
@@ -20,11 +23,13 @@ class Summary(NamedTuple):
       scan: final training loss for each rate with seed 0, rates rising, infinite where a run diverged.
       best_rate: the one with the lowest loss in the scan.
       runs: those at the best rate, one a seed; empty where every rate diverged.
+      step_ms: median over all runs of a run's time a step.
     """
 
     scan: Scan
     best_rate: float
     runs: list[Record]
+    step_ms: float
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -50,12 +55,13 @@ def summarize(records: list[Record]) -> dict[str, Summary]:
         if scan:
             best = min(scan, key=lambda rate: scan[rate])
             runs = [r for r in own if r["rate"] == best] if scan[best] < math.inf else []
-            summaries[name] = Summary(scan, best, sorted(runs, key=lambda record: record["seed"]))
+            step_ms = float(np.median([r["step_ms"] for r in own]))
+            summaries[name] = Summary(scan, best, sorted(runs, key=lambda r: r["seed"]), step_ms)
     return summaries
 
 
-def width(scan: Scan, factor: float) -> tuple[float, bool]:
-    """Decades of rates around the best one whose loss is at most `factor` times the best loss.
+def width(scan: Scan, limit: float) -> tuple[float, bool]:
+    """Decades of rates around the best one whose loss is at most `limit`; none where the best is above.
 
     Between two rates log(loss) is taken as linear in log(rate); towards a rate that
     diverged it rises at once.
@@ -65,18 +71,18 @@ def width(scan: Scan, factor: float) -> tuple[float, bool]:
     """
     rates, losses = np.log10(list(scan)), np.array(list(scan.values()))
     best = int(np.argmin(losses))
-    if not np.isfinite(losses[best]):
+    if not losses[best] <= limit < math.inf:
         return math.nan, False
-    logs = np.log(np.maximum(losses, np.finfo(float).tiny))
-    limit = logs[best] + math.log(factor)
+    tiny = np.finfo(float).tiny
+    logs, log_limit = np.log(np.maximum(losses, tiny)), math.log(max(limit, tiny))
     ends, is_open = [], False
     for direction in (-1, 1):
         at = best
-        while 0 <= at + direction < len(rates) and logs[at + direction] <= limit:
+        while 0 <= at + direction < len(rates) and logs[at + direction] <= log_limit:
             at += direction
         beyond, end = at + direction, rates[at]
         if 0 <= beyond < len(rates):
-            end += (limit - logs[at]) / (logs[beyond] - logs[at]) * (rates[beyond] - rates[at])
+            end += (log_limit - logs[at]) / (logs[beyond] - logs[at]) * (rates[beyond] - rates[at])
         else:
             is_open = True
         ends.append(end)
@@ -144,6 +150,15 @@ def grid_scans(records: list[Record]) -> dict[float | None, dict[float, float]]:
     """The scans of --grid on one problem: M-FAC's at each damping, AdamW's at None."""
     dampings = sorted({record["damping"] for record in records}, key=lambda d: math.inf if d is None else d)
     return {damping: scan_of([r for r in records if r["damping"] == damping]) for damping in dampings}
+
+
+def full_scans(tuning: list[Record], grid: list[Record]) -> dict[str, dict[float, float]]:
+    """The rates tried by each optimizer with seed 0, with those of --grid at its own damping."""
+    default = inspect.signature(mfac_jax.mfac).parameters["damping"].default
+    runs = [run for run in tuning if run["seed"] == 0]
+    runs += [run for run in grid if run["damping"] in (None, default)]
+    scans = {name: scan_of([run for run in runs if run["optimizer"] == name]) for name in STYLES}
+    return {name: scan for name, scan in scans.items() if len(scan) > 1}
 
 
 def initial_loss(records: list[Record]) -> float:

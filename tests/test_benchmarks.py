@@ -208,8 +208,7 @@ def test_the_summary_comes_first_with_the_best_in_bold_and_notes_from_the_runs(t
     assert "does not fill" not in section
     assert "Muon" not in section
     assert "validation accuracy is what counts" in section
-    assert "on the grid of its trials, seed 0 alone" in text
-    assert "on the grid of `--grid`, seed 0 alone" in text
+    assert "on all rates tried with seed 0" in text
 
 
 def test_the_published_window_of_the_notes_is_that_of_the_recipe():
@@ -286,6 +285,14 @@ def test_a_width_that_ends_with_the_grid_is_marked_and_a_divergence_ends_it():
     )
     assert comparison_results.width({0.1: 1.0, 1.0: 1.0, 10.0: math.inf}, 2.0) == (pytest.approx(1.0), True)
     assert comparison_results.width({0.1: math.inf, 1.0: 1.0, 10.0: math.inf}, 2.0) == (0.0, False)
+    assert math.isnan(comparison_results.width({0.1: 2.0, 1.0: 3.0}, 1.5)[0])  # never as low
+
+
+def test_the_rates_of_the_grid_at_the_default_damping_count_for_the_width():
+    grid = [record("mfac", 1.0, 0.5, study="grid", damping=damping) for damping in (0.2, 1.0)]
+    grid[1]["evaluations"][-1]["train_loss"] = 0.1
+    tuning = [record("mfac", 0.1, 0.4), record("mfac", 0.1, 9.0, seed=1), record("sgd", 0.1, 0.3)]
+    assert comparison_results.full_scans(tuning, grid) == {"mfac": {0.1: 0.4, 1.0: 0.5}}
 
 
 def test_the_time_to_a_loss_is_interpolated_on_a_logarithmic_scale():
