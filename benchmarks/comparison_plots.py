@@ -62,10 +62,10 @@ def finish(figure, path: Path) -> None:
 
 
 def log_if_wide(axes) -> None:
-    """A logarithmic y axis where the lines span more than a factor of 20."""
+    """A logarithmic y axis where the lines span more than a factor of 100."""
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
     values = values[np.isfinite(values) & (values > 0)]
-    if len(values) and values.max() > 20 * values.min():
+    if len(values) and values.max() > 100 * values.min():
         axes.set_yscale("log")
 
 
@@ -84,8 +84,12 @@ def plot_curves(problems: Mapping[str, Mapping[str, Sequence[Record]]], path: Pa
             for name, runs in shown.items():
                 draw_curve(axes, name, runs, axis)
             log_if_wide(axes)
-            starts = [run["evaluations"][0]["train_loss"] for runs in shown.values() for run in runs]
-            axes.set_ylim(top=min(axes.get_ylim()[1], 1.3 * max(starts, default=1.0)))
+            # Where the loss starts far above, as with batch norm, the picture begins later.
+            seen_from = 0 if axes.get_yscale() == "log" else 1 / 3
+            limits = [loss_at(run, seen_from) for runs in shown.values() for run in runs]
+            axes.set_ylim(top=min(axes.get_ylim()[1], 1.3 * max(limits, default=1.0)))
+            if seen_from and shown:
+                axes.set_ylim(bottom=0.95 * min(loss_at(run, 1) for runs in shown.values() for run in runs))
             axes.set(xlabel=axis, title=problem)
             axes.grid(alpha=0.25)
         left.set_ylabel("training loss")
@@ -94,6 +98,13 @@ def plot_curves(problems: Mapping[str, Mapping[str, Sequence[Record]]], path: Pa
         right.xaxis.set_major_formatter("{x:g}")
         right.xaxis.set_minor_formatter(ticker.NullFormatter())
     finish(figure, path)
+
+
+def loss_at(run: Record, part: float) -> float:
+    """The training loss after this part of the steps; that before the first where it diverged until then."""
+    evaluations = run["evaluations"]
+    loss = evaluations[min(int(part * len(evaluations)), len(evaluations) - 1)]["train_loss"]
+    return evaluations[0]["train_loss"] if loss is None else loss
 
 
 def draw_curve(axes, name: str, runs: Sequence[Record], axis: str) -> None:
