@@ -101,7 +101,7 @@ def plot_curves(problems: Mapping[str, Mapping[str, Sequence[Record]]], path: Pa
 
 
 def loss_at(run: Record, part: float) -> float:
-    """The training loss after this part of the steps; that before the first where it diverged until then."""
+    """The training loss after this part of the steps; that before the first where it diverged."""
     evaluations = run["evaluations"]
     loss = evaluations[min(int(part * len(evaluations)), len(evaluations) - 1)]["train_loss"]
     return evaluations[0]["train_loss"] if loss is None else loss
