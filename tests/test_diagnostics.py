@@ -122,7 +122,7 @@ def test_every_field_is_its_dense_formula(steps, relative, blocks):
             atol = 100 * EPS * rounding.get(name, 1)
             np.testing.assert_allclose(actual / scale, value / scale, rtol=0, atol=atol, err_msg=name)
     assert (int(result.grads_seen), int(result.rows_used)) == (steps, min(steps, 4))
-    np.testing.assert_allclose(result.step_factor, np.exp(state.log_step), rtol=EPS)
+    np.testing.assert_allclose(result.step_factor, np.exp(state.log_step), rtol=4 * EPS)  # two exps
     np.testing.assert_array_equal(result.mean_cosine, state.mean_cosine)
 
 
