@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
 
-slow: $(VENV)/installed
+slow: $(VENV)/installed-tpu
 	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/installed
@@ -31,4 +31,9 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# For `make slow` alone: libtpu, 700 MB, compiles for TPUs that are not here.
+$(VENV)/installed-tpu: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
 	touch $@

@@ -91,14 +91,18 @@ def grafted(schedule: optax.Schedule) -> optax.GradientTransformation:
 
 
 class RecentState(NamedTuple):
-    """The state of the transform inside, and the steps done."""
+    """The steps done, the second moment of the diagonal metric, and the state of the transform inside."""
 
     steps: jax.Array
+    second_moment: optax.Params
     inner: optax.OptState
 
 
 def recent(schedule: optax.Schedule, decay: float = 0.97) -> optax.GradientTransformation:
-    """Rows of the window weigh decay^age: each gradient enters longer than the one before by decay^-1/2."""
+    """Rows of the window weigh decay^age: each gradient enters longer than the one before by decay^-1/2.
+
+    In the diagonal metric, which is around the weights here: it must not see them.
+    """
     growth = decay**-0.5
     inner = mfac_jax.scale_by_mfac(
         NUM_GRADS,
@@ -110,15 +114,22 @@ def recent(schedule: optax.Schedule, decay: float = 0.97) -> optax.GradientTrans
     )
 
     def init(params):
-        return RecentState(jnp.zeros((), jnp.int32), inner.init(params))
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return RecentState(jnp.zeros((), jnp.int32), zeros, inner.init(params))
 
     def update(updates, state, params=None):
+        del params
+        steps = state.steps + 1
+        moment = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g**2, state.second_moment, updates)
+        metric = jax.tree.map(lambda v: (jnp.sqrt(v / (1 - 0.99**steps)) + 1e-8) ** -0.5, moment)
         scale = growth ** state.steps.astype(jnp.float32)
-        updates, inner_state = inner.update(_scaled(updates, scale), state.inner, params)
-        return _scaled(updates, 1 / scale), RecentState(state.steps + 1, inner_state)
+        rows = jax.tree.map(lambda d, g: scale * d * g, metric, updates)
+        updates, inner_state = inner.update(rows, state.inner)
+        updates = jax.tree.map(lambda d, u: d * u / scale, metric, updates)
+        return updates, RecentState(steps, moment, inner_state)
 
-    weighted = mfac_jax.in_diagonal_metric(optax.GradientTransformation(init, update))
-    return optax.chain(weighted, optax.scale_by_learning_rate(schedule))
+    transform = optax.GradientTransformation(init, update)
+    return optax.chain(transform, optax.scale_by_learning_rate(schedule))
 
 
 class LevenbergMarquardtState(NamedTuple):

@@ -1,6 +1,6 @@
 """The optimizer people call: weight decay, M-FAC in a metric, momentum and learning rate in one chain."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,9 @@ import optax
 from jax.core import Tracer
 
 from mfac_jax import _tree, _validation
-from mfac_jax._metric import in_diagonal_metric
-from mfac_jax._transform import Blocks, Normalization, scale_by_mfac
+from mfac_jax._sharding import AxisName
+from mfac_jax._transform import Metric, Normalization, scale_by_mfac
+from mfac_jax._window import Blocks
 
 
 def mfac(
@@ -20,7 +21,7 @@ def mfac(
     weight_decay: float | None = None,
     mask: optax.MaskOrFn = None,
     *,
-    metric: Literal["diagonal", "identity"] = "diagonal",
+    metric: Metric = "diagonal",
     relative_damping: bool = True,
     momentum_in: Literal["window", "update"] = "window",
     step_adaptation: optax.ScalarOrSchedule = 0.3,
@@ -28,10 +29,12 @@ def mfac(
     normalize_by: Normalization = "window",
     power: float = 1.0,
     blocks: Blocks = None,
+    storage: Any = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The M-FAC optimizer: natural gradient descent on the Fisher matrix of the last gradients.
 
-    With :math:`D_t` the diagonal metric of `in_diagonal_metric`, :math:`F_t` the damped Fisher matrix of
+    With :math:`D_t` the diagonal metric of `scale_by_mfac`, :math:`F_t` the damped Fisher matrix of
     the last `num_grads` gradients :math:`D_s g_s` in that metric, :math:`\bar g_t` their Nesterov
     momentum, :math:`\bar s_t` their mean squared norm, :math:`\rho` the damping, :math:`a_t` the step
     factor, :math:`\eta` the learning rate and :math:`\omega` the weight decay, the default is
@@ -42,9 +45,9 @@ def mfac(
       \theta_{t+1} = \theta_t - \eta \left(u_t + \omega \theta_t\right).
 
     A gradient that has nothing in common with the others in the window moves the parameters as in Adam, and
-    all do where the damping is large: learning rates are those of Adam. The chain is `in_diagonal_metric`
-    of `scale_by_mfac`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`; what is None is left
-    out. A gradient with a NaN or an Inf makes a non-finite update and leaves the state as it was.
+    all do where the damping is large: learning rates are those of Adam. The chain is `scale_by_mfac`,
+    `optax.add_decayed_weights`, `optax.scale_by_learning_rate`; what is None is left out. A
+    gradient with a NaN or an Inf makes a non-finite update and leaves the state as it was.
 
     The paper's algorithm, with the settings of its authors for ResNet-20, is `mfac(1e-3, num_grads=512,
     damping=1e-5, weight_decay=3e-3, metric='identity', relative_damping=False, momentum_in='update',
@@ -63,8 +66,8 @@ def mfac(
         1e-4, coupled.
       mask: a tree of bools, or a function from parameters to one: where weight decay acts. Needs
         `weight_decay`.
-      metric: `'diagonal'`: the Fisher matrix is damped in the metric of a running second moment, see
-        `in_diagonal_metric`. `'identity'`: as in the paper.
+      metric: `'diagonal'`: the Fisher matrix is damped in the metric of a running second moment.
+        `'identity'`: as in the paper. See `scale_by_mfac`.
       relative_damping: see `scale_by_mfac`.
       momentum_in: `'window'`: the gradients in the window are averaged, with Nesterov's term, and meet the
         newest Fisher matrix; no buffer. `'update'`: the updates are averaged, as the authors do, by
@@ -78,6 +81,8 @@ def mfac(
       normalize_by: see `scale_by_mfac`.
       power: see `scale_by_mfac`.
       blocks: see `scale_by_mfac`.
+      storage: see `scale_by_mfac`.
+      axis_name: see `scale_by_mfac`.
 
     Returns:
       The chain; its state holds a `ScaleByMFACState`.
@@ -105,7 +110,6 @@ def mfac(
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
     _validation.check_bool("decoupled_weight_decay", decoupled_weight_decay)
-    _validation.check_choice("metric", metric, ("diagonal", "identity"))
     _validation.check_choice("momentum_in", momentum_in, ("window", "update"))
     if momentum is not None:
         _validation.check_decay("momentum", momentum, "0.9")
@@ -132,12 +136,13 @@ def mfac(
         nesterov=True,
         step_adaptation=_resting_while_rising(step_adaptation, learning_rate),
         blocks=blocks,
+        metric=metric,
+        storage=storage,
+        axis_name=axis_name,
     )
-    if metric == "diagonal":
-        preconditioner = in_diagonal_metric(preconditioner)
     chain: list[optax.GradientTransformation] = [preconditioner]
     if momentum_in == "update" and momentum is not None:
-        chain.append(_skip_not_finite(optax.ema(momentum)))
+        chain.append(_skip_not_finite(optax.ema(momentum), axis_name))
     if weight_decay is not None:
         _validation.check_not_negative("weight_decay", weight_decay, "1e-4")
         decay = optax.add_decayed_weights(weight_decay, mask)
@@ -159,12 +164,16 @@ def _resting_while_rising(
     return resting
 
 
-def _skip_not_finite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, but updates with a NaN or an Inf pass it by and leave its state as it was."""
+def _skip_not_finite(
+    inner: optax.GradientTransformation, axis_name: AxisName
+) -> optax.GradientTransformation:
+    """`inner`, but updates with a NaN or an Inf on any device pass it by and leave its state as it was."""
 
     def update(updates, state, params=None):
         accepted = inner.update(updates, state, params)
         finite = _tree.all_finite(updates)
+        if axis_name is not None:
+            finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name) == 1
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, (updates, state))
 
     return optax.GradientTransformation(inner.init, update)

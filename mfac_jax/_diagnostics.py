@@ -87,7 +87,7 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
 
     Gradients are those that `scale_by_mfac` was given, and the update is what it returned, with
     `window_momentum` and step factor. What comes after it in a chain is not seen: momentum of updates, such
-    as `optax.ema`, decoupled weight decay, learning rate. Inside of `in_diagonal_metric` the gradients are
+    as `optax.ema`, decoupled weight decay, learning rate. In the diagonal metric the gradients are
     already multiplied by D, and the update is not yet.
 
     After a gradient that was refused they are those of the last one accepted.

@@ -20,7 +20,8 @@ _MAX_REFINED = 512
 
 def replace_row(gram: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
     """The Gram matrices with `row` as their row and column `index`."""
-    return gram.at[:, index, :].set(row).at[:, :, index].set(row)
+    is_new = jnp.arange(gram.shape[-1]) == index
+    return jnp.where(is_new[:, None], row[:, None, :], jnp.where(is_new, row[:, :, None], gram))
 
 
 def mean_square(gram: jax.Array, count: jax.Array) -> jax.Array:

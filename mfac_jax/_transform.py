@@ -1,16 +1,17 @@
 """The M-FAC optimizer step as an optax transform, and products with the Fisher inverse it holds."""
 
-from collections.abc import Callable, Hashable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mfac_jax import _gram, _step_length, _tree, _validation
+from mfac_jax import _gram, _metric, _sharding, _step_length, _tree, _validation, _window
+from mfac_jax._sharding import AxisName
+from mfac_jax._window import Blocks
 
 Normalization = Literal["window", "count"]
-Blocks = Literal["leaf"] | Callable[[jax.tree_util.KeyPath], Hashable] | None
+Metric = Literal["identity", "diagonal"]
 
 
 class ScaleByMFACState(NamedTuple):
@@ -21,7 +22,9 @@ class ScaleByMFACState(NamedTuple):
       grads_rejected: gradients refused because an entry was NaN or Inf; stops there too.
       next_row: row of the window that the next gradient will take, in [0, num_grads).
       window: the last `num_grads` gradients, the parameter tree with a leading axis on every leaf.
-        Rows are zero until they are first used.
+        Rows are zero until they are first used. In the diagonal metric they are D g.
+      second_moment: running mean of the squared gradients of the diagonal metric, without its bias
+        correction; without leaves in the identity metric.
       gram: inner products of the rows of the window, one matrix a block.
       coefficients: c of the last update G^T c, before the step factor.
       shift: what the last step added to the diagonal of each Gram matrix, n times the damping; zero
@@ -33,7 +36,8 @@ class ScaleByMFACState(NamedTuple):
     grads_seen: jax.Array  # () int32
     grads_rejected: jax.Array  # () int32
     next_row: jax.Array  # () int32
-    window: optax.Params  # leaves (num_grads, *leaf.shape), of the leaf's dtype
+    window: optax.Params  # leaves (num_grads, *leaf.shape), of the dtype `storage`
+    second_moment: optax.Params | optax.EmptyState  # leaves like the parameters', of the dtype of gram
     gram: jax.Array  # (blocks, num_grads, num_grads) float32, float64 with a float64 leaf
     coefficients: jax.Array  # (blocks, num_grads), of the dtype of gram
     shift: jax.Array  # (blocks,), of the dtype of gram
@@ -52,6 +56,9 @@ def scale_by_mfac(
     nesterov: bool = False,
     step_adaptation: optax.ScalarOrSchedule = 0.0,
     blocks: Blocks = None,
+    metric: Metric = "identity",
+    storage: Any = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Precondition gradients with the damped empirical Fisher matrix of a sliding window (M-FAC).
 
@@ -70,8 +77,12 @@ def scale_by_mfac(
 
     A gradient with a NaN or an Inf is returned as it came, for the caller to see, and leaves the
     state as it was but for `grads_rejected`. Finite gradients give finite updates, whatever their
-    norm, also if they are zero or repeat; those whose squared norm would overflow are scaled down before
-    they enter the window.
+    norm, also if they are zero or repeat; entries beyond 7e13 (2^46; 2^494 in float64) are clipped before
+    they enter the window, so that sums of squares do not overflow.
+
+    On a mesh, under `jax.jit`, the window is sharded as the parameters, and split further over mesh axes
+    that they do not use; `state_shardings` has the rule. In `jax.shard_map` and `jax.pmap` pass
+    `axis_name`.
 
     Args:
       num_grads: m, the gradients kept, any integer >= 1. The state takes m times the memory of the
@@ -108,6 +119,25 @@ def scale_by_mfac(
         Values of a schedule outside of [0, 1] are moved to the nearer end, NaN to 0. From the Gram matrix
         alone: momentum that is added after the transform is not seen, and the steps then become too
         long; with `num_grads` = 1 nothing is seen and the factor stays one.
+      metric: `'diagonal'` works in the metric of a running second moment. With :math:`v` the running mean
+        of :math:`g^2` over about a hundred gradients, corrected for its bias as in Adam, and
+        :math:`D = (\sqrt v + 10^{-8})^{-1/2}`, the window holds :math:`D g` and the update is :math:`D`
+        times what comes out: with relative damping a gradient that is orthogonal to the others moves the
+        parameters as in Adam. The identity in the damping treats all coordinates alike; in this metric that
+        is right also for networks whose layers differ in scale. A row keeps the scale it entered with: v
+        moves slowly against the window, and to scale all rows anew would be one more pass. One more copy of
+        the parameters in the state. `'identity'`: as in the paper.
+      storage: dtype of the window, `jnp.float32` or `jnp.bfloat16`, which halves it; None: the
+        parameters'. The Gram matrix is that of the window as stored, in float32, so the system solved is
+        that of the stored gradients.
+      axis_name: inside of `jax.shard_map` or `jax.pmap`, the name or names of the mesh axes that parameters
+        or the window are spread over; the updates are those of the whole. A leaf that varies along an axis
+        is taken as a shard, and its inner products are added up over it: one sum of m numbers for all
+        leaves spread alike. The window of a leaf that does not vary is split over the axis as
+        `state_shardings` says, and its update gathered; gradients must then be equal along it
+        (`jax.lax.pmean`). With `check_vma=False`, and in pmap, types do not tell: there all leaves must be
+        shards over all the axes, or `init` has to run inside, for leaves that are all replicated. A refused
+        gradient is seen by every device in `grads_rejected`, and in the updates where its bad entry is.
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
         `'leaf'`: a block a leaf. A function from a leaf's key path (as in
         `jax.tree_util.tree_map_with_path`) to a hashable label: a block a label. Under
@@ -120,7 +150,8 @@ def scale_by_mfac(
       TypeError: `num_grads` is not an int, or is traced; a parameter or an update is not a real
         floating-point array; another argument is not of its type.
       ValueError: an argument is out of its range or not among its choices; updates do not have the
-        tree or the shapes of the parameters given to `init`.
+        tree or the shapes of the parameters given to `init`; `axis_name` is not bound, or the window is
+        split in another way than over its axes.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
@@ -138,6 +169,9 @@ def scale_by_mfac(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
 
+      Diederik Kingma, Jimmy Ba, `Adam: A Method for Stochastic Optimization
+      <https://arxiv.org/abs/1412.6980>`_, ICLR 2015 (the running second moment and its bias correction).
+
       Naman Agarwal, Brian Bullins, Xinyi Chen, Elad Hazan, Karan Singh, Cyril Zhang, Yi Zhang,
       `Efficient Full-Matrix Adaptive Regularization <https://arxiv.org/abs/1806.02958>`_, ICML 2019
       (the power 1/2).
@@ -148,26 +182,36 @@ def scale_by_mfac(
     _validation.check_decay("window_momentum", window_momentum, "0.9")
     _validation.check_bool("relative_damping", relative_damping)
     _validation.check_bool("nesterov", nesterov)
+    _validation.check_choice("metric", metric, ("identity", "diagonal"))
+    storage = _validation.check_storage(storage)
+    _validation.check_axis_name(axis_name)
 
     def init(params: optax.Params) -> ScaleByMFACState:
         _validation.check_params(params)
-        num_blocks, dtype = _count(_block_of_leaf(params, blocks)), _tree.accumulation_dtype(params)
+        num_blocks = _window.number_of_blocks(_window.block_of_leaf(params, blocks))
+        dtype, zeros = _tree.accumulation_dtype(params), _sharding.zeros_like_params(params)
+        window = _sharding.empty_rows(params, storage, axis_name, num_grads)
+        is_diagonal = metric == "diagonal"
+        second_moment = (
+            _sharding.empty_rows(params, dtype, axis_name) if is_diagonal else optax.EmptyState()
+        )
         return ScaleByMFACState(
-            grads_seen=jnp.zeros((), jnp.int32),
-            grads_rejected=jnp.zeros((), jnp.int32),
-            next_row=jnp.zeros((), jnp.int32),
-            window=_tree.empty_window(num_grads, params),
-            gram=jnp.zeros((num_blocks, num_grads, num_grads), dtype),
-            coefficients=jnp.zeros((num_blocks, num_grads), dtype),
-            shift=jnp.zeros((num_blocks,), dtype),
-            mean_cosine=jnp.zeros((), dtype),
-            log_step=jnp.zeros((), dtype),
+            grads_seen=zeros((), jnp.int32),
+            grads_rejected=zeros((), jnp.int32),
+            next_row=zeros((), jnp.int32),
+            window=window,
+            second_moment=second_moment,
+            gram=zeros((num_blocks, num_grads, num_grads), dtype),
+            coefficients=zeros((num_blocks, num_grads), dtype),
+            shift=zeros((num_blocks,), dtype),
+            mean_cosine=zeros((), dtype),
+            log_step=zeros((), dtype),
         )
 
     def precondition(gram, newest, seen):
         """Coefficients of the update, and the shift they were computed with."""
         rho = _damping_at(damping, seen - 1, gram.dtype)
-        weights = _weights_by_age(newest, seen, num_grads, window_momentum, nesterov, gram.dtype)
+        weights = _window.weights_by_age(newest, seen, num_grads, window_momentum, nesterov, gram.dtype)
         weights = jnp.broadcast_to(weights, gram.shape[:-1])
         if not relative_damping:
             n = _normalizer(normalize_by, seen, num_grads, gram.dtype)
@@ -189,7 +233,7 @@ def scale_by_mfac(
         statistics = _step_length.StepStatistics(
             cosine,
             _gram.typical_cosine(gram),
-            _gram.shrinkage(gram, _ages(newest, num_grads), in_use),
+            _gram.shrinkage(gram, _window.ages(newest, num_grads), in_use),
             state.grads_seen,
         )
         before = (state.mean_cosine, state.log_step)
@@ -200,37 +244,48 @@ def scale_by_mfac(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        _validation.check_like_window("updates", updates, state.window)
-        block_of_leaf = _block_of_leaf(updates, blocks)
-        _validation.check_sizes(state.gram, _count(block_of_leaf), num_grads)
-        newest = state.next_row
+        _validation.check_metric(metric, state.second_moment)
+        layouts = _window.layouts("updates", updates, state.window, axis_name)
+        block_of_leaf = _window.block_of_leaf(updates, blocks)
+        _validation.check_sizes(state.gram, _window.number_of_blocks(block_of_leaf), num_grads)
+        newest, seen = state.next_row, jnp.asarray(optax.safe_increment(state.grads_seen))
 
-        row, finite = _tree.as_row(updates, state.window)
+        # What is not finite becomes NaN, and a NaN anywhere in the gradient makes all products NaN: so
+        # every device learns of it without a word more, and the row is written after it was read.
+        x = _window.map_leaves(_sharding.own_part, layouts, updates, state.window)
+        second_moment, scale = state.second_moment, None
+        if metric == "diagonal":
+            second_moment = _metric.average(state.second_moment, x)
+            scale = _metric.scale(second_moment, seen)
+        row = _tree.as_row(x, scale, state.window)
+        products = _window.products(state.window, row, block_of_leaf, layouts, state.coefficients, newest)
+        finite = jnp.all(jnp.isfinite(products))
         window = _tree.write_row(state.window, row, newest, finite)
-        products = _products(window, row, block_of_leaf, state.gram)
         gram = jnp.where(finite, _gram.replace_row(state.gram, products, newest), state.gram)
 
-        seen = optax.safe_increment(state.grads_seen)
         coefficients, shift = precondition(gram, newest, seen)
         mean_cosine, log_step = adapted(state, gram, newest)
-        preconditioned = _combine(coefficients * jnp.exp(log_step), window, block_of_leaf)
+        preconditioned = _window.combine(coefficients * jnp.exp(log_step), window, block_of_leaf)
+        if scale is not None:
+            preconditioned = jax.tree.map(_tree.scaled, preconditioned, scale)
+        preconditioned = _window.map_leaves(_sharding.whole, layouts, preconditioned, updates)
         updates = jax.tree.map(
             lambda x, u: jnp.where(finite, _tree.narrow(u, x.dtype), x), updates, preconditioned
         )
-        changed = ScaleByMFACState(
-            grads_seen=jnp.where(finite, seen, state.grads_seen),
-            grads_rejected=jnp.where(
-                finite, state.grads_rejected, optax.safe_increment(state.grads_rejected)
-            ),
-            next_row=jnp.where(finite, (newest + 1) % num_grads, newest),
-            window=window,
+        changed = state._replace(
+            grads_seen=seen,
+            next_row=(newest + 1) % num_grads,
+            window=None,
+            second_moment=second_moment,
             gram=gram,
-            coefficients=jnp.where(finite, coefficients, state.coefficients),
-            shift=jnp.where(finite, shift, state.shift),
-            mean_cosine=jnp.where(finite, mean_cosine, state.mean_cosine),
-            log_step=jnp.where(finite, log_step, state.log_step),
+            coefficients=coefficients,
+            shift=shift,
+            mean_cosine=mean_cosine,
+            log_step=log_step,
         )
-        return updates, changed
+        rejected = state._replace(grads_rejected=optax.safe_increment(state.grads_rejected), window=None)
+        settled = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, rejected)
+        return updates, settled._replace(window=window)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -290,24 +345,26 @@ def ihvp(
         )
     _validation.check_positive("damping", damping, "1e-3")
     _check_options(normalize_by, power, blocks)
-    _validation.check_like_window("tree", tree, state.window)
-    block_of_leaf = _block_of_leaf(tree, blocks)
+    layouts = _window.layouts("tree", tree, state.window, None)
+    block_of_leaf = _window.block_of_leaf(tree, blocks)
     gram = state.gram
     num_blocks, num_grads = gram.shape[:2]
-    if _count(block_of_leaf) != num_blocks:
+    if _window.number_of_blocks(block_of_leaf) != num_blocks:
         raise ValueError(
             f"blocks must split the tree into the {num_blocks} block(s) of the state, got "
-            f"{_count(block_of_leaf)}. Pass the value of blocks given to scale_by_mfac."
+            f"{_window.number_of_blocks(block_of_leaf)}. Pass the value of blocks given to scale_by_mfac."
         )
     damping = _damping_at(damping, state.grads_seen, gram.dtype)
+    x = _window.map_leaves(_sharding.own_part, layouts, tree, state.window)
     coefficients = _gram.outside_inverse_power(
         gram,
         damping,
         _normalizer(normalize_by, state.grads_seen, num_grads, gram.dtype),
         power,
-        _products(state.window, tree, block_of_leaf, gram),
+        _window.products(state.window, x, block_of_leaf, layouts, state.coefficients),
     )
-    inside = _combine(coefficients, state.window, block_of_leaf)
+    inside = _window.combine(coefficients, state.window, block_of_leaf)
+    inside = _window.map_leaves(_sharding.whole, layouts, inside, tree)
     outside = damping**-power
     return jax.tree.map(lambda x, y: _tree.narrow(outside * x.astype(y.dtype) + y, x.dtype), tree, inside)
 
@@ -326,54 +383,6 @@ def _check_options(normalize_by, power, blocks) -> None:
     _validation.check_power(power)
     if not callable(blocks):
         _validation.check_choice("blocks", blocks, (None, "leaf"), ", or a function of a leaf's key path")
-
-
-def _block_of_leaf(tree: optax.Params, blocks: Blocks) -> list[int]:
-    """The index of each leaf's block; blocks are numbered in the order of their first leaf."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if blocks is None:
-        return [0] * len(paths)
-    labels = range(len(paths)) if blocks == "leaf" else [blocks(path) for path in paths]
-    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    return [numbers[label] for label in labels]
-
-
-def _count(block_of_leaf: list[int]) -> int:
-    """The number of blocks, at least one."""
-    return max(block_of_leaf, default=0) + 1
-
-
-def _products(window, tree, block_of_leaf: list[int], gram: jax.Array) -> jax.Array:
-    """G x for each block, `(blocks, m)`."""
-    products = [jnp.zeros(gram.shape[1:2], gram.dtype)] * gram.shape[0]
-    leaves = zip(block_of_leaf, jax.tree.leaves(window), jax.tree.leaves(tree), strict=True)
-    for block, rows, x in leaves:
-        products[block] += _tree.dots(rows, x, gram.dtype)
-    return jnp.stack(products)
-
-
-def _combine(coefficients: jax.Array, window, block_of_leaf: list[int]) -> optax.Params:
-    """G^T c, each leaf with the coefficients of its block."""
-    rows, structure = jax.tree.flatten(window)
-    combined = [
-        _tree.combine(coefficients[block], leaf) for block, leaf in zip(block_of_leaf, rows, strict=True)
-    ]
-    return jax.tree.unflatten(structure, combined)
-
-
-def _weights_by_age(newest, seen, num_grads: int, momentum, nesterov: bool, dtype) -> jax.Array:
-    """Weights `(m,)` proportional to momentum^age over the rows in use; they add up to one."""
-    age = _ages(newest, num_grads)
-    momentum = jnp.asarray(momentum, dtype)
-    decayed = momentum ** age.astype(dtype)
-    weights = jnp.where(age < jnp.maximum(seen, 1), decayed, 0)
-    weights /= jnp.sum(weights)
-    return momentum * weights + (1 - momentum) * (age == 0) if nesterov else weights
-
-
-def _ages(newest: jax.Array, num_grads: int) -> jax.Array:
-    """The age of every row `(m,)`, zero for the newest."""
-    return (newest - jnp.arange(num_grads, dtype=newest.dtype)) % num_grads
 
 
 def _damping_at(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:

@@ -6,19 +6,20 @@ precision: the TF32 and bfloat16 products that are the default on GPU and TPU wo
 its digits.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 # On CPU a matrix-vector product adds each row up in one running sum a lane, so its relative error
 # grows with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at
 # 10 M. Multiply-and-sum adds in partial sums (1e-6 at 10 M) and takes 1.1 to 1.5 times as long.
 _MAX_DOT_COLUMNS = 300_000
+_CHUNK_ENTRIES = 2**21  # of a bfloat16 window that are float32 at a time on CPU: 8 MiB
 
 
 def accumulation_dtype(tree: optax.Params) -> jnp.dtype:
@@ -27,49 +28,30 @@ def accumulation_dtype(tree: optax.Params) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
-def empty_window(num_grads: int, params: optax.Params) -> optax.Params:
-    """Zeros `(num_grads, *leaf.shape)` of each leaf's dtype, sharded like the leaf, rows unsharded."""
-
-    def rows(leaf):
-        shape, sharding = (num_grads, *leaf.shape), _named_sharding(leaf)
-        if sharding is None:
-            return jnp.zeros(shape, leaf.dtype)
-        spec = PartitionSpec(None, *sharding.spec)
-        return jnp.zeros(shape, leaf.dtype, device=NamedSharding(sharding.mesh, spec))
-
-    return jax.tree.map(rows, params)
-
-
-def _named_sharding(leaf) -> NamedSharding | None:
-    """The mesh sharding that an array, a ShapeDtypeStruct or, under explicit axes, a tracer has."""
-    is_traced = isinstance(leaf, Tracer)
-    sharding = jax.typeof(leaf).sharding if is_traced else getattr(leaf, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
-
-
 def all_finite(tree: optax.Updates) -> jax.Array:
     """Whether no entry of the tree is NaN or Inf."""
     return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
-def as_row(updates: optax.Updates, window: optax.Params) -> tuple[optax.Updates, jax.Array]:
-    """The updates in the dtypes of the window, and whether all of them are finite.
+def bounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` as `dtype`, Inf as NaN, and finite entries clipped: 2^34 of their squares can be added up."""
+    limit = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 18)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x.astype(dtype), -limit, limit), jnp.nan)
 
-    Where the squared norm could overflow, or a leaf does not fit its dtype, all are scaled down: in
-    float32 that takes an entry above 2^62 / sqrt(d), 1.4e15 for ten million parameters.
-    """
-    dtype = accumulation_dtype(window)
-    leaves = jax.tree.leaves(updates)
-    max_norm = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 2)  # its square is a 16th of what overflows
-    limit = max_norm / math.sqrt(max(1, sum(x.size for x in leaves)))
-    excess = [jnp.ones((), dtype)]
-    for x, rows in zip(leaves, jax.tree.leaves(window), strict=True):
-        if x.size:
-            fits = min(limit, float(jnp.finfo(rows.dtype).max))
-            excess.append(jnp.max(jnp.abs(x)).astype(dtype) / fits)
-    most = jnp.max(jnp.stack(excess))
-    row = jax.tree.map(lambda x, rows: (x.astype(dtype) / most).astype(rows.dtype), updates, window)
-    return row, jnp.isfinite(most)
+
+def scaled(u: jax.Array, scale: jax.Array) -> jax.Array:
+    """`u` times the scale of the metric, clipped so that it cannot overflow."""
+    limit = 2.0 ** (jnp.finfo(u.dtype).maxexp // 2)
+    return jnp.clip(u, -limit, limit) * scale
+
+
+def as_row(updates: optax.Updates, scale: optax.Params | None, window: optax.Params) -> optax.Updates:
+    """The bounded updates, scaled where there is a metric, in the dtypes of the window."""
+    dtype = accumulation_dtype(updates)
+    updates = jax.tree.map(lambda x: bounded(x, dtype), updates)
+    if scale is not None:
+        updates = jax.tree.map(jnp.multiply, updates, scale)
+    return jax.tree.map(lambda x, rows: narrow(x, rows.dtype), updates, window)
 
 
 @jax.jit  # a user's step may run outside of jit: there a bare lax.cond is compiled at every call
@@ -91,28 +73,84 @@ def write_row(
     return lax.cond(accept, write, lambda window, row: window, window, row)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`(m,)` inner products of the rows `(m, *shape)` of a window leaf with `x` `(*shape)`."""
-    rows, x = _collapsed(rows, 1), _collapsed(x, 0)
-    rows, x = rows.astype(dtype), x.astype(dtype)
-    if rows.ndim == 2 and x.size <= _MAX_DOT_COLUMNS:
-        return jnp.matmul(rows, x, precision=lax.Precision.HIGHEST)
-    return jnp.sum(rows * x[None], axis=tuple(range(1, rows.ndim)))
+    axes = tuple(range(1, rows.ndim))
+
+    def contracted(rows, x):
+        contracted_axes = (axes, tuple(axis - 1 for axis in axes))
+        return _dot_general(rows.astype(dtype), x.astype(dtype), contracted_axes, PartitionSpec(None))
+
+    def summed(rows, x):
+        return jnp.sum(rows.astype(dtype) * x.astype(dtype), axis=axes)
+
+    if x.size > _MAX_DOT_COLUMNS:
+        return summed(rows, x)
+    if _is_large_bfloat16(rows):
+        return lax.platform_dependent(rows, x, cpu=summed, default=contracted)
+    return contracted(rows, x)
 
 
+def square(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The squared norm of `x`."""
+    return jnp.sum(jnp.square(x.astype(dtype)))
+
+
+@jax.jit
 def combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
     """`coefficients` `(m,)` times the rows `(m, *shape)` of a window leaf, summed: `(*shape)`."""
-    flat = _collapsed(rows, 1).astype(coefficients.dtype)
-    total = jnp.tensordot(coefficients, flat, axes=1, precision=lax.Precision.HIGHEST)
-    return total.reshape(rows.shape[1:])
+
+    def contracted(coefficients, rows):
+        spec = PartitionSpec(*jax.typeof(rows).sharding.spec[1:])
+        return _dot_general(coefficients, rows.astype(coefficients.dtype), ((0,), (0,)), spec)
+
+    if _is_large_bfloat16(rows):
+        return lax.platform_dependent(coefficients, rows, cpu=_combine_in_chunks, default=contracted)
+    return contracted(coefficients, rows)
 
 
-def _collapsed(x: jax.Array, leading: int) -> jax.Array:
-    """`x` with all but its `leading` axes made one, which is free; as it is where it is sharded."""
-    sharding = _named_sharding(x)
-    if sharding is not None and any(axis is not None for axis in sharding.spec):
-        return x
-    return x.reshape(*x.shape[:leading], math.prod(x.shape[leading:]))
+def _is_large_bfloat16(rows: jax.Array) -> bool:
+    """Whether XLA for CPU would make a float32 copy of these rows that counts."""
+    return rows.dtype == jnp.bfloat16 and rows.size > _CHUNK_ENTRIES
+
+
+def _combine_in_chunks(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
+    """As `combine`, for some bfloat16 rows at a time; as integers they pass the loop untouched."""
+    m, integers = len(rows), lax.bitcast_convert_type(rows, jnp.uint16)
+    spec = PartitionSpec(*jax.typeof(rows).sharding.spec[1:])
+    length = max(1, min(m, _CHUNK_ENTRIES // max(1, math.prod(rows.shape[1:]))))
+
+    def add(i, total):
+        start = jnp.minimum(i * length, m - length)  # the last chunk may begin within the one before
+        chunk = lax.dynamic_slice_in_dim(integers, start, length).astype(jnp.uint32) << 16
+        own = lax.dynamic_slice_in_dim(coefficients, start, length)
+        own = jnp.where(start + jnp.arange(length) < i * length, 0, own)
+        chunk = lax.bitcast_convert_type(chunk, jnp.float32)
+        return total + _dot_general(own.astype(jnp.float32), chunk, ((0,), (0,)), spec)
+
+    total = lax.fori_loop(0, -(-m // length), add, jnp.zeros_like(rows[0], jnp.float32))
+    return total.astype(coefficients.dtype)
+
+
+def _dot_general(a: jax.Array, b: jax.Array, contracted, spec: PartitionSpec) -> jax.Array:
+    """A contraction; where mesh axes are explicit, with the sharding of the result that it then needs.
+
+    Axes are contracted as they are: made one, they would have to be gathered where they are sharded.
+    """
+    dimensions, precision = (contracted, ((), ())), lax.Precision.HIGHEST
+    mesh = _explicit_mesh(a) or _explicit_mesh(b)
+    if mesh is None:
+        return lax.dot_general(a, b, dimensions, precision=precision)
+    with jax.sharding.use_abstract_mesh(mesh):
+        sharding = NamedSharding(mesh, spec)
+        return lax.dot_general(a, b, dimensions, precision=precision, out_sharding=sharding)
+
+
+def _explicit_mesh(x: jax.Array) -> AbstractMesh | None:
+    """The abstract mesh of a value with explicit axes."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if not mesh.empty and mesh.explicit_axes else None
 
 
 def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,18 +107,11 @@ def _check_floating(name: str, path, leaf) -> None:
         )
 
 
-def check_like_window(name: str, tree: optax.Updates, window: optax.Params) -> None:
-    """Refuse a tree whose structure or shapes are not those the window was made for."""
-    check_like_params(
-        name, tree, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), window)
-    )
-
-
-def check_like_params(name: str, tree: optax.Updates, params: optax.Params) -> None:
-    """Refuse a tree whose structure or shapes are not those of the parameters given to init."""
+def check_tree(name: str, tree: optax.Updates, window: optax.Params) -> None:
+    """Refuse a tree whose structure is not the window's, or with leaves that are not real floats."""
     leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
-    expected = dict(jax.tree_util.tree_leaves_with_path(params))
-    if jax.tree.structure(tree) != jax.tree.structure(params):
+    expected = dict(jax.tree_util.tree_leaves_with_path(window))
+    if jax.tree.structure(tree) != jax.tree.structure(window):
         differing = [_leaf_name(p) for p in [*leaves, *expected] if (p in leaves) != (p in expected)]
         found = f"but {differing[0]} is only in one of the two" if differing else "but its nodes differ"
         raise ValueError(
@@ -125,12 +119,52 @@ def check_like_params(name: str, tree: optax.Updates, params: optax.Params) -> N
             "parameters that are trained now."
         )
     for path, leaf in leaves.items():
-        if np.shape(leaf) != expected[path].shape:
+        _check_floating(name, path, leaf)
+
+
+def check_shapes(name: str, tree: optax.Updates, window: optax.Params) -> None:
+    """Refuse a leaf that has not the shape of the rows of the window's."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), rows in zip(leaves, jax.tree.leaves(window), strict=True):
+        if leaf.shape != rows.shape[1:]:
             raise ValueError(
                 f"{name} must have the shapes of the parameters given to init, but {_leaf_name(path)} is "
-                f"{np.shape(leaf)} and was {expected[path].shape}. Call init again with the new parameters."
+                f"{leaf.shape} and was {rows.shape[1:]}. Call init again with the new parameters."
             )
-        _check_floating(name, path, leaf)
+
+
+def check_metric(metric: str, second_moment: optax.Params | optax.EmptyState) -> None:
+    """Refuse a state that was made in another metric."""
+    made = "identity" if isinstance(second_moment, optax.EmptyState) else "diagonal"
+    if made != metric:
+        raise ValueError(
+            f"state must be that of a transform with metric={metric!r}, got metric={made!r}. After "
+            "changing it call init again."
+        )
+
+
+def check_storage(storage: Any) -> jnp.dtype | None:
+    """A dtype of the window, or None for the parameters'."""
+    allowed = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+    try:
+        found = None if storage is None else jnp.dtype(storage)
+    except TypeError:
+        found = storage
+    if found is not None and found not in allowed:
+        raise ValueError(
+            f"storage must be None, jnp.float32 or jnp.bfloat16, got {storage!r}. Pass jnp.bfloat16 for a "
+            "window of half the size."
+        )
+    return found
+
+
+def check_axis_name(axis_name: Any) -> None:
+    """Refuse what is not a name or a sequence of names."""
+    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name must be None, a name or a tuple of names, got {axis_name!r}.")
+    if axis_name is not None and (not names or len(set(names)) < len(names)):
+        raise ValueError(f"axis_name must hold one name or more, each once, got {axis_name!r}.")
 
 
 def check_sizes(gram: jax.Array, num_blocks: int, num_grads: int) -> None:

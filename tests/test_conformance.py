@@ -301,7 +301,8 @@ def test_no_step_is_traced_twice(init):
 def test_the_state_is_an_immutable_named_tuple():
     state: Any = PLAIN.init(PARAMS)
     scalars = ("grads_seen", "grads_rejected", "next_row")
-    assert state._fields == (*scalars, "window", "gram", "coefficients", "shift", "mean_cosine", "log_step")
+    arrays = ("window", "second_moment", "gram", "coefficients", "shift", "mean_cosine", "log_step")
+    assert state._fields == (*scalars, *arrays)
     with pytest.raises(AttributeError):
         state.gram = state.gram
     before = jax.tree.map(np.array, state)
@@ -328,16 +329,17 @@ def test_tree_get_and_set_find_the_fields_in_a_chain():
     assert optax.tree.get(changed, "ScaleByMFACState").grads_seen == 7
 
 
-def test_map_params_reaches_the_window_and_nothing_else_of_the_state():
-    tx = optax.chain(optax.clip_by_global_norm(1.0), PLAIN)
+def test_map_params_reaches_window_and_second_moment_and_nothing_else_of_the_state():
+    tx = optax.chain(optax.clip_by_global_norm(1.0), mfac(0.1, 3))
     names = {name: name for name in PARAMS}
     mapped = optax.tree.map_params(
         tx, lambda _, name: name, tx.init(PARAMS), names, transform_non_params=lambda _: "no parameter"
     )
     assert optax.tree.get(mapped, "window") == names
+    assert optax.tree.get(mapped, "second_moment") == names
     state = optax.tree.get(mapped, "ScaleByMFACState")
-    others = jax.tree.leaves(state._replace(window=None))
-    assert others == ["no parameter"] * (len(state._fields) - 1)
+    others = jax.tree.leaves(state._replace(window=None, second_moment=None))
+    assert others == ["no parameter"] * (len(state._fields) - 2)
 
 
 def with_flax(state, directory):

@@ -215,7 +215,7 @@ def test_all_is_finite_at_extremes(name, dtype, damping, relative):
     assert np.all(result.spectrum >= 0)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
+@pytest.mark.parametrize("scale", [1e-15, 1e12])
 def test_ratios_do_not_depend_on_the_scale_of_the_gradients(scale):
     expected, actual = (diagnostics(walk(c * random_grads(7), relative=True)[1]) for c in (1, scale))
     for name in ("effective_rank", "condition_number", "damping_share", "similarity", "alignment"):

@@ -27,7 +27,7 @@ def test_docstring_examples_run(name):
 
 
 def test_every_public_function_has_a_docstring_example():
-    for name in ("scale_by_mfac", "mfac", "ihvp", "in_diagonal_metric", "diagnostics", "DiagnosticsLog"):
+    for name in ("scale_by_mfac", "mfac", "ihvp", "state_shardings", "diagnostics", "DiagnosticsLog"):
         assert ">>>" in getattr(mfac_jax, name).__doc__
 
 

@@ -138,7 +138,7 @@ def test_a_mask_needs_weight_decay():
         mfac(mask=lambda params: params)
 
 
-@pytest.mark.parametrize(("name", "allowed"), [("metric", "diagonal"), ("momentum_in", "window")])
+@pytest.mark.parametrize(("name", "allowed"), [("metric", "identity"), ("momentum_in", "window")])
 def test_names_must_be_among_the_choices(name, allowed):
     options: dict[str, Any] = {name: "other"}
     with pytest.raises(ValueError, match=f"{name} must be one of '{allowed}', .*got 'other'"):

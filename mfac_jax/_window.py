@@ -1,0 +1,107 @@
+"""The window as a whole: its leaves grouped into blocks, on one device or split over manual mesh axes."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mfac_jax import _sharding, _tree, _validation
+from mfac_jax._sharding import AxisName, Layout
+
+Blocks = Literal["leaf"] | Callable[[jax.tree_util.KeyPath], Hashable] | None
+
+
+def block_of_leaf(tree: optax.Params, blocks: Blocks) -> list[int]:
+    """The index of each leaf's block; blocks are numbered in the order of their first leaf."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    if blocks is None:
+        return [0] * len(paths)
+    labels = range(len(paths)) if blocks == "leaf" else [blocks(path) for path in paths]
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return [numbers[label] for label in labels]
+
+
+def number_of_blocks(block_of_leaf: Sequence[int]) -> int:
+    """At least one."""
+    return max(block_of_leaf, default=0) + 1
+
+
+def layouts(name: str, tree: optax.Params, window: optax.Params, axis_name: AxisName) -> list[Layout]:
+    """How each leaf of the window lies on manual axes, after a check that the tree fits the window."""
+    _validation.check_tree(name, tree, window)
+    if axis_name is None:
+        _validation.check_shapes(name, tree, window)
+        return [Layout.local(x.ndim) for x in jax.tree.leaves(tree)]
+    _sharding.check_bound(axis_name)
+    return _sharding.layouts(tree, window, axis_name)
+
+
+def map_leaves(
+    function: Callable[..., jax.Array], layouts: Sequence[Layout], tree: optax.Params, *rest: Any
+):
+    """`function(leaf, *others, split)` for every leaf of the trees."""
+    leaves, structure = jax.tree.flatten(tree)
+    others = [jax.tree.leaves(other) for other in rest]
+    splits = [layout.split for layout in layouts]
+    return jax.tree.unflatten(structure, map(function, leaves, *others, splits))
+
+
+def products(
+    window: optax.Params,
+    tree: optax.Params,
+    block_of_leaf: Sequence[int],
+    layouts: Sequence[Layout],
+    like: jax.Array,
+    newest: jax.Array | None = None,
+) -> jax.Array:
+    """G x for each block, `(blocks, m)` as `like`; with x itself as the row `newest`, where that is given.
+
+    One sum over the mesh for all leaves that are spread over the same axes.
+    """
+    partial: dict[tuple[str, ...], dict[int, jax.Array]] = {}
+    leaves = (jax.tree.leaves(t) for t in (window, tree))
+    for block, layout, rows, x in zip(block_of_leaf, layouts, *leaves, strict=True):
+        product = _tree.dots(rows, x, like.dtype)
+        if newest is not None:
+            product = jnp.where(jnp.arange(len(rows)) == newest, _tree.square(x, like.dtype), product)
+        group = partial.setdefault(layout.summed, {})
+        group[block] = group[block] + product if block in group else product
+    total = jnp.zeros_like(like)
+    for axes, group in partial.items():
+        stacked = jnp.stack(list(group.values()))
+        total = total.at[jnp.asarray(list(group))].add(lax.psum(stacked, axes) if axes else stacked)
+    return total
+
+
+def combine(coefficients: jax.Array, window: optax.Params, block_of_leaf: Sequence[int]) -> optax.Params:
+    """G^T c, each leaf with the coefficients of its block, on each device for its part of the window.
+
+    The barrier makes the leaves wait for each other: under automatic mesh axes XLA for TPU would merge the
+    coefficients' broadcasts over leaves that are sharded in different ways, and exchange whole leaves.
+    """
+    rows, structure = jax.tree.flatten(window)
+    combined = []
+    for block, leaf in zip(block_of_leaf, rows, strict=True):
+        y = _tree.combine(coefficients[block], leaf)
+        if not _sharding.varying(y):
+            y, coefficients = lax.optimization_barrier((y, coefficients))
+        combined.append(y)
+    return jax.tree.unflatten(structure, combined)
+
+
+def weights_by_age(newest, seen, num_grads: int, momentum, nesterov: bool, dtype) -> jax.Array:
+    """Weights `(m,)` proportional to momentum^age over the rows in use; they add up to one."""
+    age = ages(newest, num_grads)
+    momentum = jnp.asarray(momentum, dtype)
+    decayed = momentum ** age.astype(dtype)
+    weights = jnp.where(age < jnp.maximum(seen, 1), decayed, 0)
+    weights /= jnp.sum(weights)
+    return momentum * weights + (1 - momentum) * (age == 0) if nesterov else weights
+
+
+def ages(newest: jax.Array, num_grads: int) -> jax.Array:
+    """The age of every row `(m,)`, zero for the newest."""
+    return (newest - jnp.arange(num_grads, dtype=newest.dtype)) % num_grads

@@ -1,0 +1,393 @@
+"""The same steps on a mesh of eight devices, in every mode, as on one device; where the state lies."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mfac_jax import mfac, scale_by_mfac, state_shardings
+
+P = PartitionSpec
+NUM_GRADS, STEPS = 16, 20
+SHAPES: dict[str, tuple[int, ...]] = {
+    "kernel": (8, 16),
+    "table": (24, 4),
+    "conv": (3, 3, 4, 8),
+    "bias": (16,),
+    "odd": (5, 3),
+    "scale": (),
+}
+# (4, 2) devices on ("x", "y").
+SPECS: dict[str, dict[str, PartitionSpec]] = {
+    "replicated": dict.fromkeys(SHAPES, P()),
+    "sharded": {
+        "kernel": P("x", "y"),
+        "table": P(("x", "y")),
+        "conv": P(None, None, None, ("y", "x")),
+        "bias": P("x"),
+        "odd": P(),
+        "scale": P(),
+    },
+    "mixed": {
+        "kernel": P("x"),
+        "table": P(None, "y"),
+        "conv": P(),
+        "bias": P(),
+        "odd": P(),
+        "scale": P(),
+    },
+}
+PLACEMENTS = pytest.mark.parametrize("placement", SPECS)
+TRANSFORMS = {
+    "default": functools.partial(mfac, 0.01, NUM_GRADS, weight_decay=1e-3),
+    "plain": functools.partial(
+        mfac, 0.01, NUM_GRADS, metric="identity", momentum=None, step_adaptation=0.0
+    ),
+    "half, a block a leaf": functools.partial(mfac, 0.01, NUM_GRADS, blocks="leaf", storage=jnp.bfloat16),
+}
+CASES = [("default", placement) for placement in SPECS] + [(kind, "mixed") for kind in [*TRANSFORMS][1:]]
+KINDS_AND_PLACEMENTS = pytest.mark.parametrize(("kind", "placement"), CASES)
+
+
+def make_mesh(axis_type: AxisType, names=("x", "y"), sizes=(4, 2)):
+    return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(names))
+
+
+@functools.cache
+def gradients() -> list[dict[str, np.ndarray]]:
+    """Correlated gradients; the fifth is refused."""
+    random = np.random.default_rng(0)
+    common = {name: random.standard_normal(shape) for name, shape in SHAPES.items()}
+    stream = [
+        {name: (c + random.standard_normal(c.shape)).astype(np.float32) for name, c in common.items()}
+        for _ in range(STEPS)
+    ]
+    stream[4]["kernel"] = np.where(np.arange(16) == 3, np.nan, stream[4]["kernel"]).astype(np.float32)
+    return stream
+
+
+def start() -> dict[str, np.ndarray]:
+    return {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
+
+
+def train_step(tx, params, state, grads):
+    """A step that leaves the parameters where the gradient is refused."""
+    updates, state = tx.update(grads, state, params)
+    finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)]))
+    moved = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, params), state
+
+
+@functools.cache
+def single_device(kind: str):
+    tx = TRANSFORMS[kind]()
+    params = jax.device_put(start(), jax.devices()[0])
+    state, step = tx.init(params), jax.jit(functools.partial(train_step, tx))
+    for grads in gradients():
+        params, state = step(params, state, grads)
+    return jax.device_get((params, state))
+
+
+def relative_error(tree, expected) -> float:
+    def flattened(tree):
+        return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+
+    flat, expected = flattened(tree), flattened(expected)
+    return float(np.linalg.norm(flat - expected) / np.linalg.norm(expected))
+
+
+def check_equal_to_one_device(kind: str, params, state) -> None:
+    expected_params, expected_state = single_device(kind)
+    moved, expected = (jax.tree.map(lambda p, s: p - s, p, start()) for p in (params, expected_params))
+    assert relative_error(moved, expected) < 1e-5
+    for name in ("window", "gram", "coefficients"):
+        found, wanted = (jax.device_get(optax.tree.get(s, name)) for s in (state, expected_state))
+        assert relative_error(found, wanted) < (4e-3 if "half" in kind and name == "window" else 1e-5), name
+    assert optax.tree.get(state, "grads_rejected") == 1
+
+
+def named(mesh, placement: str) -> dict[str, NamedSharding]:
+    """With an entry for each axis: explicit axes spell types so, and another spelling compiles anew."""
+    specs = SPECS[placement].items()
+    padded = {name: [*spec, *[None] * (len(SHAPES[name]) - len(spec))] for name, spec in specs}
+    return {name: NamedSharding(mesh, P(*spec)) for name, spec in padded.items()}
+
+
+def assert_sharded_as(tree, shardings) -> None:
+    for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (leaf.shape, leaf.sharding, sharding)
+
+
+@KINDS_AND_PLACEMENTS
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+def test_under_jit_on_a_mesh_it_is_the_run_on_one_device(axis_type, placement, kind):
+    mesh, tx = make_mesh(axis_type), TRANSFORMS[kind]()
+    param_shardings = named(mesh, placement)
+    params = jax.device_put(start(), param_shardings)
+    shardings = state_shardings(tx, params, param_shardings)
+    state = tx.init(params)
+    assert_sharded_as(state, shardings)
+    assert_sharded_as(jax.jit(tx.init, out_shardings=shardings)(params), shardings)
+    auto = axis_type == AxisType.Auto
+    step: Any = jax.jit(
+        functools.partial(train_step, tx),
+        donate_argnums=(0, 1),
+        out_shardings=(param_shardings, shardings) if auto else None,
+    )
+    for grads in gradients():
+        params, state = step(params, state, jax.device_put(grads, param_shardings))
+        assert_sharded_as(params, param_shardings)
+        assert_sharded_as(state, shardings)
+    assert step._cache_size() == 1
+    check_equal_to_one_device(kind, params, state)
+
+
+AXES = ("x", "y")
+
+
+@KINDS_AND_PLACEMENTS
+@pytest.mark.parametrize("inside", [False, True], ids=["init outside", "init inside"])
+def test_inside_of_shard_map_it_is_the_run_on_one_device(placement, kind, inside):
+    mesh, tx = make_mesh(AxisType.Auto), TRANSFORMS[kind](axis_name=AXES)
+    param_shardings = named(mesh, placement)
+    params = jax.device_put(start(), param_shardings)
+    shardings = state_shardings(tx, params, param_shardings)
+    specs, state_specs = (jax.tree.map(lambda s: s.spec, t) for t in (param_shardings, shardings))
+    mapped = functools.partial(jax.shard_map, mesh=mesh)
+    init = jax.jit(mapped(tx.init, in_specs=(specs,), out_specs=state_specs)) if inside else tx.init
+    state = init(params)
+    assert_sharded_as(state, shardings)
+    in_specs, out_specs = (specs, state_specs, specs), (specs, state_specs)
+    step = jax.jit(mapped(functools.partial(manual_step, tx), in_specs=in_specs, out_specs=out_specs))
+    for grads in gradients():
+        params, state = step(params, state, jax.device_put(grads, param_shardings))
+        assert_sharded_as(state, shardings)
+    check_equal_to_one_device(kind, params, state)
+
+
+def manual_step(tx, params, state, grads):
+    """As `train_step`, but a device sees its own part of the updates alone."""
+    rejected = optax.tree.get(state, "grads_rejected")
+    updates, state = tx.update(grads, state, params)
+    finite = optax.tree.get(state, "grads_rejected") == rejected
+    moved = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, params), state
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis_name"), [("default", None), *((kind, "i") for kind in TRANSFORMS)], ids=str
+)
+def test_inside_of_pmap_it_is_the_run_on_one_device(kind, axis_name):
+    tx = TRANSFORMS[kind](axis_name=axis_name)
+    params = jax.tree.map(lambda p: np.broadcast_to(p, (8, *p.shape)), start())
+    state = jax.pmap(tx.init, axis_name="i")(params)
+    sizes = {name: rows.size // 8 for name, rows in optax.tree.get(state, "window").items()}
+    whole = {name: NUM_GRADS * p.size for name, p in start().items()}
+    assert sizes == {
+        n: s if axis_name is None or n in ("odd", "scale") else s // 8 for n, s in whole.items()
+    }
+
+    def step(params, state, grads):
+        return manual_step(tx, params, state, jax.lax.pmean(grads, "i"))
+
+    step = jax.pmap(step, axis_name="i", donate_argnums=(0, 1))
+    for grads in gradients():
+        grads = jax.tree.map(lambda g: np.broadcast_to(g, (8, *g.shape)), grads)
+        params, state = step(params, state, grads)
+    params, state = jax.device_get((params, state))
+    for name in ("gram", "coefficients"):
+        copies = optax.tree.get(state, name)
+        np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))
+    expected_params, expected_state = single_device(kind)
+    moved, expected = (jax.tree.map(lambda p, s: p - s, p, start()) for p in (params, expected_params))
+    assert relative_error(jax.tree.map(lambda p: p[0], moved), expected) < 1e-5
+    assert relative_error(optax.tree.get(state, "gram")[0], optax.tree.get(expected_state, "gram")) < 1e-5
+
+
+def test_momentum_of_updates_skips_a_gradient_that_is_bad_on_another_device():
+    mesh = make_mesh(AxisType.Auto, ("x",), (8,))
+    options = {"momentum_in": "update", "step_adaptation": 0.0}
+    tx, alone = mfac(0.01, 4, axis_name="x", **options), mfac(0.01, 4, **options)
+    bad = jnp.ones(8).at[3].set(jnp.inf)
+    state, expected = tx.init(bad), alone.init(bad)
+    specs = jax.tree.map(lambda x: P(*[None] * (x.ndim - 1), "x") if x.shape[-1:] == (8,) else P(), state)
+    step = jax.jit(jax.shard_map(tx.update, mesh=mesh, in_specs=(P("x"), specs), out_specs=(P("x"), specs)))
+    updates: Any = None
+    wanted: Any = None
+    for gradient in (jnp.arange(8.0), bad, jnp.ones(8)):
+        updates, state = step(gradient, state)
+        wanted, expected = alone.update(gradient, expected)
+    np.testing.assert_allclose(updates, wanted, rtol=1e-5)
+
+
+# The compiled programs.
+
+SIZES = {"f32": 4, "pred": 1, "s32": 4, "bf16": 2, "u32": 4, "u16": 2}
+COLLECTIVE = re.compile(
+    r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def collectives(compiled) -> list[tuple[str, int]]:
+    """Every collective of a program with the bytes of its result."""
+    found = []
+    for shapes, operation in COLLECTIVE.findall(compiled.as_text()):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        lengths = [[int(n) for n in dims.split(",") if n] for _, dims in arrays]
+        size = sum(SIZES[dtype] * int(np.prod(n)) for (dtype, _), n in zip(arrays, lengths, strict=True))
+        found.append((operation, size))
+    return found
+
+
+def compile_on_mesh(tx, placement: str, mode: str):
+    """A compiled update, and the bytes of the state on one device."""
+    mesh = make_mesh(AxisType.Explicit if mode == "Explicit" else AxisType.Auto)
+    param_shardings = named(mesh, placement)
+    params = jax.device_put(start(), param_shardings)
+    shardings, state = state_shardings(tx, params, param_shardings), tx.init(params)
+    update: Any = tx.update
+    options: dict[str, Any] = {}
+    if mode == "shard_map":
+        specs, state_specs = (jax.tree.map(lambda s: s.spec, t) for t in (param_shardings, shardings))
+        in_specs, out_specs = (specs, state_specs, specs), (specs, state_specs)
+        update = jax.shard_map(update, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    elif mode == "Auto":
+        options = {"out_shardings": (param_shardings, shardings)}
+    compiled: Any = jax.jit(update, donate_argnums=1, **options).lower(params, state, params).compile()
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    return compiled, held
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit", "shard_map"])
+@PLACEMENTS
+def test_only_products_are_added_up_and_only_split_updates_gathered(placement, mode):
+    tx = TRANSFORMS["default"](axis_name=AXES if mode == "shard_map" else None)
+    compiled, held = compile_on_mesh(tx, placement, mode)
+    found = collectives(compiled)
+    assert {operation for operation, _ in found} <= {"all-reduce", "all-gather"}
+    reduced = sum(size for operation, size in found if operation == "all-reduce")
+    if mode == "shard_map":
+        assert reduced == 4 * NUM_GRADS
+    else:
+        # A leaf that is spread over two mesh axes is added up over one after the other on CPU.
+        two_stages = sum(len([e for e in spec if e]) > 1 for spec in SPECS[placement].values())
+        two_stages += {"replicated": 0, "sharded": 0, "mixed": 2}[placement]
+        assert reduced <= (len(SHAPES) + two_stages) * (NUM_GRADS + 1) * 4
+    gathered = sum(size for operation, size in found if operation == "all-gather")
+    updates = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
+    assert gathered <= 1.5 * updates  # over two axes one after the other
+    assert compiled.memory_analysis().alias_size_in_bytes == held
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_a_replicated_parameters_window_takes_its_share_of_memory(mode):
+    mesh = make_mesh(AxisType.Auto if mode == "Auto" else AxisType.Explicit)
+    params = {
+        "kernel": jnp.ones((64, 128)),
+        "bias": jnp.ones(128),
+        "out": jnp.ones((128, 10)),
+        "b": jnp.ones(10),
+    }
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    tx = mfac(0.01, NUM_GRADS)
+    state = jax.jit(tx.init, out_shardings=state_shardings(tx, params, NamedSharding(mesh, P())))(params)
+    rows = jax.tree.leaves(optax.tree.get(state, "window"))
+    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in rows)
+    assert on_one < 1.05 * sum(leaf.nbytes for leaf in rows) / 8
+
+
+def test_a_bfloat16_window_is_never_copied_as_float32():
+    params = {"kernel": jnp.ones((2048, 1024)), "bias": jnp.ones(1024)}
+    tx = mfac(0.01, 64, storage=jnp.bfloat16)
+    state = jax.eval_shape(tx.init, params)
+    compiled: Any = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    window = 64 * 2 * 2049 * 1024
+    # One copy as 16-bit integers, which the loop over its rows needs, and temporaries of a row's size; a
+    # float32 copy would be two.
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.3 * window
+
+
+# Bad input.
+
+
+def test_shardings_that_do_not_fit_are_refused():
+    mesh, params = make_mesh(AxisType.Auto), {"w": jnp.ones((6, 4)), "b": jnp.ones(4)}
+    tx, fits = mfac(0.01, 4), NamedSharding(mesh, P())
+    for bad, error, message in [
+        (NamedSharding(mesh, P(None, None, "x")), ValueError, r"\['w'\].*Leave out an entry"),
+        (NamedSharding(mesh, P("x")), ValueError, r"axis 0 of leaf \['w'\], 6 long, .*'x'"),
+        (P("x"), TypeError, r"leaf \['w'\] is P.*NamedSharding\(mesh, spec\)"),
+    ]:
+        with pytest.raises(error, match=message):
+            state_shardings(tx, params, {"w": bad, "b": fits})
+    with pytest.raises(ValueError, match="tree of params"):
+        state_shardings(tx, params, {"w": fits})
+    other = NamedSharding(make_mesh(AxisType.Auto, ("z",), (8,)), P())
+    with pytest.raises(ValueError, match="one mesh, got 2"):
+        state_shardings(tx, params, {"w": fits, "b": other})
+
+
+def test_an_axis_that_is_not_bound_is_refused():
+    tx: Any = scale_by_mfac(4, axis_name="model")
+    state = tx.init(jnp.ones(8))
+    with pytest.raises(ValueError, match="axis_name='model' is not bound"):
+        tx.update(jnp.ones(8), state)
+    mesh = make_mesh(AxisType.Auto)
+    update = jax.shard_map(tx.update, mesh=mesh, in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match="axis_name='model' is not bound"):
+        update(jnp.ones(8), state)
+
+
+@pytest.mark.parametrize("axis_name", [3, ("x", 3), (), ("x", "x")])
+def test_an_axis_name_that_is_none_is_refused(axis_name):
+    with pytest.raises((TypeError, ValueError), match="axis_name must"):
+        scale_by_mfac(4, axis_name=axis_name)
+
+
+@pytest.mark.parametrize("storage", [jnp.float16, jnp.int8, "half", 16])
+def test_a_storage_that_is_none_is_refused(storage):
+    with pytest.raises(ValueError, match=r"storage must be None, jnp\.float32 or jnp\.bfloat16"):
+        scale_by_mfac(4, storage=storage)
+
+
+def test_a_window_split_over_an_axis_that_is_not_named_is_refused():
+    mesh = make_mesh(AxisType.Auto)
+    tx = scale_by_mfac(4, axis_name="y")
+    specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, jnp.ones(8), NamedSharding(mesh, P())))
+    update = jax.shard_map(tx.update, mesh=mesh, in_specs=(P(), specs), out_specs=(P(), specs))
+    with pytest.raises(ValueError, match="name in axis_name all mesh axes"):
+        update(jnp.ones(8), tx.init(jnp.ones(8)))
+
+
+def test_without_check_vma_what_cannot_be_told_is_refused():
+    mesh = make_mesh(AxisType.Auto, ("x",), (8,))
+    tx = scale_by_mfac(4, axis_name="x")
+    params = {"shard": jnp.ones((64, 3)), "odd": jnp.ones(3)}
+    specs, state = {"shard": P("x"), "odd": P()}, tx.init(params)
+    shardings = state_shardings(
+        tx, params, {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    )
+    state_specs = jax.tree.map(lambda s: s.spec, shardings)
+    options = {"mesh": mesh, "in_specs": (specs, state_specs), "out_specs": (specs, state_specs)}
+    with pytest.raises(ValueError, match=r"leaf \['odd'\] may be a shard or replicated"):
+        jax.shard_map(tx.update, check_vma=False, **options)(params, state)
+    jax.shard_map(tx.update, **options)(params, state)
+
+
+def test_without_check_vma_shards_are_added_up():
+    mesh = make_mesh(AxisType.Auto, ("x",), (8,))
+    tx, params = scale_by_mfac(4, axis_name="x"), jnp.arange(64.0).reshape(64, 1)
+    state = tx.init(params)
+    specs = jax.tree.map(lambda x: P(None, "x") if x.ndim == 3 and x.shape[1] == 64 else P(), state)
+    update = jax.shard_map(
+        tx.update, mesh=mesh, in_specs=(P("x"), specs), out_specs=(P("x"), specs), check_vma=False
+    )
+    updates: Any = update(params, state)[0]
+    expected: Any = scale_by_mfac(4).update(params, scale_by_mfac(4).init(params))[0]
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)

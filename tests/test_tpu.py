@@ -1,0 +1,47 @@
+"""What XLA for TPU makes of the update, compiled with libtpu for chips that are not here."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import mfac_jax
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import compile_for_tpu as tpu
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install '.[tpu]'"),
+]
+
+
+def check(row: dict, updates_of_split_leaves: int) -> None:
+    """Two passes over the window, sums of products, and no copy of anything."""
+    assert set(row["update_collectives"]) <= {"all-reduce", "all-gather"}
+    sent = sum(size for _, size in row["update_collectives"].values())
+    assert sent <= row["leaves"] * row["num_grads"] * 4 + updates_of_split_leaves
+    assert row["update_temporaries"] < 64 * 2**20
+    assert row["update_traffic"] < 1.1 * 2 * row["window_bytes"]
+    assert row["update_alias"] >= row["state_bytes"]
+
+
+def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
+    """XLA would merge the broadcasts of the coefficients over such leaves, and exchange their rows."""
+    mesh = tpu.make_mesh("v5p:4x4x4", tensor=4)
+    specs = {"query": ("fsdp", "tensor"), "key": ("fsdp", "tensor"), "out": ("tensor", "fsdp")}
+    shapes = {name: jax.ShapeDtypeStruct((8, 2048, 2048), jnp.bfloat16) for name in specs}
+    shardings = {name: NamedSharding(mesh, PartitionSpec(None, *spec)) for name, spec in specs.items()}
+    row = tpu.measure_update(mfac_jax.mfac(3e-3, 1024), shapes, shardings)
+    check(row | {"num_grads": 2 * 1024}, 1024)  # over two mesh axes, one after the other
+
+
+def test_the_update_of_a_large_transformer_on_a_pod():
+    row = tpu.measure("v6e:16x16", tpu.SIZES["1b"], num_grads=1024, tensor=4, batch=4)
+    assert row["parameters"] > 1e9
+    norms = 2 * (2 * 24 + 1) * 2048  # bytes of the scales, which are replicated, and their windows split
+    check(row, 2 * norms)
