@@ -148,6 +148,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
     mesh = meshes.pop()
 
     def like_param(leaf, param, sharding):
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
         if leaf.shape == param.shape:
             return sharding
         if leaf.shape[1:] == param.shape:
@@ -162,6 +164,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
         params,
         param_shardings,
         transform_non_params=lambda leaf: _replicated(mesh, leaf.ndim),
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
     return jax.tree.map(_with_metric, shardings, is_leaf=_holds_window)
 

@@ -313,6 +313,31 @@ def test_a_bfloat16_window_is_never_copied_as_float32():
     assert compiled.memory_analysis().temp_size_in_bytes < 1.3 * window
 
 
+CHAINS = {
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), mfac(0.01, 8), optax.ema(0.9)),
+    "masked": optax.masked(mfac(0.01, 8), {"w": True, "b": False}),
+    "partition": optax.partition({"m": mfac(0.01, 8), "a": optax.adam(0.01)}, {"w": "m", "b": "a"}),
+    "inject_hyperparams": optax.inject_hyperparams(mfac, static_args="num_grads")(0.01, num_grads=8),
+    "MultiSteps": optax.MultiSteps(mfac(0.01, 8), 2),
+    "apply_if_finite": optax.apply_if_finite(mfac(0.01, 8, weight_decay=1e-4), 3),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_state_shardings_fit_any_chain(chain):
+    mesh, tx = make_mesh(AxisType.Auto, ("x",), (8,)), CHAINS[chain]
+    params = {"w": jnp.ones((64, 32)), "b": jnp.ones(32)}
+    shardings = state_shardings(
+        tx, params, {"w": NamedSharding(mesh, P("x")), "b": NamedSharding(mesh, P())}
+    )
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+    assert_sharded_as(state, shardings)
+    (_, window), *others = optax.tree.get_all_with_path(shardings, "window")
+    assert not others
+    assert window["w"].spec == P(None, "x", None)
+
+
 # Bad input.
 
 
