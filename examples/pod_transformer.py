@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import train_text
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,8 +30,8 @@ class Size(NamedTuple):
         return self.layers * (12 * self.width**2 + 2 * self.width) + self.width * (2 * self.vocabulary + 1)
 
 
-class Block(nnx.Module):
-    """Causal self-attention and a GELU network, each after a norm and beside a shortcut."""
+class Block(train_text.Block):
+    """The block of train_text.py with sharded matrices and norms without a mean."""
 
     def __init__(self, size: Size, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = size.width
@@ -48,12 +49,6 @@ class Block(nnx.Module):
         self.attention_out = linear(width, width, ROWS, shrink)
         self.up = linear(width, 4 * width, AXES)
         self.down = linear(4 * width, width, ROWS, shrink)
-
-    def __call__(self, x):  # noqa: D102
-        split = (*x.shape[:-1], 3, self.heads, x.shape[-1] // self.heads)
-        q, k, v = jnp.moveaxis(self.query_key_value(self.norm_attention(x)).reshape(split), -3, 0)
-        x += self.attention_out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
-        return x + self.down(nnx.gelu(self.up(self.norm_mlp(x))))
 
 
 class Transformer(nnx.Module):

@@ -109,9 +109,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
     window, the memory of L-BFGS) is sharded as the parameter, and further over mesh axes that the parameter
     does not use: all to the longest axis of the parameter that they divide together, the last axis only
     where there is no other (TPUs pad it to 128); else one after the other; what divides none is not used.
-    With replicated parameters the window so takes 1 / devices of
-    its memory on each. The second moment of the diagonal metric goes with the window. All else is
-    replicated.
+    With replicated parameters the window so takes 1 / devices of its memory on each. The second moment of
+    the diagonal metric goes with the window. All else is replicated.
 
     For `jax.jit(tx.init, out_shardings=...)`, which makes the window in place and never holds it on one
     device, for `out_shardings` of the training step, for `in_specs` and `out_specs` of `jax.shard_map` (the

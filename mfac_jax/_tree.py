@@ -1,7 +1,7 @@
 """Contractions between the window and a tree of parameters, leaf by leaf.
 
 The window mirrors the parameter tree; each of its leaves has a leading axis of `num_grads` rows.
-This is the only file that knows precision, sharding and the dtypes of sums. Contractions ask for full
+This is the only file that knows precision and the dtypes of sums. Contractions ask for full
 precision: the TF32 and bfloat16 products that are the default on GPU and TPU would cost the Gram matrix
 its digits.
 """
@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mfac_jax import _sharding
 
 # On CPU a matrix-vector product adds each row up in one running sum a lane, so its relative error
 # grows with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at
@@ -60,8 +62,8 @@ def write_row(
 ) -> optax.Params:
     """The window with `row` at `index`, or unchanged where `accept` is false.
 
-    `lax.cond` does more than choose: XLA would otherwise write the row twice, into two copies of
-    the window, where a leaf is reshaped for the contraction that follows.
+    `accept` has to come from the inner products with the window, as it was read for them: so the write
+    waits for that reading, and XLA needs no copy.
     """
 
     def write(window, row):
@@ -139,18 +141,12 @@ def _dot_general(a: jax.Array, b: jax.Array, contracted, spec: PartitionSpec) ->
     Axes are contracted as they are: made one, they would have to be gathered where they are sharded.
     """
     dimensions, precision = (contracted, ((), ())), lax.Precision.HIGHEST
-    mesh = _explicit_mesh(a) or _explicit_mesh(b)
-    if mesh is None:
+    explicit = _sharding.explicit_sharding(a) or _sharding.explicit_sharding(b)
+    if explicit is None:
         return lax.dot_general(a, b, dimensions, precision=precision)
-    with jax.sharding.use_abstract_mesh(mesh):
-        sharding = NamedSharding(mesh, spec)
+    with jax.sharding.use_abstract_mesh(explicit.mesh.abstract_mesh):
+        sharding = NamedSharding(explicit.mesh, spec)
         return lax.dot_general(a, b, dimensions, precision=precision, out_sharding=sharding)
-
-
-def _explicit_mesh(x: jax.Array) -> AbstractMesh | None:
-    """The abstract mesh of a value with explicit axes."""
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh if not mesh.empty and mesh.explicit_axes else None
 
 
 def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
