@@ -227,6 +227,11 @@ def prepare_checkpoint_dir(folder: Path, settings: dict, resume: bool) -> None:
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; pass another --checkpoint-dir") from error
+    check_settings(saved, settings, folder)
+
+
+def check_settings(saved: dict, settings: dict, folder: Path) -> None:
+    """Refuse checkpoints in the folder that were made with other settings."""
     names = [name for name in saved | settings if saved.get(name) != settings.get(name)]
     if names:
         differences = ", ".join(
