@@ -1,0 +1,181 @@
+"""examples/train_pod.py on several processes, through kills, and on other numbers of devices."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import launch_local
+import pod_transformer as pod
+import train_pod
+
+SCRIPT = train_pod.__file__
+TINY = ["--width=32", "--layers=1", "--heads=2", "--context=16", "--batch-size=8", "--num-grads=8"]
+TINY += ["--report-every=7"]
+WORDS = ["the", "window", "holds", "the", "last", "gradients"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Words in a random order."""
+    words = np.random.default_rng(0).choice(WORDS, 2000)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(words))
+    return path
+
+
+def arguments(text: Path, folder: Path, *more: str) -> list[str]:
+    return [*TINY, "--text", str(text), "--checkpoint-dir", str(folder), *more]
+
+
+def on_processes(processes: int, devices: int, argv: list[str]) -> None:
+    """Run the script to its end."""
+    assert launch_local.wait(launch_local.start([SCRIPT, *argv], processes, devices)) == 0
+
+
+def result(argv: list[str]) -> tuple[dict[str, Any], train_pod.TrainState]:
+    """What the last checkpoint holds, its state restored onto one device."""
+    args = train_pod.make_parser().parse_args(argv)
+    options: dict[str, Any] = {"axis_types": (AxisType.Auto,) * 2, "devices": jax.devices()[:1]}
+    run = train_pod.make_run(
+        args, np.frombuffer(args.text.read_bytes(), np.uint8), jax.make_mesh((1, 1), pod.AXES, **options)
+    )
+    with ocp.CheckpointManager(args.checkpoint_dir) as checkpoints:
+        items = {"progress": ocp.args.JsonRestore(), "state": ocp.args.StandardRestore(run.shapes)}
+        found: Any = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.Composite(**items))
+    for leaf, like in zip(jax.tree.leaves(found["state"]), jax.tree.leaves(run.shapes), strict=True):
+        assert leaf.sharding == like.sharding
+    return found["progress"], found["state"]
+
+
+def flat(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+
+
+def assert_same_run(found: list[str], expected: list[str]) -> None:
+    """The same numbers to rounding."""
+    (progress, state), (expected_progress, expected_state) = result(found), result(expected)
+    assert state.step == expected_state.step
+    for name in ("window", "second_moment", "gram", "coefficients"):
+        one, other = (flat(optax.tree.get(s.opt_state, name)) for s in (state, expected_state))
+        assert np.linalg.norm(one - other) < 1e-5 * np.linalg.norm(other), name
+    start = flat(pod.split(pod.Size(256, 16, 32, 1, 2), np.dtype("float32"))[1])
+    moved, expected_move = (flat(s.params) - start for s in (state, expected_state))
+    assert np.linalg.norm(moved - expected_move) < 1e-5 * np.linalg.norm(expected_move)
+    for report, wanted in zip(progress["reports"], expected_progress["reports"], strict=True):
+        assert report == pytest.approx(wanted, rel=1e-5)
+
+
+def assert_bit_identical(found: list[str], expected: list[str]) -> None:
+    (progress, state), (expected_progress, expected_state) = result(found), result(expected)
+    assert progress == expected_progress
+    jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+
+
+def test_two_processes_are_one(text, tmp_path):
+    two, one = (arguments(text, tmp_path / name, "--steps", "20") for name in ("two", "one"))
+    on_processes(2, 1, two)
+    train_pod.main([*one, "--tensor", "2"])
+    assert_same_run(two, one)
+
+
+def test_hosts_with_different_flags_are_refused_on_each(text, tmp_path, capfd):
+    shared = ["--coordinator", f"127.0.0.1:{launch_local.free_port()}", "--num-processes", "2"]
+    children = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *arguments(text, tmp_path), *shared, "--process-id", str(i), *own],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        )
+        for i, own in enumerate((["--width", "32"], ["--width", "none"]))
+    ]
+    assert [child.wait(timeout=120) for child in children] == [2, 2]
+    assert capfd.readouterr().err.count("all hosts must have the same flags, got") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--fsdp 3", r"--fsdp times --tensor must be the number of devices, 8, got 3 x 1"),
+        ("--tensor 2 --batch-size 6", r"--batch-size must be a multiple of --fsdp, got 6 and 4"),
+        ("--tensor 8", r"--heads must divide --width 32 and be a multiple of --tensor 8, got 2"),
+        ("--width 36", r"axis \d of leaf \[.*'attention_out'.*, 36 long, is split over .*fsdp.* of 8 dev"),
+        ("--context 1000", r"the text must have 20 times --context 1000 characters"),
+        ("--text no-such-file", r"cannot read the text"),
+        ("--coordinator here:1", r"--coordinator HOST:PORT needs --num-processes and --process-id"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_before_anything_is_compiled(
+    text, tmp_path, capsys, flags, message
+):
+    with pytest.raises(SystemExit, match="2"):
+        train_pod.main([*arguments(text, tmp_path), *flags.split()])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_finished_run_is_reported_again_and_not_continued_with_other_settings(text, tmp_path, capsys):
+    argv = arguments(text, tmp_path, "--steps", "2")
+    train_pod.main(argv)
+    first = capsys.readouterr().out.splitlines()
+    train_pod.main([*argv, "--fsdp", "4", "--tensor", "2"])
+    again = capsys.readouterr().out.splitlines()
+    assert "Continues after step 2." in again
+    assert first[-1] == again[-1]
+    with pytest.raises(SystemExit, match="2"):
+        train_pod.main([*argv, "--num-grads", "9"])
+    assert "num_grads was 8, is 9" in capsys.readouterr().err
+
+
+def killed_while(children: list[subprocess.Popen], folder: Path, saving: bool) -> None:
+    """Kill one of the processes: while it saves, or soon after a checkpoint was completed."""
+    before = set(folder.glob("[0-9]*"))
+    while all(child.poll() is None for child in children):
+        new = set(folder.glob("[0-9]*")) - before
+        if any(("tmp" in path.name) == saving for path in new):
+            time.sleep(random.uniform(0, 0.05 if saving else 1.0))
+            break
+        time.sleep(0.001)
+    random.choice(children).kill()
+    assert launch_local.wait(children) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices", "kills"), [(1, 4, 14), (2, 2, 6)])
+def test_a_run_that_is_killed_time_and_again_ends_in_the_same_bits(
+    text, tmp_path, processes, devices, kills
+):
+    flags = ["--steps=1000", "--width=64", "--num-grads=128", "--save-every=5", "--tensor=2"]
+    killed, alone = (arguments(text, tmp_path / name, *flags) for name in ("killed", "alone"))
+    saving = 0
+    for kill in range(kills):
+        children = launch_local.start([SCRIPT, *killed], processes, devices)
+        killed_while(children, tmp_path / "killed", saving=kill % 2 == 0)
+        saving += any("tmp" in path.name for path in (tmp_path / "killed").iterdir())
+    assert saving >= kills // 4
+    for argv in (killed, alone):
+        on_processes(processes, devices, argv)
+    assert_bit_identical(killed, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 1), (4, 1)])
+def test_a_checkpoint_of_four_processes_is_continued_by(processes, devices, text, tmp_path):
+    flags = ["--steps", "40", "--save-every", "5"]
+    argv, alone = (arguments(text, tmp_path / name, *flags) for name in ("four", "one"))
+    children = launch_local.start([SCRIPT, *argv], 4, 1)
+    killed_while(children, tmp_path / "four", saving=False)
+    on_processes(processes, devices, argv)
+    on_processes(1, 1, alone)
+    assert_same_run(argv, alone)
