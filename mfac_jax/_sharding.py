@@ -119,17 +119,19 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
     Args:
       tx: any transform.
       params: the parameters, arrays or `jax.ShapeDtypeStruct`.
-      param_shardings: a `NamedSharding` for every parameter, in a tree like `params`, or one for all. From
-        PartitionSpecs: `jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)`; Flax's
-        `nn.get_sharding` and `nnx.get_named_sharding` give such trees.
+      param_shardings: a `NamedSharding` for every parameter, or a `PartitionSpec` on the mesh of
+        `jax.set_mesh`, in a tree like `params`, or one for all. Flax gives such trees: linen by
+        `nn.get_sharding` and `nn.logical_to_mesh_sharding`, nnx by `nnx.get_named_sharding`. Parameters may
+        be in linen's boxes.
 
     Returns:
       A tree of `NamedSharding` with the structure of `tx.init(params)`.
 
     Raises:
-      TypeError: a sharding is not a `NamedSharding`.
-      ValueError: the trees differ; a spec has more entries than its parameter has axes; the mesh axes of an
-        entry do not divide the parameter's; shardings are on different meshes.
+      TypeError: a sharding is neither.
+      ValueError: no mesh is set for a `PartitionSpec`; the trees differ; a spec has more entries than its
+        parameter has axes; the mesh axes of an entry do not divide the parameter's; shardings are on
+        different meshes.
 
     Example:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -199,19 +201,26 @@ def _checked(params: optax.Params, param_shardings: Any) -> Any:
             f"param_shardings must have the tree of params, or be a prefix of it: {error}"
         ) from None
 
-    def check(path, leaf, sharding):
-        _check_sharding(f"leaf {jax.tree_util.keystr(path) or '()'}", leaf.shape, sharding)
+    def named(path, leaf, sharding):
+        return _as_named(f"leaf {jax.tree_util.keystr(path) or '()'}", leaf.shape, sharding)
 
-    jax.tree_util.tree_map_with_path(check, params, shardings, is_leaf=is_sharding)
-    return shardings
+    return jax.tree_util.tree_map_with_path(named, params, shardings, is_leaf=is_sharding)
 
 
-def _check_sharding(name: str, shape: Sequence[int], sharding: Any) -> None:
-    """Refuse what is not a NamedSharding for an array of the shape."""
+def _as_named(name: str, shape: Sequence[int], sharding: Any) -> NamedSharding:
+    """The NamedSharding for an array of the shape; what is none, or does not fit, is refused."""
+    if isinstance(sharding, PartitionSpec):
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            raise ValueError(
+                f"param_shardings has the PartitionSpec {sharding} for {name}, but no mesh is set. Call "
+                "jax.set_mesh(mesh) before, or pass NamedSharding(mesh, spec)."
+            )
+        sharding = NamedSharding(mesh, sharding)
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
-            f"param_shardings must be of NamedSharding, but that of {name} is {sharding!r}. Pass "
-            "NamedSharding(mesh, spec)."
+            f"param_shardings must be NamedShardings or PartitionSpecs, but that of {name} is "
+            f"{sharding!r}. Pass NamedSharding(mesh, spec)."
         )
     spec = sharding.spec
     if len(spec) > len(shape):
@@ -226,6 +235,7 @@ def _check_sharding(name: str, shape: Sequence[int], sharding: Any) -> None:
                 f"param_shardings must divide the parameters, but axis {axis} of {name}, {length} long, is "
                 f"split over {entry!r} of {size} devices. Pad the parameter, or leave the entry None."
             )
+    return sharding
 
 
 # -------------------------------------------------------------------------------------------- manual axes

@@ -4,11 +4,14 @@ import functools
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from flax.linen import spmd
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mfac_jax import mfac, scale_by_mfac, state_shardings
@@ -338,6 +341,63 @@ def test_state_shardings_fit_any_chain(chain):
     assert window["w"].spec == P(None, "x", None)
 
 
+def test_partition_specs_are_taken_on_the_mesh_that_is_set():
+    mesh, tx = make_mesh(AxisType.Auto), mfac(0.01, NUM_GRADS)
+    with jax.set_mesh(mesh):
+        assert state_shardings(tx, start(), SPECS["mixed"]) == state_shardings(
+            tx, start(), {name: NamedSharding(mesh, spec) for name, spec in SPECS["mixed"].items()}
+        )
+
+
+def boxed_linen_layer(mesh):
+    """Parameters in boxes, one with mesh axes and one with logical axes, and their shardings."""
+    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), ("x", "y"))
+    bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("features",))
+    params = nn.Dense(16, kernel_init=kernel_init, bias_init=bias_init).init(
+        jax.random.key(0), jnp.ones((1, 8))
+    )["params"]
+    rules = (("x", "x"), ("y", "y"), ("features", "y"))
+    return params, spmd.logical_to_mesh_sharding(nn.get_partition_spec(params), mesh, rules)
+
+
+def nnx_layer(mesh):
+    """Parameters with metadata, and the shardings these say."""
+
+    def init(initializer, axes):
+        return nnx.with_partitioning(initializer, axes)
+
+    with nnx.use_eager_sharding(False):
+        layer = nnx.Linear(
+            8,
+            16,
+            kernel_init=init(nnx.initializers.lecun_normal(), ("x", "y")),
+            bias_init=init(nnx.initializers.zeros_init(), ("y",)),
+            rngs=nnx.Rngs(0),
+        )
+    params = nnx.state(layer, nnx.Param)
+    return params, nnx.get_named_sharding(params, mesh)
+
+
+@pytest.mark.parametrize("make_layer", [boxed_linen_layer, nnx_layer])
+def test_shardings_of_flax_models(make_layer):
+    mesh, tx = make_mesh(AxisType.Auto), mfac(0.01, NUM_GRADS)
+    params, param_shardings = make_layer(mesh)
+    shardings = state_shardings(tx, params, param_shardings)
+    window = [s.spec for s in jax.tree.leaves(optax.tree.get(shardings, "window"))]
+    assert window == [P(None, ("y", "x")), P(None, "x", "y")]
+    params = jax.tree.map(
+        jax.device_put,
+        params,
+        jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(param_shardings)),
+    )
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    step: Any = jax.jit(tx.update, donate_argnums=1, out_shardings=(param_shardings, shardings))
+    updates, state = step(params, state)
+    assert_sharded_as(state, shardings)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+
+
 # Bad input.
 
 
@@ -347,7 +407,12 @@ def test_shardings_that_do_not_fit_are_refused():
     for bad, error, message in [
         (NamedSharding(mesh, P(None, None, "x")), ValueError, r"\['w'\].*Leave out an entry"),
         (NamedSharding(mesh, P("x")), ValueError, r"axis 0 of leaf \['w'\], 6 long, .*'x'"),
-        (P("x"), TypeError, r"leaf \['w'\] is P.*NamedSharding\(mesh, spec\)"),
+        (P("x"), ValueError, r"P\('x',\) for leaf \['w'\], but no mesh is set.*jax\.set_mesh"),
+        (
+            jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            TypeError,
+            r"that of leaf \['w'\] is Single.*NamedSharding\(mesh, spec\)",
+        ),
     ]:
         with pytest.raises(error, match=message):
             state_shardings(tx, params, {"w": bad, "b": fits})
