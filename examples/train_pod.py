@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 import pod_transformer as pod
 import train_text
 import workload as wl
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -242,7 +243,7 @@ def restore(
         return run.init(), Progress([], [])
     items = ocp.args.Composite(progress=ocp.args.JsonRestore())
     record: Any = checkpoints.restore(latest, args=items)["progress"]
-    wl.check_settings(record["settings"], settings, Path(checkpoints.directory))
+    wl.check_settings(record["settings"], settings, checkpoints.directory)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(run.shapes))
     state: Any = checkpoints.restore(latest, args=items)["state"]
     return state, Progress(record["losses"], record["reports"])
@@ -267,29 +268,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         content, source = train_text.read_text(args.data_dir, args.text)
-        text = np.frombuffer(content, np.uint8)
-        if len(text) < 20 * args.context:
-            parser.error(
-                f"the text must have 20 times --context {args.context} characters, got {len(text)}"
-            )
         versions = f"jax {jax.__version__}, mfac_jax {mfac_jax.__version__}"
-        check_agreement(parser, "text and versions", f"{len(text)} {zlib.crc32(content)}, {versions}")
+        check_agreement(parser, "text and versions", f"{len(content)} {zlib.crc32(content)}, {versions}")
+        if len(content) < 20 * args.context:
+            raise wl.DataError(f"the text must have 20 times --context characters, got {len(content)}")
         mesh = make_mesh(parser, args)
-        run = make_run(args, text, mesh)
-        settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-        settings |= {"text": [len(text), zlib.crc32(content)]}
-        options = ocp.CheckpointManagerOptions(
-            save_interval_steps=args.save_every,
-            save_on_steps={args.steps},
-            max_to_keep=2,
-            cleanup_tmp_directories=True,  # of saves that were cut off
-        )
-        with ocp.CheckpointManager(args.checkpoint_dir.absolute(), options=options) as checkpoints:
-            if jax.process_index() == 0:
-                print_start(run, mesh, source, checkpoints.latest_step())
-            reports = train(run, args, checkpoints, settings)
-    except (ValueError, wl.DataError, wl.CheckpointError) as error:
+        run = make_run(args, np.frombuffer(content, np.uint8), mesh)
+    except (ValueError, wl.DataError) as error:
         parser.error(str(error))
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
+    settings["text"] = [len(content), zlib.crc32(content)]
+    options = ocp.CheckpointManagerOptions(
+        save_interval_steps=args.save_every,
+        save_on_steps={args.steps},
+        max_to_keep=2,
+        cleanup_tmp_directories=True,  # of saves that were cut off
+    )
+    with ocp.CheckpointManager(args.checkpoint_dir, options=options) as checkpoints:
+        if jax.process_index() == 0:
+            print_start(run, mesh, source, checkpoints.latest_step())
+        try:
+            reports = train(run, args, checkpoints, settings)
+        except wl.CheckpointError as error:
+            parser.error(str(error))
     if jax.process_index() == 0 and reports:
         print(f"{describe(reports[-1])}. Checkpoints are in {args.checkpoint_dir}")
 
@@ -304,6 +305,11 @@ def print_start(run: Run, mesh: Mesh, source: str, latest: int | None) -> None:
         f"{jax.process_count()} process(es), {share / 2**20:,.1f} MiB of state on each; {source}"
     )
     print("A new run." if latest is None else f"Continues after step {latest}.")
+
+
+def shared_folder(text: str) -> epath.Path:
+    """For argparse: a folder, or the URL of one, as Orbax takes them (gs://BUCKET/RUN)."""
+    return epath.Path(text if "://" in text else comparison.output_folder(text).absolute())
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -330,12 +336,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--report-every", type=count, default=50, help="steps between two reports")
     add("--save-every", type=count, default=50, help="steps between two checkpoints")
     checkpoints = "out/pod"  # a str, which argparse checks as it checks what is typed
-    add(
-        "--checkpoint-dir",
-        type=comparison.output_folder,
-        default=checkpoints,
-        help="folder all hosts share",
-    )
+    add("--checkpoint-dir", type=shared_folder, default=checkpoints, help="folder or URL, of all hosts")
     add("--data-dir", type=Path, help="folder of the text: its tinyshakespeare.txt, or else all its *.txt")
     add("--text", type=Path, help="text file, in place of --data-dir")
     return parser

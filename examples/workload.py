@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import pickle
 import time
 import zipfile
@@ -230,7 +231,7 @@ def prepare_checkpoint_dir(folder: Path, settings: dict, resume: bool) -> None:
     check_settings(saved, settings, folder)
 
 
-def check_settings(saved: dict, settings: dict, folder: Path) -> None:
+def check_settings(saved: dict, settings: dict, folder: os.PathLike) -> None:
     """Refuse checkpoints in the folder that were made with other settings."""
     names = [name for name in saved | settings if saved.get(name) != settings.get(name)]
     if names:

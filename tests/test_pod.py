@@ -112,7 +112,7 @@ def test_hosts_with_different_flags_are_refused_on_each(text, tmp_path, capfd):
         ("--tensor 2 --batch-size 6", r"--batch-size must be a multiple of --fsdp, got 6 and 4"),
         ("--tensor 8", r"--heads must divide --width 32 and be a multiple of --tensor 8, got 2"),
         ("--width 36", r"axis \d of leaf \[.*'attention_out'.*, 36 long, is split over .*fsdp.* of 8 dev"),
-        ("--context 1000", r"the text must have 20 times --context 1000 characters"),
+        ("--context 1000", r"the text must have 20 times --context characters, got"),
         ("--text no-such-file", r"cannot read the text"),
         ("--coordinator here:1", r"--coordinator HOST:PORT needs --num-processes and --process-id"),
     ],
