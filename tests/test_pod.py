@@ -138,13 +138,13 @@ def test_a_finished_run_is_reported_again_and_not_continued_with_other_settings(
     assert "num_grads was 8, is 9" in capsys.readouterr().err
 
 
-def killed_while(children: list[subprocess.Popen], folder: Path, saving: bool) -> None:
-    """Kill one of the processes: while it saves, or soon after a checkpoint was completed."""
+def killed(children: list[subprocess.Popen], folder: Path, saving: bool, delay: float) -> None:
+    """Kill one process, up to `delay` seconds after a save has begun, or else after one was completed."""
     before = set(folder.glob("[0-9]*"))
     while all(child.poll() is None for child in children):
         new = set(folder.glob("[0-9]*")) - before
         if any(("tmp" in path.name) == saving for path in new):
-            time.sleep(random.uniform(0, 0.05 if saving else 1.0))
+            time.sleep(random.uniform(0, delay))
             break
         time.sleep(0.001)
     random.choice(children).kill()
@@ -157,25 +157,28 @@ def test_a_run_that_is_killed_time_and_again_ends_in_the_same_bits(
     text, tmp_path, processes, devices, kills
 ):
     flags = ["--steps=1000", "--width=64", "--num-grads=128", "--save-every=5", "--tensor=2"]
-    killed, alone = (arguments(text, tmp_path / name, *flags) for name in ("killed", "alone"))
+    cut, alone = (arguments(text, tmp_path / name, *flags) for name in ("cut", "alone"))
     saving = 0
     for kill in range(kills):
-        children = launch_local.start([SCRIPT, *killed], processes, devices)
-        killed_while(children, tmp_path / "killed", saving=kill % 2 == 0)
-        saving += any("tmp" in path.name for path in (tmp_path / "killed").iterdir())
+        children = launch_local.start([SCRIPT, *cut], processes, devices)
+        is_saving = kill % 2 == 0
+        killed(children, tmp_path / "cut", is_saving, delay=0.05 if is_saving else 1.0)
+        saving += any("tmp" in path.name for path in (tmp_path / "cut").iterdir())
+    print(f"{kills} kills, {saving} of them while saving")
     assert saving >= kills // 4
-    for argv in (killed, alone):
+    for argv in (cut, alone):
         on_processes(processes, devices, argv)
-    assert_bit_identical(killed, alone)
+    assert_bit_identical(cut, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 1), (4, 1)])
 def test_a_checkpoint_of_four_processes_is_continued_by(processes, devices, text, tmp_path):
-    flags = ["--steps", "40", "--save-every", "5"]
+    # Beyond some 25 steps this run doubles rounding errors at each step, as that of AdamW does at 5e-2.
+    flags = ["--steps", "20", "--save-every", "5"]
     argv, alone = (arguments(text, tmp_path / name, *flags) for name in ("four", "one"))
     children = launch_local.start([SCRIPT, *argv], 4, 1)
-    killed_while(children, tmp_path / "four", saving=False)
+    killed(children, tmp_path / "four", saving=False, delay=0)
     on_processes(processes, devices, argv)
     on_processes(1, 1, alone)
     assert_same_run(argv, alone)
