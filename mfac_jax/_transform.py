@@ -139,15 +139,15 @@ def scale_by_mfac(
         (`jax.lax.pmean`). With `check_vma=False`, and in pmap, types do not tell: there all leaves must be
         shards over all the axes, or `init` has to run inside, for leaves that are all replicated. A refused
         gradient is seen by every device in `grads_rejected`, and in the updates where its bad entry is.
-      host_chunk: None: the window is in memory of the device. An integer >= 1: it is in pinned memory of the
-        host, and comes to the device `host_chunk` rows of a leaf at a time. A step then takes on the
-        device, in place of num_grads copies of the parameters, `host_chunk` copies of the largest leaf and
-        a few copies of the parameters; num_grads need not be a multiple. It reads the window over the link
-        to the host twice: at 30 GB/s 67 ms for each GB of it. That pays where the window does not fit
-        otherwise, even in `storage=jnp.bfloat16` and split over devices, and where the gradient of a large
-        batch takes longer. Leaves without an axis of a multiple of 128 and another of a multiple of 8, on each
-        device (vectors, scalars), stay in its memory, because TPUs can write no row of them to the host.
-        Under `optax.inject_hyperparams` it belongs in `static_args`. Not in `jax.pmap`.
+      host_chunk: None: the window is in memory of the device. An integer >= 1: it is in pinned memory of
+        the host, and comes to the device that many rows of a leaf at a time; num_grads need not be a
+        multiple. A step then takes on the device, in place of num_grads copies of the parameters,
+        `host_chunk` copies of the largest leaf and a few of the parameters. It reads the window twice over
+        the link to the host: at 30 GB/s, 67 ms for each GB. That pays where the window does not fit
+        otherwise, split over devices and in bfloat16, or where a gradient takes longer than that. Leaves
+        without an axis of a multiple of 128 and another of a multiple of 8 (of a shard; all vectors and
+        scalars) stay in memory of the device, because TPUs can write no row of theirs to the host. Not
+        for `jax.pmap`; under `optax.inject_hyperparams` it belongs in `static_args`.
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
         `'leaf'`: a block a leaf. A function from a leaf's key path (as in
         `jax.tree_util.tree_map_with_path`) to a hashable label: a block a label. Under

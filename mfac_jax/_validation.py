@@ -154,7 +154,7 @@ def check_memory(window: optax.Params, host_chunk: int | None) -> None:
         raise ValueError(
             f"state must hold the window in {memory} with host_chunk={host_chunk!r}. Put it there: "
             "jax.device_put(state, jax.tree.map(lambda x: x.sharding, tx.init(params))), or restore a "
-            "checkpoint with the shardings of mfac_jax.state_shardings. (jax.pmap knows no memory of the host.)"
+            "checkpoint with the shardings of mfac_jax.state_shardings; jax.pmap has no memory of the host."
         )
 
 
