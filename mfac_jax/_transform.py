@@ -147,7 +147,9 @@ def scale_by_mfac(
         otherwise, split over devices and in bfloat16, or where a gradient takes longer than that. Leaves
         without an axis of a multiple of 128 and another of a multiple of 8 (of a shard; all vectors and
         scalars) stay in memory of the device, because TPUs can write no row of theirs to the host. Not
-        for `jax.pmap`; under `optax.inject_hyperparams` it belongs in `static_args`.
+        for `jax.pmap`, nor on TPUs for `optax.MultiSteps`; under `optax.inject_hyperparams` it belongs in
+        `static_args`. Pass `out_shardings` to `jax.jit`, also on one device: otherwise JAX compiles the
+        step once more at the second call.
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
         `'leaf'`: a block a leaf. A function from a leaf's key path (as in
         `jax.tree_util.tree_map_with_path`) to a hashable label: a block a label. Under

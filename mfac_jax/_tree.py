@@ -65,8 +65,8 @@ def write_row(
     """The window with `row` at `index`, or unchanged where `accept` is false.
 
     `accept` has to come from the inner products with the window, as it was read for them: so the write
-    waits for that reading, and XLA needs no copy. A row on the host is read and written back instead: a
-    conditional would bring the whole leaf to the device.
+    waits for that reading, and XLA needs no copy. On the host the row is read and written back instead: no
+    conditional has to carry a buffer of the host, which XLA for TPU can do, and for GPU was not tried.
     """
     if any(_memory.is_on_host(rows) for rows in jax.tree.leaves(window)):
 

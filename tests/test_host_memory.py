@@ -34,7 +34,11 @@ def gradients() -> list[dict[str, np.ndarray]]:
 
 
 def start():
-    return {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    ones = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+    return jax.device_put(
+        ones, {name: NamedSharding(mesh, P(*[None] * x.ndim)) for name, x in ones.items()}
+    )
 
 
 def train_step(tx, params, state, grads):
@@ -47,10 +51,12 @@ def train_step(tx, params, state, grads):
 
 
 def train(tx, params, state):
-    step: Any = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+    step: Any = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1), out_shardings=shardings)
     for grads in gradients():
         params, state = step(params, state, grads)
         assert_window_on_host(state)
+    assert step._cache_size() == 1
     return params, state
 
 
@@ -82,7 +88,7 @@ def relative_error(tree, expected) -> float:
 
 def assert_equal_to_device_memory(params, state, storage=None) -> None:
     wanted_params, wanted_state = in_device_memory(storage)
-    moved, wanted = (jax.tree.map(lambda p, s: p - s, p, start()) for p in (params, wanted_params))
+    moved, wanted = (jax.tree.map(lambda x: np.asarray(x) - 1, p) for p in (params, wanted_params))
     assert relative_error(moved, wanted) < 1e-6
     for name in ("window", "gram", "coefficients"):
         found, wanted = (optax.tree.get(s, name) for s in (state, wanted_state))
@@ -108,7 +114,8 @@ def test_a_scan_over_steps_is_the_same():
 
     def train_all(params, state):
         def step(carry, grads):
-            return train_step(tx, *carry, grads), None
+            params, state = carry
+            return train_step(tx, params, state, grads), None
 
         return jax.lax.scan(step, (params, state), stacked)[0]
 
@@ -178,8 +185,9 @@ def test_the_shardings_of_a_chain_put_its_windows_alone_on_the_host():
 
 def test_outside_of_jit_with_products_with_the_fisher_inverse_and_diagnostics():
     tx, other = scale_by_mfac(4, host_chunk=3), scale_by_mfac(4)
-    state, expected = tx.init(start()), other.init(start())
-    for grads in gradients()[:3]:
+    state: Any = tx.init(start())
+    expected: Any = other.init(start())
+    for grads in gradients()[:2]:
         _, state = tx.update(grads, state)
         _, expected = other.update(grads, expected)
     assert_window_on_host(state)

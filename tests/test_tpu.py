@@ -53,8 +53,8 @@ def test_the_update_of_a_large_transformer_on_a_pod():
 def test_of_a_window_on_the_host_only_chunks_come_to_the_device(sharded, storage):
     mesh = tpu.make_mesh("v5e:2x2", tensor=1)
     spec = PartitionSpec("fsdp") if sharded else PartitionSpec()
-    shapes = {"w": (1024, 1024), "v": (1024, 512), "bias": (1024,), "odd": (5, 3), "scale": ()}
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    leaves = {"w": (1024, 1024), "v": (1024, 512), "bias": (1024,), "odd": (5, 3), "scale": ()}
+    shapes: Any = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in leaves.items()}
     shardings = {name: NamedSharding(mesh, spec if name in "wv" else PartitionSpec()) for name in shapes}
     num_grads, host_chunk = 64, 7
     tx = mfac_jax.mfac(3e-3, num_grads, storage=storage, host_chunk=host_chunk)
