@@ -31,6 +31,7 @@ def mfac(
     blocks: Blocks = None,
     storage: Any = None,
     axis_name: AxisName = None,
+    host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The M-FAC optimizer: natural gradient descent on the Fisher matrix of the last gradients.
 
@@ -83,6 +84,7 @@ def mfac(
       blocks: see `scale_by_mfac`.
       storage: see `scale_by_mfac`.
       axis_name: see `scale_by_mfac`.
+      host_chunk: see `scale_by_mfac`.
 
     Returns:
       The chain; its state holds a `ScaleByMFACState`.
@@ -139,6 +141,7 @@ def mfac(
         metric=metric,
         storage=storage,
         axis_name=axis_name,
+        host_chunk=host_chunk,
     )
     chain: list[optax.GradientTransformation] = [preconditioner]
     if momentum_in == "update" and momentum is not None:

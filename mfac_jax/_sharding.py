@@ -16,6 +16,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mfac_jax import _memory
+
 AxisName = str | Sequence[str] | None
 
 
@@ -154,10 +156,15 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
         if leaf.shape == param.shape:
             return sharding
         if leaf.shape[1:] == param.shape:
-            return window_sharding(row_sharding(param.shape, sharding))
+            found = window_sharding(row_sharding(param.shape, sharding))
+            on_host = leaf.memory_space == jax.memory.Space.Host
+            on_host &= _memory.may_be_on_host(found.shard_shape(leaf.shape)[1:])
+            return found.with_memory_kind(_memory.HOST) if on_host else found
         return _replicated(mesh, leaf.ndim)
 
-    state = jax.eval_shape(tx.init, jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params))
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
+    state = jax.tree.unflatten(jax.tree.structure(state), jaxpr.out_avals)  # the types know the memory
     shardings = optax.tree.map_params(
         tx,
         like_param,
@@ -277,7 +284,13 @@ def local_shape(split: Split, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(length // part for length, part in zip(shape, parts, strict=True))
 
 
-def empty_rows(params: optax.Params, dtype: Any, axis_name: AxisName, num_rows: int | None = None) -> Any:
+def empty_rows(
+    params: optax.Params,
+    dtype: Any,
+    axis_name: AxisName,
+    num_rows: int | None = None,
+    on_host: bool = False,
+) -> Any:
     """Zeros like rows of the window, `num_rows` in front or one without an axis of rows.
 
     They are of the dtype, or of the leaf's where that is None; sharded by the policy; local on manual axes.
@@ -287,13 +300,17 @@ def empty_rows(params: optax.Params, dtype: Any, axis_name: AxisName, num_rows: 
 
     def zeros(leaf):
         sharding = named_sharding(leaf)
-        if sharding is not None:
-            sharding = row_sharding(leaf.shape, sharding)
-            sharding = sharding if num_rows is None else window_sharding(sharding)
+        row = None if sharding is None else row_sharding(leaf.shape, sharding)
+        sharding = window_sharding(row) if row is not None and num_rows is not None else row
         sharded = tuple(name for name in axes if name in varying(leaf))
         beyond = split(leaf.shape, {name: size for name, size in axes.items() if name not in sharded})
-        shape = (*leading, *local_shape(beyond, leaf.shape))
-        return _varying_zeros(shape, dtype or leaf.dtype, sharding, (*_names(beyond), *sharded))
+        shape, varying_over = local_shape(beyond, leaf.shape), (*_names(beyond), *sharded)
+        on_device = shape if row is None else row.shard_shape(shape)
+        if num_rows and on_host and _memory.may_be_on_host(on_device):
+            like_row = (shape, dtype or leaf.dtype, row, varying_over)
+            outside = None if isinstance(leaf, Tracer) else sharding or getattr(leaf, "sharding", None)
+            return _memory.zero_rows(_varying_zeros, like_row, num_rows, outside)
+        return _varying_zeros((*leading, *shape), dtype or leaf.dtype, sharding, varying_over)
 
     return jax.tree.map(zeros, params)
 

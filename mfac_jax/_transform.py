@@ -59,6 +59,7 @@ def scale_by_mfac(
     metric: Metric = "identity",
     storage: Any = None,
     axis_name: AxisName = None,
+    host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Precondition gradients with the damped empirical Fisher matrix of a sliding window (M-FAC).
 
@@ -138,6 +139,17 @@ def scale_by_mfac(
         (`jax.lax.pmean`). With `check_vma=False`, and in pmap, types do not tell: there all leaves must be
         shards over all the axes, or `init` has to run inside, for leaves that are all replicated. A refused
         gradient is seen by every device in `grads_rejected`, and in the updates where its bad entry is.
+      host_chunk: None: the window is in memory of the device. An integer >= 1: it is in pinned memory of
+        the host, and comes to the device that many rows of a leaf at a time; num_grads need not be a
+        multiple. A step then takes on the device, in place of num_grads copies of the parameters,
+        `host_chunk` copies of the largest leaf and a few of the parameters. It reads the window twice over
+        the link to the host: at 30 GB/s, 67 ms for each GB. That pays where the window does not fit
+        otherwise, split over devices and in bfloat16, or where a gradient takes longer than that. Leaves
+        without an axis of a multiple of 128 and another of a multiple of 8 (of a shard; all vectors and
+        scalars) stay in memory of the device, because TPUs can write no row of theirs to the host. Not
+        for `jax.pmap`, nor on TPUs for `optax.MultiSteps`; under `optax.inject_hyperparams` it belongs in
+        `static_args`. Pass `out_shardings` to `jax.jit`, also on one device: otherwise JAX compiles the
+        step once more at the second call.
       blocks: how F is split. `None`: one block, the paper's; every pair of parameters interacts.
         `'leaf'`: a block a leaf. A function from a leaf's key path (as in
         `jax.tree_util.tree_map_with_path`) to a hashable label: a block a label. Under
@@ -151,7 +163,7 @@ def scale_by_mfac(
         floating-point array; another argument is not of its type.
       ValueError: an argument is out of its range or not among its choices; updates do not have the
         tree or the shapes of the parameters given to `init`; `axis_name` is not bound, or the window is
-        split in another way than over its axes.
+        split in another way than over its axes, or not in the memory that `host_chunk` says.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
@@ -176,7 +188,8 @@ def scale_by_mfac(
       `Efficient Full-Matrix Adaptive Regularization <https://arxiv.org/abs/1806.02958>`_, ICML 2019
       (the power 1/2).
     """
-    num_grads = _validation.check_num_grads(num_grads)
+    num_grads = _validation.check_size("num_grads", num_grads, "64")
+    host_chunk = None if host_chunk is None else _validation.check_size("host_chunk", host_chunk, "8")
     _check_schedules(damping, step_adaptation)
     _check_options(normalize_by, power, blocks)
     _validation.check_decay("window_momentum", window_momentum, "0.9")
@@ -190,7 +203,7 @@ def scale_by_mfac(
         _validation.check_params(params)
         num_blocks = _window.number_of_blocks(_window.block_of_leaf(params, blocks))
         dtype, zeros = _tree.accumulation_dtype(params), _sharding.zeros_like_params(params)
-        window = _sharding.empty_rows(params, storage, axis_name, num_grads)
+        window = _sharding.empty_rows(params, storage, axis_name, num_grads, host_chunk is not None)
         is_diagonal = metric == "diagonal"
         second_moment = (
             _sharding.empty_rows(params, dtype, axis_name) if is_diagonal else optax.EmptyState()
@@ -246,6 +259,7 @@ def scale_by_mfac(
         del params, extra_args
         _validation.check_metric(metric, state.second_moment)
         layouts = _window.layouts("updates", updates, state.window, axis_name)
+        _validation.check_memory(state.window, host_chunk)
         block_of_leaf = _window.block_of_leaf(updates, blocks)
         _validation.check_sizes(state.gram, _window.number_of_blocks(block_of_leaf), num_grads)
         newest, seen = state.next_row, jnp.asarray(optax.safe_increment(state.grads_seen))
@@ -258,14 +272,18 @@ def scale_by_mfac(
             second_moment = _metric.average(state.second_moment, x)
             scale = _metric.scale(second_moment, seen)
         row = _tree.as_row(x, scale, state.window)
-        products = _window.products(state.window, row, block_of_leaf, layouts, state.coefficients, newest)
+        products = _window.products(
+            state.window, row, block_of_leaf, layouts, state.coefficients, newest, host_chunk
+        )
         finite = jnp.all(jnp.isfinite(products))
         window = _tree.write_row(state.window, row, newest, finite)
         gram = jnp.where(finite, _gram.replace_row(state.gram, products, newest), state.gram)
 
         coefficients, shift = precondition(gram, newest, seen)
         mean_cosine, log_step = adapted(state, gram, newest)
-        preconditioned = _window.combine(coefficients * jnp.exp(log_step), window, block_of_leaf)
+        preconditioned = _window.combine(
+            coefficients * jnp.exp(log_step), window, block_of_leaf, host_chunk
+        )
         if scale is not None:
             preconditioned = jax.tree.map(_tree.scaled, preconditioned, scale)
         preconditioned = _window.map_leaves(_sharding.whole, layouts, preconditioned, updates)

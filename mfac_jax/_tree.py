@@ -8,6 +8,8 @@ its digits.
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mfac_jax import _sharding
+from mfac_jax import _memory, _sharding
 
 # On CPU a matrix-vector product adds each row up in one running sum a lane, so its relative error
 # grows with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at
@@ -63,8 +65,17 @@ def write_row(
     """The window with `row` at `index`, or unchanged where `accept` is false.
 
     `accept` has to come from the inner products with the window, as it was read for them: so the write
-    waits for that reading, and XLA needs no copy.
+    waits for that reading, and XLA needs no copy. On the host the row is read and written back instead: no
+    conditional has to carry a buffer of the host, which XLA for TPU can do, and for GPU was not tried.
     """
+    if any(_memory.is_on_host(rows) for rows in jax.tree.leaves(window)):
+
+        def put_or_keep(rows, x):
+            old = _memory.to_device(lax.dynamic_index_in_dim(rows, index, 0))
+            new = _memory.to_memory_of(rows, jnp.where(accept, x[None], old))
+            return lax.dynamic_update_slice_in_dim(rows, new, index, 0)
+
+        return jax.tree.map(put_or_keep, window, row)
 
     def write(window, row):
         def put(rows, x):
@@ -75,9 +86,14 @@ def write_row(
     return lax.cond(accept, write, lambda window, row: window, window, row)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`(m,)` inner products of the rows `(m, *shape)` of a window leaf with `x` `(*shape)`."""
+@functools.partial(jax.jit, static_argnames=("dtype", "host_chunk"))
+def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype, host_chunk: int | None = None) -> jax.Array:
+    """`(m,)` inner products of the rows `(m, *shape)` of a window leaf with `x` `(*shape)`.
+
+    Rows on the host come to the device `host_chunk` at a time, or as many as a constant of this file says.
+    """
+    if _memory.is_on_host(rows):
+        return _dots_in_chunks(rows, x, dtype, host_chunk or _chunk_length(rows))
     axes = tuple(range(1, rows.ndim))
 
     def contracted(rows, x):
@@ -99,16 +115,21 @@ def square(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.sum(jnp.square(x.astype(dtype)))
 
 
-@jax.jit
-def combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
-    """`coefficients` `(m,)` times the rows `(m, *shape)` of a window leaf, summed: `(*shape)`."""
+@functools.partial(jax.jit, static_argnames="host_chunk")
+def combine(coefficients: jax.Array, rows: jax.Array, host_chunk: int | None = None) -> jax.Array:
+    """`coefficients` `(m,)` times the rows `(m, *shape)` of a window leaf, summed: `(*shape)`.
+
+    Rows on the host come to the device as in `dots`.
+    """
+    if _memory.is_on_host(rows):
+        return _combine_from_host(coefficients, rows, host_chunk or _chunk_length(rows))
 
     def contracted(coefficients, rows):
         spec = PartitionSpec(*jax.typeof(rows).sharding.spec[1:])
         return _dot_general(coefficients, rows.astype(coefficients.dtype), ((0,), (0,)), spec)
 
     if _is_large_bfloat16(rows):
-        return lax.platform_dependent(coefficients, rows, cpu=_combine_in_chunks, default=contracted)
+        return lax.platform_dependent(coefficients, rows, cpu=_combine_bfloat16, default=contracted)
     return contracted(coefficients, rows)
 
 
@@ -117,22 +138,70 @@ def _is_large_bfloat16(rows: jax.Array) -> bool:
     return rows.dtype == jnp.bfloat16 and rows.size > _CHUNK_ENTRIES
 
 
-def _combine_in_chunks(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
+def _chunk_length(rows: jax.Array) -> int:
+    """How many of these rows are `_CHUNK_ENTRIES`, at least one."""
+    return max(1, _CHUNK_ENTRIES // max(1, math.prod(rows.shape[1:])))
+
+
+def _combine_bfloat16(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
     """As `combine`, for some bfloat16 rows at a time; as integers they pass the loop untouched."""
-    m, integers = len(rows), lax.bitcast_convert_type(rows, jnp.uint16)
     spec = PartitionSpec(*jax.typeof(rows).sharding.spec[1:])
-    length = max(1, min(m, _CHUNK_ENTRIES // max(1, math.prod(rows.shape[1:]))))
 
-    def add(i, total):
-        start = jnp.minimum(i * length, m - length)  # the last chunk may begin within the one before
-        chunk = lax.dynamic_slice_in_dim(integers, start, length).astype(jnp.uint32) << 16
-        own = lax.dynamic_slice_in_dim(coefficients, start, length)
-        own = jnp.where(start + jnp.arange(length) < i * length, 0, own)
-        chunk = lax.bitcast_convert_type(chunk, jnp.float32)
-        return total + _dot_general(own.astype(jnp.float32), chunk, ((0,), (0,)), spec)
+    def contract(own, integers):
+        chunk = lax.bitcast_convert_type(integers.astype(jnp.uint32) << 16, jnp.float32)
+        return _dot_general(own.astype(jnp.float32), chunk, ((0,), (0,)), spec)
 
-    total = lax.fori_loop(0, -(-m // length), add, jnp.zeros_like(rows[0], jnp.float32))
+    integers, total = lax.bitcast_convert_type(rows, jnp.uint16), jnp.zeros_like(rows[0], jnp.float32)
+    total = _combine_in_chunks(contract, total, coefficients, integers, _chunk_length(rows))
     return total.astype(coefficients.dtype)
+
+
+def _combine_from_host(coefficients: jax.Array, rows: jax.Array, length: int) -> jax.Array:
+    """As `combine`, for `length` rows at a time."""
+    total = jnp.zeros_like(_memory.to_device(rows[0]), coefficients.dtype)
+
+    def contract(own, chunk):
+        return combine(own, _memory.to_device(chunk))
+
+    return _combine_in_chunks(contract, total, coefficients, rows, length)
+
+
+def _combine_in_chunks(contract, total, coefficients: jax.Array, rows: jax.Array, length: int) -> jax.Array:
+    """`total` plus the sum of `contract(coefficients, rows)` over chunks of both."""
+
+    def add(total, chunk, start, unseen):
+        own = lax.dynamic_slice_in_dim(coefficients, start, len(chunk))
+        own = jnp.where(start + jnp.arange(len(chunk)) < unseen, 0, own)
+        return total + contract(own, chunk), None
+
+    return _over_chunks(add, total, rows, length)[0]
+
+
+def _dots_in_chunks(rows: jax.Array, x: jax.Array, dtype: jnp.dtype, length: int) -> jax.Array:
+    """As `dots`, for `length` rows at a time."""
+
+    def dot(_, chunk, *__):
+        return None, dots(_memory.to_device(chunk), x, dtype)
+
+    _, products = _over_chunks(dot, None, rows, length)
+    # The last chunk may begin within the one before: what it has in common with that one is left out.
+    return jnp.concatenate([products[:-1].ravel(), products[-1, products.size - len(rows) :]])
+
+
+def _over_chunks(
+    step: Callable[..., tuple[Any, Any]], carry: Any, rows: jax.Array, length: int
+) -> tuple[Any, Any]:
+    """Scan `step(carry, chunk, start, unseen)` over chunks of the rows, `length` at a time.
+
+    Chunks are of one length, so the last one may `start` before `unseen`, within the chunk before.
+    """
+    m, length = len(rows), min(length, len(rows))
+
+    def body(carry, i):
+        start = jnp.minimum(i * length, m - length)
+        return step(carry, lax.dynamic_slice_in_dim(rows, start, length), start, i * length)
+
+    return lax.scan(body, carry, jnp.arange(-(-m // length)))
 
 
 def _dot_general(a: jax.Array, b: jax.Array, contracted, spec: PartitionSpec) -> jax.Array:

@@ -11,15 +11,17 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from mfac_jax import _memory
 
-def check_num_grads(num_grads: int) -> int:
+
+def check_size(name: str, value: int, example: str) -> int:
     """A Python int from any integer >= 1 that is known before tracing."""
-    if isinstance(num_grads, jax.Array):
+    if isinstance(value, jax.Array):
         raise TypeError(
-            f"num_grads is the size of the window and must be a Python int, got {num_grads!r}. Under "
-            "optax.inject_hyperparams pass static_args=('num_grads',)."
+            f"{name} is the size of an array and must be a Python int, got {value!r}. Under "
+            f"optax.inject_hyperparams pass static_args=('{name}',)."
         )
-    return check_count("num_grads", num_grads, "64")
+    return check_count(name, value, example)
 
 
 def check_count(name: str, value: int, example: str) -> int:
@@ -140,6 +142,19 @@ def check_metric(metric: str, second_moment: optax.Params | optax.EmptyState) ->
         raise ValueError(
             f"state must be that of a transform with metric={metric!r}, got metric={made!r}. After "
             "changing it call init again."
+        )
+
+
+def check_memory(window: optax.Params, host_chunk: int | None) -> None:
+    """Refuse a window that is not in the memory that the transform keeps it in."""
+    leaves, expected = jax.tree.leaves(window), host_chunk is not None
+    found = any(_memory.is_on_host(rows) for rows in leaves)
+    if found != expected and any(_memory.may_be_on_host(rows.shape[1:]) for rows in leaves):
+        memory = "pinned memory of the host" if expected else "memory of the device"
+        raise ValueError(
+            f"state must hold the window in {memory} with host_chunk={host_chunk!r}. Put it there: "
+            "jax.device_put(state, jax.tree.map(lambda x: x.sharding, tx.init(params))), or restore a "
+            "checkpoint with the shardings of mfac_jax.state_shardings; jax.pmap has no memory of the host."
         )
 
 

@@ -56,6 +56,7 @@ def products(
     layouts: Sequence[Layout],
     like: jax.Array,
     newest: jax.Array | None = None,
+    host_chunk: int | None = None,
 ) -> jax.Array:
     """G x for each block, `(blocks, m)` as `like`; with x itself as the row `newest`, where that is given.
 
@@ -64,7 +65,7 @@ def products(
     partial: dict[tuple[str, ...], dict[int, jax.Array]] = {}
     leaves = (jax.tree.leaves(t) for t in (window, tree))
     for block, layout, rows, x in zip(block_of_leaf, layouts, *leaves, strict=True):
-        product = _tree.dots(rows, x, like.dtype)
+        product = _tree.dots(rows, x, like.dtype, host_chunk)
         if newest is not None:
             product = jnp.where(jnp.arange(len(rows)) == newest, _tree.square(x, like.dtype), product)
         group = partial.setdefault(layout.summed, {})
@@ -76,7 +77,12 @@ def products(
     return total
 
 
-def combine(coefficients: jax.Array, window: optax.Params, block_of_leaf: Sequence[int]) -> optax.Params:
+def combine(
+    coefficients: jax.Array,
+    window: optax.Params,
+    block_of_leaf: Sequence[int],
+    host_chunk: int | None = None,
+) -> optax.Params:
     """G^T c, each leaf with the coefficients of its block, on each device for its part of the window.
 
     The barrier makes the leaves wait for each other: under automatic mesh axes XLA for TPU would merge the
@@ -85,7 +91,7 @@ def combine(coefficients: jax.Array, window: optax.Params, block_of_leaf: Sequen
     rows, structure = jax.tree.flatten(window)
     combined = []
     for block, leaf in zip(block_of_leaf, rows, strict=True):
-        y = _tree.combine(coefficients[block], leaf)
+        y = _tree.combine(coefficients[block], leaf, host_chunk)
         if not _sharding.varying(y):
             y, coefficients = lax.optimization_barrier((y, coefficients))
         combined.append(y)

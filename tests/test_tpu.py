@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +46,33 @@ def test_the_update_of_a_large_transformer_on_a_pod():
     assert row["parameters"] > 1e9
     norms = 2 * (2 * 24 + 1) * 2048  # bytes of the scales, which are replicated, and their windows split
     check(row, 2 * norms)
+
+
+@pytest.mark.parametrize("storage", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+def test_of_a_window_on_the_host_only_chunks_come_to_the_device(sharded, storage):
+    mesh = tpu.make_mesh("v5e:2x2", tensor=1)
+    spec = PartitionSpec("fsdp") if sharded else PartitionSpec()
+    leaves = {"w": (1024, 1024), "v": (1024, 512), "bias": (1024,), "odd": (5, 3), "scale": ()}
+    shapes: Any = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in leaves.items()}
+    shardings = {name: NamedSharding(mesh, spec if name in "wv" else PartitionSpec()) for name in shapes}
+    num_grads, host_chunk = 64, 7
+    tx = mfac_jax.mfac(3e-3, num_grads, storage=storage, host_chunk=host_chunk)
+    state_shardings = mfac_jax.state_shardings(tx, shapes, shardings)
+    params = tpu.placed(shapes, shardings)
+    init: Any = jax.jit(tx.init, out_shardings=state_shardings).lower(params).compile()
+    state = tpu.placed(jax.eval_shape(tx.init, shapes), state_shardings)
+    update = jax.jit(tx.update, donate_argnums=1, out_shardings=(shardings, state_shardings))
+    compiled: Any = update.lower(params, state, params).compile()
+
+    row = 4 * 1024 * 1024 // mesh.size  # bytes of `w` on one chip, in float32
+    of_rows = 1.5 * row * jnp.dtype(storage).itemsize // 4  # of `w` and `v`, on one chip
+    for program in (init, compiled):
+        memory = program.memory_analysis()
+        assert memory.host_output_size_in_bytes == num_grads * of_rows
+        assert memory.host_temp_size_in_bytes == 0
+    assert init.memory_analysis().temp_size_in_bytes < 8 * row
+    memory = compiled.memory_analysis()
+    assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes == num_grads * of_rows
+    # A chunk of the largest leaf and a few rows; where the window alone is split, the gathered update too.
+    assert memory.temp_size_in_bytes < (host_chunk + 10) * row + (0 if sharded else 3 * mesh.size * row)
