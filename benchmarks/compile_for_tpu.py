@@ -5,12 +5,9 @@ The step is that of a transformer (forward, backward, M-FAC, the new parameters)
 """
 
 import argparse
-import collections
 import functools
 import json
-import math
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import pod_transformer as pod
 import provenance
 import tpu_tables
+from compiled_update import collectives, figures, placed
 
 import mfac_jax
 
@@ -77,22 +75,6 @@ CASES = {
     "tpu7x:16x16x32": Case("206b", tensor=8),
     "tpu7x:16x24x24": Case("491b", tensor=8),
 }
-BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2}
-COLLECTIVE = re.compile(
-    r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-
-
-def collectives(text: str) -> dict[str, list[int]]:
-    """The number of each collective operation in a compiled program, and the bytes of their results."""
-    found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for shapes, operation in COLLECTIVE.findall(text):
-        size = 0
-        for dtype, dimensions in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
-            size += BYTES.get(dtype, 4) * math.prod(int(n) for n in dimensions.split(",") if n)
-        found[operation][0] += 1
-        found[operation][1] += size
-    return dict(found)
 
 
 def make_mesh(topology: str, tensor: int) -> Mesh:
@@ -111,45 +93,13 @@ def train_step(graph, tx, activations, params, state, tokens):
     return optax.apply_updates(params, updates), state, value
 
 
-def bytes_on_device(tree: Any) -> int:
-    """The bytes that one device holds of arrays that are sharded so."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def split_updates(params: Any, window: Any) -> int:
-    """The bytes on one device of updates whose window is split further than the parameters are."""
-    size = 0
-    for param, rows in zip(jax.tree.leaves(params), jax.tree.leaves(window), strict=True):
-        own = param.sharding.shard_shape(param.shape)
-        if own != rows.sharding.shard_shape(rows.shape)[1:]:
-            size += math.prod(own) * param.dtype.itemsize
-    return size
-
-
-def placed(tree: Any, shardings: Any) -> Any:
-    """Shapes with their shardings."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
 def measure_update(tx: optax.GradientTransformation, params: Any, shardings: Any) -> dict[str, Any]:
     """Compile the update alone; figures of one device."""
     state_shardings = mfac_jax.state_shardings(tx, params, shardings)
     state = placed(jax.eval_shape(tx.init, params), state_shardings)
     params = placed(params, shardings)
-    window = optax.tree.get(state, "window")
     update = jax.jit(tx.update, donate_argnums=1, out_shardings=(shardings, state_shardings))
-    compiled: Any = update.lower(params, state, params).compile()
-    memory = compiled.memory_analysis()
-    return {
-        "leaves": len(jax.tree.leaves(params)),
-        "window_bytes": bytes_on_device(window),
-        "split_updates": split_updates(params, window),
-        "state_bytes": bytes_on_device(state),
-        "update_temporaries": memory.temp_size_in_bytes,
-        "update_traffic": compiled.cost_analysis()["bytes accessed"],
-        "update_alias": memory.alias_size_in_bytes,
-        "update_collectives": collectives(compiled.as_text()),
-    }
+    return figures(update.lower(params, state, params).compile(), params, state)
 
 
 def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: int) -> dict[str, Any]:

@@ -21,8 +21,8 @@ class Chip(NamedTuple):
     flops: float  # bfloat16
 
 
-# https://docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x, read in November 2026. A TPU7x chip is two
-# devices, with half of these figures each; the two cores of a v5p chip are one device.
+# https://docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x, read in November 2026. A TPU7x chip is
+# two devices, with half of these figures each; the two cores of a v5p chip are one device.
 CHIPS = {
     "v5e": Chip(1, 16, 819, 400, 197),
     "v5p": Chip(1, 95, 2765, 1200, 459),
@@ -34,12 +34,12 @@ HOP = 1e-6  # seconds from chip to chip, the estimate of https://jax-ml.github.i
 FLOAT32 = 6  # passes in bfloat16 that a float32 product with Precision.HIGHEST takes
 
 ASSUMPTIONS = f"""\
-Predicted, not measured. M-FAC: the bytes that its compiled update accesses at the full bandwidth of HBM; the
-bytes of each collective twice over half of the published network bandwidth, and {HOP * 1e6:.0f} us a chip along each
-axis of the torus; m^3 / 3 operations of the Cholesky decomposition at the full rate of float32 products. That
-rate is out of reach: columns follow one another, and at 1 us each they would take m us more. The model: 8
-operations a parameter and token in the layers, 6 in the output layer, and attention, at {UTILISATION:.0%} of the peak
-rate. Nothing overlaps.
+Predicted, not measured. M-FAC: the bytes that its compiled update accesses at the full bandwidth of HBM;
+the bytes of each collective twice over half of the published network bandwidth, and {HOP * 1e6:.0f} us a
+chip along each axis of the torus; m^3 / 3 operations of the Cholesky decomposition at the full rate of
+float32 products. That rate is out of reach: columns follow one another, and at 1 us each they would take
+m us more. The model: the operations of its forward and backward pass, with layers computed anew, at
+{UTILISATION:.0%} of the peak rate. Nothing overlaps.
 """
 
 
@@ -70,11 +70,12 @@ class Prediction(NamedTuple):
 def model_flops(size: dict[str, int], tokens: int) -> float:
     """Operations of forward and backward pass; those that XLA reports count a loop over layers once.
 
-    A product takes 2 for each of its parameters and token forward and 4 backward. Layers run forward
-    twice, for `jax.checkpoint`. Attention's two products are computed in full, also above the diagonal.
+    A product takes 2 for each of its parameters and token forward and 4 backward. `jax.checkpoint` runs
+    layers forward again, all but the last product, whose result no derivative needs. Attention's two
+    products are computed in full, also above the diagonal.
     """
     width = size["width"]
-    layer = 8 * 12 * width**2 + 8 * 2 * size["context"] * width
+    layer = (8 * 12 - 2 * 4) * width**2 + 8 * 2 * size["context"] * width
     return float(tokens * (size["layers"] * layer + 6 * width * size["vocabulary"]))
 
 
