@@ -44,7 +44,7 @@ SIZES = {
     "1b": pod.Size(32_768, 1024, 2048, 24, 16),
     "65b": pod.Size(32_768, 1024, 8192, 80, 64),
     "206b": pod.Size(32_768, 1024, 16_384, 64, 128),
-    "491b": pod.Size(258_048, 1024, 18_432, 118, 144),
+    "533b": pod.Size(294_912, 1024, 18_432, 128, 144),
 }
 
 
@@ -57,7 +57,8 @@ class Case(NamedTuple):
     batch: int = 4  # sequences for each step of fsdp
 
 
-# Widths are multiples of the devices, over which rows are split. m is what the memory of few chips holds.
+# Widths and vocabularies are multiples of the devices, over which rows are split, and layers of 16: else,
+# with one row on each device, XLA copies leaves of the window. m is what the memory of few chips holds.
 CASES = {
     "v5e:2x4": Case(num_grads=32),
     "v6e:2x4": Case(num_grads=64),
@@ -73,7 +74,7 @@ CASES = {
     "v5p:16x16x32": Case("65b", tensor=8),
     "tpu7x:16x16x16": Case("65b", tensor=8),
     "tpu7x:16x16x32": Case("206b", tensor=8),
-    "tpu7x:16x24x24": Case("491b", tensor=8),
+    "tpu7x:16x24x24": Case("533b", tensor=8),
 }
 
 
