@@ -103,11 +103,16 @@ def measure_update(tx: optax.GradientTransformation, params: Any, shardings: Any
     return figures(update.lower(params, state, params).compile(), params, state)
 
 
-def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: int) -> dict[str, Any]:
-    """Compile the whole step, and M-FAC's alone; a line of the table."""
+def transformer(topology: str, size: pod.Size, tensor: int):
+    """The mesh of a topology; the model's graph, the shapes of its parameters and their shardings."""
     mesh = make_mesh(topology, tensor)
     graph, shapes = pod.abstract(size, jnp.dtype(jnp.bfloat16))
-    shardings = nnx.get_named_sharding(shapes, mesh)
+    return mesh, graph, shapes, nnx.get_named_sharding(shapes, mesh)
+
+
+def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: int) -> dict[str, Any]:
+    """Compile the whole step, and M-FAC's alone; a line of the table."""
+    mesh, graph, shapes, shardings = transformer(topology, size, tensor)
     tx = mfac_jax.mfac(3e-3, num_grads)
     state_shardings = mfac_jax.state_shardings(tx, shapes, shardings)
     sequences = batch * mesh.shape["fsdp"]
