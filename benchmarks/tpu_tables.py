@@ -174,8 +174,8 @@ def predicted_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{tokens(row):,}",
                 f"{predicted.model * 1e3:,.1f}",
                 f"{predicted.passes * 1e3:,.1f}",
-                f"{predicted.network * 1e3:,.2f}",
-                f"{predicted.solve * 1e3:,.2f}",
+                f"{predicted.network * 1e3:.2g}",
+                f"{predicted.solve * 1e3:.2g}",
                 f"{predicted.share:.0%}",
                 f"{tokens_for(row, 0.1) / 1e6:.2g} million",
             ]

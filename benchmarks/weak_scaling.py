@@ -116,14 +116,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     runs = [prepare(mode, n, args.num_grads, args.rows) for mode in MODES for n in DEVICES]
     made_with = provenance(("mfac_jax", "jax", "jaxlib", "optax"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [
-        run.row | {"seconds": seconds, "repeats": args.repeats} | made_with
+        run.row | {"seconds": seconds, "repeats": args.repeats, "cores": cores} | made_with
         for run, seconds in zip(runs, time_steps(runs, args.repeats), strict=True)
     ]
     if args.out is not None:
         with args.out.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"{made_with['machine']}, {made_with['versions']}\n{table(rows)}")
+    print(f"{cores} cores of {made_with['machine']}, {made_with['versions']}\n{table(rows)}")
 
 
 if __name__ == "__main__":
