@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out is not None:
         with args.out.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"{cores} cores of {made_with['machine']}, {made_with['versions']}\n{table(rows)}")
+    print(f"on {cores} core(s) of {made_with['machine']}, {made_with['versions']}\n{table(rows)}")
 
 
 if __name__ == "__main__":
