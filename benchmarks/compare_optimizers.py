@@ -39,6 +39,7 @@ from tqdm import tqdm
 # Beside this file, and in examples/, which `optimizers` puts on the path.
 import optimizers as opt  # isort: skip
 import comparison
+import provenance
 import train_cifar10
 import train_digits
 import train_text
@@ -168,7 +169,7 @@ class Store:
         self.context = {
             "revision": comparison.git_revision(),
             "versions": versions(soap),
-            "machine": machine(),
+            "machine": provenance.machine(),
         }
 
     def append(self, record: dict[str, Any]) -> None:
@@ -219,19 +220,6 @@ def _commit(folder: Path) -> str:
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "a folder without git"
-
-
-def machine() -> dict[str, Any]:
-    """What the runs were done on."""
-    return {"platform": platform.platform(), "processor": _processor(), "cpus": os.cpu_count()}
-
-
-def _processor() -> str:
-    """The processor's name as Linux has it, else what Python knows."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 class Runner:

@@ -71,14 +71,18 @@ class Transformer(nnx.Module):
             size.width, size.vocabulary, use_bias=False, kernel_init=table(AXES), **options
         )
 
-    def __call__(self, ids):  # noqa: D102
+    def __call__(self, ids, activations: NamedSharding | None = None):
+        """`activations` says where `(batch, context, width)` lies between layers, None leaves it open."""
         graph, layers = nnx.split(self.blocks)
+
+        def placed(x):
+            return x if activations is None else jax.lax.with_sharding_constraint(x, activations)
 
         @jax.checkpoint  # the backward pass computes a layer anew instead of keeping its inside
         def layer(x, params):
-            return nnx.merge(graph, params)(x), None
+            return placed(nnx.merge(graph, params)(x)), None
 
-        x = jax.lax.scan(layer, self.embedding(ids), layers)[0]
+        x = jax.lax.scan(layer, placed(self.embedding(ids)), layers)[0]
         return self.out(self.norm(x))
 
 
@@ -102,9 +106,15 @@ def abstract(size: Size, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
     return graph[0], shapes
 
 
-def loss(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the next token; `tokens` is `(batch, context + 1)`."""
-    logits = nnx.merge(graph, params)(tokens[:, :-1]).astype(jnp.float32)
+def loss(
+    graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array, activations: NamedSharding | None = None
+) -> jax.Array:
+    """Mean cross-entropy of the next token; `tokens` is `(batch, context + 1)`.
+
+    With automatic mesh axes pass `activations=batch_sharding(mesh)`: XLA may else gather the activations of
+    all sequences rather than the parameters of a layer.
+    """
+    logits = nnx.merge(graph, params)(tokens[:, :-1], activations).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 

@@ -1,0 +1,132 @@
+"""Weak scaling on simulated CPU devices: the model grows with the devices, each holds the same share.
+
+The bytes that a device accesses, holds and sends are those of the compiled update, and must not grow. All
+devices share the cores of this machine: the time of a step over the number of devices is what one device's
+share takes. Times are medians, everything interleaved in one process.
+"""
+
+import argparse
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
+
+import compiled_update
+import jax
+import numpy as np
+import tpu_tables
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from provenance import provenance
+from tqdm import tqdm
+
+import mfac_jax
+
+DEVICES = (1, 2, 4, 8)
+MODES = ("jit", "shard_map")
+LEAVES, WIDTH = 4, 256  # of each leaf; its rows grow with the devices
+
+
+class Run(NamedTuple):
+    """A compiled update, its state, and how to draw a gradient."""
+
+    update: Callable[..., Any]
+    draw: Callable[[jax.Array], Any]
+    params: Any
+    state: Any
+    row: dict[str, Any]
+
+
+def prepare(mode: str, devices: int, num_grads: int, rows: int) -> Run:
+    """M-FAC's update, compiled for leaves that are sharded over all devices, `rows` of each on each."""
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    tx = mfac_jax.mfac(3e-3, num_grads, axis_name="data" if mode == "shard_map" else None)
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def draw(key):
+        keys = jax.random.split(key, LEAVES)
+        return [jax.random.normal(k, (rows * devices, WIDTH)) for k in keys]
+
+    params = draw(jax.random.key(0))
+    shardings = mfac_jax.state_shardings(tx, params, sharding)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    update = tx.update
+    if mode == "shard_map":
+        specs = (PartitionSpec("data"), jax.tree.map(lambda s: s.spec, shardings))
+        update = jax.shard_map(update, mesh=mesh, in_specs=(*specs, specs[0]), out_specs=specs)
+    jitted = jax.jit(update, donate_argnums=1, out_shardings=(sharding, shardings))
+    compiled = jitted.lower(params, state, params).compile()
+    size = {"mode": mode, "devices": devices, "parameters": LEAVES * rows * devices * WIDTH}
+    row = size | {"num_grads": num_grads} | compiled_update.figures(compiled, params, state)
+    return Run(compiled, draw, params, state, row)
+
+
+def time_steps(runs: Sequence[Run], repeats: int) -> list[float]:
+    """The median time of a step of each, in seconds; every gradient is new, as repeated ones are slower."""
+    states = [run.state for run in runs]
+    seconds = np.zeros((repeats, len(runs)))
+    for i in tqdm(range(repeats), desc="timing", unit="round"):
+        for j, run in enumerate(runs):
+            gradient = jax.block_until_ready(run.draw(jax.random.key(i + 1)))
+            start = time.perf_counter()
+            _, states[j] = jax.block_until_ready(run.update(gradient, states[j], run.params))
+            seconds[i, j] = time.perf_counter() - start
+    return np.median(seconds, axis=0).tolist()
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """In Markdown; memory and traffic of one device."""
+    header = ["", "devices", "parameters", "window, MiB", "accessed, windows", "temporaries, KiB"]
+    header += ["collectives", "bytes", "ms a step", "ms a device's share"]
+    lines = []
+    for row in rows:
+        collectives = row["update_collectives"]
+        lines.append(
+            [
+                row["mode"],
+                str(row["devices"]),
+                f"{row['parameters']:,}",
+                f"{row['window_bytes'] / 2**20:.1f}",
+                f"{row['update_traffic'] / row['window_bytes']:.2f}",
+                f"{row['update_temporaries'] / 1024:,.0f}",
+                "; ".join(f"{count} {name}" for name, (count, _) in collectives.items()) or "-",
+                f"{sum(size for _, size in collectives.values()):,}",
+                f"{row['seconds'] * 1e3:.1f}",
+                f"{row['seconds'] / row['devices'] * 1e3:.1f}",
+            ]
+        )
+    return tpu_tables.markdown(header, lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print; `argv` is the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--num-grads", type=int, default=256, help="rows of the window (default: %(default)s)")
+    add("--rows", type=int, default=128, help="of each of 4 leaves, on each device (default: %(default)s)")
+    add("--repeats", type=int, default=21, help="steps timed (default: %(default)s)")
+    add("--out", type=Path, help="file to add a line of JSON to for each row")
+    args = parser.parse_args(argv)
+    runs = [prepare(mode, n, args.num_grads, args.rows) for mode in MODES for n in DEVICES]
+    made_with = provenance(("mfac_jax", "jax", "jaxlib", "optax"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows = [
+        run.row | {"seconds": seconds, "repeats": args.repeats, "cores": cores} | made_with
+        for run, seconds in zip(runs, time_steps(runs, args.repeats), strict=True)
+    ]
+    if args.out is not None:
+        with args.out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(f"on {cores} core(s) of {made_with['machine']}, {made_with['versions']}\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", DEVICES[-1])
+    main()
