@@ -40,7 +40,7 @@ VOCABULARY = 256  # bytes
 VALID_BATCHES = 4
 MESSAGE_BYTES = 8192  # of what hosts tell each other about their command lines
 # What a run may be continued with another value of.
-FREE_SETTINGS = ("fsdp", "tensor", "coordinator", "num_processes", "process_id")
+FREE_SETTINGS = ("fsdp", "tensor", "host_chunk", "coordinator", "num_processes", "process_id")
 FREE_SETTINGS += ("checkpoint_dir", "save_every", "data_dir", "text")
 
 
@@ -151,9 +151,10 @@ def make_run(args: argparse.Namespace, text: np.ndarray, mesh: Mesh) -> Run:
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(abstract, mesh))
     params = nnx.to_pure_dict(abstract)
     schedule = optax.warmup_cosine_decay_schedule(0.0, args.rate, max(1, args.steps // 10), args.steps)
-    tx = mfac_jax.mfac(schedule, args.num_grads)
+    tx = mfac_jax.mfac(schedule, args.num_grads, host_chunk=args.host_chunk)
 
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated, by_batch = NamedSharding(mesh, PartitionSpec()), pod.batch_sharding(mesh)
+    loss = functools.partial(pod.loss, graph, activations=by_batch)
     state_shardings = mfac_jax.state_shardings(tx, params, shardings)
     everywhere = TrainState(replicated, shardings, state_shardings)
 
@@ -162,12 +163,12 @@ def make_run(args: argparse.Namespace, text: np.ndarray, mesh: Mesh) -> Run:
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
     def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
-        loss, grads = jax.value_and_grad(functools.partial(pod.loss, graph))(state.params, tokens)
+        value, grads = jax.value_and_grad(loss)(state.params, tokens)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), value
 
     train, valid = np.split(text, [int(0.9 * len(text))])
-    shape, sharding = (args.batch_size, args.context + 1), pod.batch_sharding(mesh)
+    shape = (args.batch_size, args.context + 1)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), everywhere
     )
@@ -176,9 +177,9 @@ def make_run(args: argparse.Namespace, text: np.ndarray, mesh: Mesh) -> Run:
         init=jax.jit(init, out_shardings=everywhere),
         # The state is donated, so that the window is updated in place.
         step=jax.jit(step, donate_argnums=0, out_shardings=(everywhere, replicated)),
-        evaluate=jax.jit(functools.partial(pod.loss, graph), out_shardings=replicated),
-        batch=lambda step: sequences(train, (args.seed, step), shape, sharding),
-        valid_batches=[sequences(valid, (i,), shape, sharding) for i in range(VALID_BATCHES)],
+        evaluate=jax.jit(loss, out_shardings=replicated),
+        batch=lambda step: sequences(train, (args.seed, step), shape, by_batch),
+        valid_batches=[sequences(valid, (i,), shape, by_batch) for i in range(VALID_BATCHES)],
     )
 
 
@@ -331,6 +332,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--heads", type=count, default=4, help="attention heads")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and window")
     add("--num-grads", type=count, default=32, help="gradients in M-FAC's window")
+    add("--host-chunk", type=count, help="keep the window on the host; rows on the device at a time")
     add("--rate", type=float, default=3e-3, help="learning rate at the end of the warm-up")
     add("--seed", type=int, default=0, help="of the parameters and the batches")
     add("--report-every", type=count, default=50, help="steps between two reports")
