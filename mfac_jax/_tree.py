@@ -128,9 +128,13 @@ def combine(coefficients: jax.Array, rows: jax.Array, host_chunk: int | None = N
         spec = PartitionSpec(*jax.typeof(rows).sharding.spec[1:])
         return _dot_general(coefficients, rows.astype(coefficients.dtype), ((0,), (0,)), spec)
 
-    if _is_large_bfloat16(rows):
-        return lax.platform_dependent(coefficients, rows, cpu=_combine_bfloat16, default=contracted)
-    return contracted(coefficients, rows)
+    def summed(coefficients, rows):
+        c = coefficients.reshape(-1, *[1] * (rows.ndim - 1))
+        return jnp.sum(c * rows.astype(c.dtype), axis=0)
+
+    # For a product XLA for TPU may copy the window into another layout (TPU7x, 512 rows on a device).
+    cpu = _combine_bfloat16 if _is_large_bfloat16(rows) else contracted
+    return lax.platform_dependent(coefficients, rows, cpu=cpu, tpu=summed, default=contracted)
 
 
 def _is_large_bfloat16(rows: jax.Array) -> bool:

@@ -47,19 +47,13 @@ def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
     check_memory(row)
 
 
-COPIES = pytest.mark.xfail(
-    reason="XLA copies the window into another layout and runs out of memory", strict=True
-)
-
-
-@pytest.mark.parametrize(  # on 8, 8 and 1024 chips
-    "topology", ["v5e:2x4", pytest.param("tpu7x:2x2x2", marks=COPIES), "v5p:8x8x16"]
-)
+@pytest.mark.parametrize("topology", ["v5e:2x4", "tpu7x:2x2x2", "v5p:8x8x16"])  # 8, 8 and 1024 chips
 def test_only_sums_and_split_updates_are_sent(topology):
     case = tpu.CASES[topology]
     *_, shapes, shardings = tpu.transformer(topology, tpu.SIZES[case.size], case.tensor)
     row = tpu.measure_update(mfac_jax.mfac(3e-3, case.num_grads), shapes, shardings)
     check_collectives(row | {"num_grads": case.num_grads})
+    assert row["update_temporaries"] < 0.1 * row["window_bytes"]  # no copy of it
 
 
 def test_a_step_of_a_large_transformer_on_a_pod():
