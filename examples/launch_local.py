@@ -8,6 +8,7 @@ fails the others are killed, as they would wait for it; `--restarts` then starts
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,21 +69,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--devices", type=comparison.count, default=1, help="of each process (default: %(default)s)")
     add(
         "--restarts",
-        type=comparison.count,
+        type=int,
         default=0,
-        help="times to start again after a failure (default: 0)",
+        help="times to start again after a failure; -1: always (default: 0)",
     )
     add("command", nargs=argparse.REMAINDER, help="the script and its arguments")
     args = parser.parse_args(argv)
     if not args.command:
         parser.error("name a script to start, e.g. examples/train_pod.py")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `wait` cleans up
     left = args.restarts
     while (code := wait(start(args.command, args.processes, args.devices))) not in (
         0,
         USAGE_ERROR,
     ) and left:
         left -= 1
-        print(f"A process ended with {code}: all start again, {left} more times at most.", file=sys.stderr)
+        print(f"A process ended with {code}: all start again.", file=sys.stderr)
     sys.exit(code)
 
 

@@ -3,8 +3,10 @@
 The parameters are split over the mesh axes `fsdp` and `tensor`, and M-FAC's window with them. The same
 command line goes on every host; on a TPU pod or under Slurm add `--coordinator auto`, elsewhere
 `--coordinator HOST:PORT --num-processes N --process-id I`. The run is saved in --checkpoint-dir every
---save-every steps, in the background. A run that was killed continues from its last complete checkpoint
-when it is started again, on any number of devices; on the same number it ends in the very same numbers.
+--save-every steps, and after the first, in the background. A run that was killed continues from its last
+complete checkpoint when it is started again, on any number of devices; on the same number it ends in the
+very same numbers. With --coordinator, hosts of which one is about to be taken away (SIGTERM) save the step
+they are at, and end with the exit code 75. One run a folder at a time.
 
 Several processes on this machine:
 
@@ -14,6 +16,8 @@ Several processes on this machine:
 import argparse
 import functools
 import math
+import sys
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +42,7 @@ import mfac_jax
 
 VOCABULARY = 256  # bytes
 VALID_BATCHES = 4
+PREEMPTED = 75  # the exit code by which programs say that it is worth to try again
 MESSAGE_BYTES = 8192  # of what hosts tell each other about their command lines
 # What a run may be continued with another value of.
 FREE_SETTINGS = ("fsdp", "tensor", "host_chunk", "coordinator", "num_processes", "process_id")
@@ -87,6 +92,11 @@ def connect(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None
     connection = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_connection(connection)
     args, others = connection.parse_known_args(argv)
+    given = [args.num_processes, args.process_id]
+    if args.coordinator in (None, "auto") and given != [None, None]:
+        parser.error(
+            f"--num-processes and --process-id need --coordinator HOST:PORT, got {args.coordinator}"
+        )
     if args.coordinator is None:
         return
     if args.coordinator == "auto":
@@ -118,11 +128,27 @@ def check_agreement(parser: argparse.ArgumentParser, name: str, own: str) -> Non
         parser.error(f"all hosts must have the same {name}, got {said}. Start them with the same.")
 
 
+def check_shared(parser: argparse.ArgumentParser, folder: epath.Path) -> None:
+    """Refuse a folder that is not the same on all hosts: they would wait for each other's files."""
+    number = multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31))
+    proof = folder / f"first-host-{number}"
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        proof.touch()
+    multihost_utils.sync_global_devices(proof.name)
+    found = "with" if proof.exists() else "without"
+    check_agreement(parser, "--checkpoint-dir", f"{folder}, {found} the first host's files")
+    if jax.process_index() == 0:
+        proof.unlink()
+
+
 # --------------------------------------------------------------------------------------------- the run
 
 
 def make_mesh(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Mesh:
     """All devices, `fsdp` times `tensor`."""
+    if not 0 < args.rate < math.inf or args.seed < 0:
+        parser.error(f"--rate must be above 0 and --seed at least 0, got {args.rate} and {args.seed}")
     devices = jax.device_count()
     fsdp = args.fsdp or devices // args.tensor
     if fsdp * args.tensor != devices:
@@ -150,7 +176,9 @@ def make_run(args: argparse.Namespace, text: np.ndarray, mesh: Mesh) -> Run:
     graph, abstract = pod.abstract(size, dtype)
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(abstract, mesh))
     params = nnx.to_pure_dict(abstract)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, args.rate, max(1, args.steps // 10), args.steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.rate, max(1, args.steps // 10), max(2, args.steps)
+    )
     tx = mfac_jax.mfac(schedule, args.num_grads, host_chunk=args.host_chunk)
 
     replicated, by_batch = NamedSharding(mesh, PartitionSpec()), pod.batch_sharding(mesh)
@@ -269,8 +297,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         content, source = train_text.read_text(args.data_dir, args.text)
-        versions = f"jax {jax.__version__}, mfac_jax {mfac_jax.__version__}"
-        check_agreement(parser, "text and versions", f"{len(content)} {zlib.crc32(content)}, {versions}")
+    except wl.DataError as error:
+        content, source = b"", str(error)
+    text = f"{len(content)} characters, {zlib.crc32(content)}" if content else source
+    versions = f"jax {jax.__version__}, mfac_jax {mfac_jax.__version__}"
+    check_agreement(parser, "text and versions", f"{text}, {versions}")
+    check_shared(parser, args.checkpoint_dir)
+    try:
+        if not content:
+            raise wl.DataError(source)
         if len(content) < 20 * args.context:
             raise wl.DataError(f"the text must have 20 times --context characters, got {len(content)}")
         mesh = make_mesh(parser, args)
@@ -290,10 +325,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_start(run, mesh, source, checkpoints.latest_step())
         try:
             reports = train(run, args, checkpoints, settings)
+            is_done = checkpoints.latest_step() == args.steps
         except wl.CheckpointError as error:
             parser.error(str(error))
     if jax.process_index() == 0 and reports:
         print(f"{describe(reports[-1])}. Checkpoints are in {args.checkpoint_dir}")
+    if not is_done:
+        sys.exit(PREEMPTED)
 
 
 def print_start(run: Run, mesh: Mesh, source: str, latest: int | None) -> None:

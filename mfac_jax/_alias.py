@@ -8,7 +8,7 @@ import optax
 from jax.core import Tracer
 
 from mfac_jax import _tree, _validation
-from mfac_jax._sharding import AxisName
+from mfac_jax._layout import AxisName
 from mfac_jax._transform import Metric, Normalization, scale_by_mfac
 from mfac_jax._window import Blocks
 

@@ -1,45 +1,24 @@
-"""Where the window lies on a mesh: the policy, shardings for whole optimizer states, and manual axes.
+"""Where the window lies on a mesh: the policy, and shardings for whole optimizer states.
 
 A leaf of the window follows its parameter, and may be split further over mesh axes that the parameter does
-not use. The same rule decides for `state_shardings`, which looks at meshes from outside, and inside of
-shard_map and pmap, where only the local shapes can be seen: there a leaf's `Layout` is found again.
+not use. The same rule decides in `_layout.py`, inside of shard_map and pmap.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mfac_jax import _memory
-
-AxisName = str | Sequence[str] | None
-
+from mfac_jax._validation import leaf_name
 
 # For each axis of a parameter the mesh axes that its window is split over, beyond those of the parameter.
 Split = tuple[tuple[str, ...], ...]
-
-
-class Layout(NamedTuple):
-    """A window leaf inside of shard_map or pmap.
-
-    Attributes:
-      split: of the axes of its rows.
-      summed: the mesh axes over which inner products with the leaf are partial.
-    """
-
-    split: Split
-    summed: tuple[str, ...]
-
-    @staticmethod
-    def local(ndim: int) -> "Layout":
-        """Of a leaf that is whole."""
-        return Layout(((),) * ndim, ())
 
 
 def split(shape: Sequence[int], axes: Mapping[str, int]) -> Split:
@@ -47,8 +26,8 @@ def split(shape: Sequence[int], axes: Mapping[str, int]) -> Split:
 
     All to the longest axis of the parameter that they divide together, the last axis only where there is no
     other, because TPUs pad it to 128; else one after the other, the largest first, in the same way; an axis
-    that divides none is not used. (Rows are never split: under automatic mesh axes the compiler would split
-    the m x m algebra too.)
+    that divides none is not used, and a leaf without entries is not split. (Rows are never split: under
+    automatic mesh axes the compiler would split the m x m algebra too.)
     """
     names = sorted((name for name in axes if axes[name] > 1), key=lambda name: (-axes[name], name))
     local = list(shape)
@@ -56,7 +35,7 @@ def split(shape: Sequence[int], axes: Mapping[str, int]) -> Split:
 
     def place(names: Sequence[str]) -> bool:
         size = math.prod(axes[name] for name in names)
-        fitting = [i for i, length in enumerate(local) if length and length % size == 0]
+        fitting = [i for i, length in enumerate(local) if 0 not in shape and length % size == 0]
         if fitting:
             longest = max(fitting, key=lambda i: (i < len(local) - 1, local[i]))
             chosen[longest] += tuple(names)
@@ -69,12 +48,9 @@ def split(shape: Sequence[int], axes: Mapping[str, int]) -> Split:
     return tuple(chosen)
 
 
-def _names(split: Split) -> tuple[str, ...]:
+def names_in(split: Split) -> tuple[str, ...]:
     """All mesh axes in it."""
     return tuple(name for names in split for name in names)
-
-
-# ----------------------------------------------------------------------------- shardings from outside
 
 
 def _axes_of(entry) -> tuple[str, ...]:
@@ -94,7 +70,9 @@ def row_sharding(shape: Sequence[int], sharding: NamedSharding) -> NamedSharding
         length // math.prod(mesh.shape[name] for name in entry)
         for length, entry in zip(shape, entries, strict=True)
     ]
-    free = {name: size for name, size in mesh.shape.items() if name not in used}
+    # Explicit axes take part in types, the others do not: of a mesh with both, a type can name the former.
+    nameable = mesh.explicit_axes or mesh.axis_names
+    free = {name: mesh.shape[name] for name in nameable if name not in used}
     spec = (own + more for own, more in zip(entries, split(local, free), strict=True))
     return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in spec)))
 
@@ -144,11 +122,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
       >>> shardings = mfac_jax.state_shardings(tx, params, {'w': NamedSharding(mesh, P())})
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
-    param_shardings = _checked(params, param_shardings)
-    meshes = {sharding.mesh for sharding in jax.tree.leaves(param_shardings)}
-    if len(meshes) != 1:
-        raise ValueError(f"param_shardings must have one mesh, got {len(meshes)}: {meshes}.")
-    mesh = meshes.pop()
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
+    param_shardings, mesh = _checked(params, param_shardings)
 
     def like_param(leaf, param, sharding):
         if isinstance(leaf, optax.MaskedNode):
@@ -162,8 +137,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
             return found.with_memory_kind(_memory.HOST) if on_host else found
         return _replicated(mesh, leaf.ndim)
 
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
+    jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(params)
     state = jax.tree.unflatten(jax.tree.structure(state), jaxpr.out_avals)  # the types know the memory
     shardings = optax.tree.map_params(
         tx,
@@ -193,133 +167,64 @@ def without_rows(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def _checked(params: optax.Params, param_shardings: Any) -> Any:
-    """A NamedSharding that fits for every parameter, from a tree or a prefix of one."""
+def _checked(params: optax.Params, param_shardings: Any) -> tuple[Any, Any]:
+    """A NamedSharding that fits for every parameter, from a tree or a prefix of one, and their mesh."""
     is_sharding = lambda x: isinstance(x, (jax.sharding.Sharding, PartitionSpec))  # noqa: E731
+    given = jax.tree_util.tree_map_with_path(_as_named, param_shardings, is_leaf=is_sharding)
     try:
         shardings = jax.tree.map(
             lambda sharding, part: jax.tree.map(lambda _: sharding, part),
-            param_shardings,
+            given,
             params,
             is_leaf=is_sharding,
         )
     except ValueError as error:
         raise ValueError(
-            f"param_shardings must have the tree of params, or be a prefix of it: {error}"
+            "param_shardings must have the tree of params, or be a prefix of it, with "
+            f"NamedSharding(mesh, PartitionSpec()) for what is replicated: {error}"
         ) from None
+    meshes = {sharding.mesh for sharding in jax.tree.leaves(given)}
+    if len(meshes) != 1:
+        raise ValueError(f"param_shardings must have one mesh, got {len(meshes)}: {meshes}.")
+    jax.tree_util.tree_map_with_path(_check_fits, params, shardings)
+    return shardings, meshes.pop()
 
-    def named(path, leaf, sharding):
-        return _as_named(f"leaf {jax.tree_util.keystr(path) or '()'}", leaf.shape, sharding)
 
-    return jax.tree_util.tree_map_with_path(named, params, shardings, is_leaf=is_sharding)
-
-
-def _as_named(name: str, shape: Sequence[int], sharding: Any) -> NamedSharding:
-    """The NamedSharding for an array of the shape; what is none, or does not fit, is refused."""
+def _as_named(path, sharding: Any) -> NamedSharding:
+    """The NamedSharding that is meant; what is none is refused."""
     if isinstance(sharding, PartitionSpec):
         mesh = jax.sharding.get_mesh()
+        mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
         if mesh.empty:
             raise ValueError(
-                f"param_shardings has the PartitionSpec {sharding} for {name}, but no mesh is set. Call "
-                "jax.set_mesh(mesh) before, or pass NamedSharding(mesh, spec)."
+                f"param_shardings has the PartitionSpec {sharding} for {leaf_name(path)}, but no mesh is "
+                "set. Call jax.set_mesh(mesh) before, or pass NamedSharding(mesh, spec)."
             )
         sharding = NamedSharding(mesh, sharding)
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
-            f"param_shardings must be NamedShardings or PartitionSpecs, but that of {name} is "
+            f"param_shardings must be NamedShardings or PartitionSpecs, but that of {leaf_name(path)} is "
             f"{sharding!r}. Pass NamedSharding(mesh, spec)."
         )
-    spec = sharding.spec
+    return sharding
+
+
+def _check_fits(path, leaf, sharding: NamedSharding) -> None:
+    """Refuse a sharding that is not one of the parameter."""
+    shape, spec = leaf.shape, sharding.spec
     if len(spec) > len(shape):
         raise ValueError(
-            f"param_shardings must fit the parameters, but {spec} has {len(spec)} entries and {name} has "
-            f"the shape {tuple(shape)}. Leave out an entry."
+            f"param_shardings must fit the parameters, but {spec} has {len(spec)} entries and "
+            f"{leaf_name(path)} has the shape {shape}. Leave out an entry."
         )
     for axis, (length, entry) in enumerate(zip(shape, spec, strict=False)):
         size = math.prod(sharding.mesh.shape[name] for name in _axes_of(entry))
         if length % size:
             raise ValueError(
-                f"param_shardings must divide the parameters, but axis {axis} of {name}, {length} long, is "
-                f"split over {entry!r} of {size} devices. Pad the parameter, or leave the entry None."
+                f"param_shardings must divide the parameters, but axis {axis} of {leaf_name(path)}, "
+                f"{length} long, is split over {entry!r} of {size} devices. Pad the parameter, or leave "
+                "the entry None."
             )
-    return sharding
-
-
-# -------------------------------------------------------------------------------------------- manual axes
-
-
-def bound_axes(axis_name: AxisName) -> dict[str, int]:
-    """The names with their sizes, where they are manual axes of a shard_map or pmap; empty outside."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    bound = {name: lax.axis_size(name) for name in names if name in manual}
-    if bound and len(bound) < len(names):
-        missing = ", ".join(repr(name) for name in names if name not in bound)
-        raise ValueError(f"axis_name must hold axes of the shard_map or pmap around it, got {missing}.")
-    return bound
-
-
-def check_bound(axis_name: AxisName) -> None:
-    """Refuse an update outside of the axes."""
-    if axis_name is not None and not bound_axes(axis_name):
-        raise ValueError(
-            f"axis_name={axis_name!r} is not bound: call update inside of jax.shard_map or jax.pmap with "
-            "this axis, or leave axis_name out under jit alone."
-        )
-
-
-def varying(x) -> frozenset[str]:
-    """The manual axes along which a value is known to differ; none with check_vma=False and in pmap."""
-    return frozenset(jax.typeof(x).manual_axis_type.varying)
-
-
-def _knows_varying(axes: Mapping[str, int]) -> bool:
-    """Whether values carry the axes that they vary along: shard_map's check_vma."""
-    return any(name in varying(lax.axis_index(name)) for name in axes)
-
-
-def local_shape(split: Split, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a row of the window on one device."""
-    parts = [lax.axis_size(names) if names else 1 for names in split]
-    return tuple(length // part for length, part in zip(shape, parts, strict=True))
-
-
-def empty_rows(
-    params: optax.Params,
-    dtype: Any,
-    axis_name: AxisName,
-    num_rows: int | None = None,
-    on_host: bool = False,
-) -> Any:
-    """Zeros like rows of the window, `num_rows` in front or one without an axis of rows.
-
-    They are of the dtype, or of the leaf's where that is None; sharded by the policy; local on manual axes.
-    """
-    axes = bound_axes(axis_name)
-    leading = () if num_rows is None else (num_rows,)
-
-    def zeros(leaf):
-        sharding = named_sharding(leaf)
-        row = None if sharding is None else row_sharding(leaf.shape, sharding)
-        sharding = window_sharding(row) if row is not None and num_rows is not None else row
-        sharded = tuple(name for name in axes if name in varying(leaf))
-        beyond = split(leaf.shape, {name: size for name, size in axes.items() if name not in sharded})
-        shape, varying_over = local_shape(beyond, leaf.shape), (*_names(beyond), *sharded)
-        on_device = shape if row is None else row.shard_shape(shape)
-        if num_rows and on_host and _memory.may_be_on_host(on_device):
-            like_row = (shape, dtype or leaf.dtype, row, varying_over)
-            outside = None if isinstance(leaf, Tracer) else sharding or getattr(leaf, "sharding", None)
-            return _memory.zero_rows(_varying_zeros, like_row, num_rows, outside)
-        return _varying_zeros((*leading, *shape), dtype or leaf.dtype, sharding, varying_over)
-
-    return jax.tree.map(zeros, params)
-
-
-def _varying_zeros(shape, dtype, sharding: NamedSharding | None, axes: tuple[str, ...]) -> jax.Array:
-    """Zeros that vary along manual axes as what will take their place, where types tell."""
-    zeros = jnp.zeros(shape, dtype, device=sharding)
-    axes = tuple(name for name in axes if name in varying(lax.axis_index(name)))
-    return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def zeros_like_params(params: optax.Params) -> Callable[..., jax.Array]:
@@ -344,75 +249,6 @@ def named_sharding(leaf) -> NamedSharding | None:
         return explicit_sharding(leaf)
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
-
-
-def layouts(updates: optax.Updates, window: optax.Params, axis_name: AxisName) -> list[Layout]:
-    """The layout of every leaf of the window, found from the local shapes.
-
-    Where values carry no axes (check_vma=False, pmap), a leaf whose window is split is replicated, and one
-    whose window is whole is a shard if it could have been split.
-    """
-    axes = bound_axes(axis_name)
-    knows = _knows_varying(axes)
-    found = []
-    leaves = jax.tree_util.tree_leaves_with_path(updates)
-    for (path, x), rows in zip(leaves, jax.tree.leaves(window), strict=True):
-        sharded = tuple(name for name in axes if name in varying(x))
-        free = {name: size for name, size in axes.items() if name not in sharded}
-        planned = split(x.shape, free)
-        if _names(planned) and rows.shape[1:] == local_shape(planned, x.shape):
-            used = (*_names(planned), *sharded)
-            found.append(Layout(planned, tuple(name for name in axes if name in used)))
-        elif rows.shape[1:] == x.shape:
-            is_shard = not knows and _names(planned)
-            found.append(Layout.local(x.ndim)._replace(summed=tuple(axes) if is_shard else sharded))
-        else:
-            raise ValueError(
-                f"state must hold rows of {x.shape} for leaf {jax.tree_util.keystr(path) or '()'} on each "
-                f"device, or of {local_shape(planned, x.shape)} split over {tuple(free)}, got "
-                f"{rows.shape[1:]}. Take the specs of the state from mfac_jax.state_shardings, and name in "
-                "axis_name all mesh axes that they use."
-            )
-    if not knows:
-        _check_told_apart(updates, found)
-    return found
-
-
-def _check_told_apart(updates: optax.Updates, found: Sequence[Layout]) -> None:
-    """Refuse a leaf that may be a shard or replicated, next to leaves that are shards."""
-    whole = [not _names(layout.split) for layout in found]
-    unknown = [i for i, layout in enumerate(found) if whole[i] and not layout.summed]
-    unknown = [i for i in unknown if jax.tree.leaves(updates)[i].size]
-    if unknown and (all(whole) or any(layout.summed for i, layout in enumerate(found) if whole[i])):
-        path = jax.tree_util.tree_leaves_with_path(updates)[unknown[0]][0]
-        raise ValueError(
-            f"leaf {jax.tree_util.keystr(path) or '()'} may be a shard or replicated, and without "
-            "check_vma that cannot be told. Use jax.shard_map with check_vma=True, its default."
-        )
-
-
-def own_part(x: jax.Array, rows: jax.Array, split: Split) -> jax.Array:
-    """The part of a parameter's array that this device's part of the window leaf belongs to."""
-    explicit = explicit_sharding(rows)
-    if explicit is not None:
-        return jax.reshard(x, without_rows(explicit))
-    for axis, names in enumerate(split):
-        if names:
-            length = x.shape[axis] // lax.axis_size(names)
-            x = lax.dynamic_slice_in_dim(x, lax.axis_index(names) * length, length, axis)
-    return x
-
-
-def whole(y: jax.Array, like: jax.Array, split: Split) -> jax.Array:
-    """An array like the parameter's from all devices' parts."""
-    explicit = explicit_sharding(like)
-    if explicit is not None:
-        return jax.reshard(y, explicit)
-    for axis, names in enumerate(split):
-        if names:
-            to = "invarying" if varying(y) else "varying"
-            y = lax.all_gather(y, names, axis=axis, tiled=True, to=to)
-    return y
 
 
 def explicit_sharding(x: jax.Array) -> NamedSharding | None:

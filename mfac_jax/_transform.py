@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mfac_jax import _gram, _metric, _sharding, _step_length, _tree, _validation, _window
-from mfac_jax._sharding import AxisName
+from mfac_jax import _gram, _layout, _metric, _sharding, _step_length, _tree, _validation, _window
+from mfac_jax._layout import AxisName
 from mfac_jax._window import Blocks
 
 Normalization = Literal["window", "count"]
@@ -136,9 +136,9 @@ def scale_by_mfac(
         is taken as a shard, and its inner products are added up over it: one sum of m numbers for all
         leaves spread alike. The window of a leaf that does not vary is split over the axis as
         `state_shardings` says, and its update gathered; gradients must then be equal along it
-        (`jax.lax.pmean`). With `check_vma=False`, and in pmap, types do not tell: there all leaves must be
-        shards over all the axes, or `init` has to run inside, for leaves that are all replicated. A refused
-        gradient is seen by every device in `grads_rejected`, and in the updates where its bad entry is.
+        (`jax.lax.pmean`). In pmap, and with `check_vma=False`, types do not tell: there all parameters
+        must be replicated, and `init` has to run inside, with the same `axis_name`. A refused gradient is
+        seen by every device in `grads_rejected`, and in the updates where its bad entry is.
       host_chunk: None: the window is in memory of the device. An integer >= 1: it is in pinned memory of
         the host, and comes to the device that many rows of a leaf at a time; num_grads need not be a
         multiple. A step then takes on the device, in place of num_grads copies of the parameters,
@@ -203,11 +203,9 @@ def scale_by_mfac(
         _validation.check_params(params)
         num_blocks = _window.number_of_blocks(_window.block_of_leaf(params, blocks))
         dtype, zeros = _tree.accumulation_dtype(params), _sharding.zeros_like_params(params)
-        window = _sharding.empty_rows(params, storage, axis_name, num_grads, host_chunk is not None)
+        window = _layout.empty_rows(params, storage, axis_name, num_grads, host_chunk is not None)
         is_diagonal = metric == "diagonal"
-        second_moment = (
-            _sharding.empty_rows(params, dtype, axis_name) if is_diagonal else optax.EmptyState()
-        )
+        second_moment = _layout.empty_rows(params, dtype, axis_name) if is_diagonal else optax.EmptyState()
         return ScaleByMFACState(
             grads_seen=zeros((), jnp.int32),
             grads_rejected=zeros((), jnp.int32),
@@ -259,6 +257,7 @@ def scale_by_mfac(
         del params, extra_args
         _validation.check_metric(metric, state.second_moment)
         layouts = _window.layouts("updates", updates, state.window, axis_name)
+        _layout.check_named(updates, state.gram, axis_name)
         _validation.check_memory(state.window, host_chunk)
         block_of_leaf = _window.block_of_leaf(updates, blocks)
         _validation.check_sizes(state.gram, _window.number_of_blocks(block_of_leaf), num_grads)
@@ -266,7 +265,7 @@ def scale_by_mfac(
 
         # What is not finite becomes NaN, and a NaN anywhere in the gradient makes all products NaN: so
         # every device learns of it without a word more, and the row is written after it was read.
-        x = _window.map_leaves(_sharding.own_part, layouts, updates, state.window)
+        x = _window.map_leaves(_layout.own_part, layouts, updates, state.window)
         second_moment, scale = state.second_moment, None
         if metric == "diagonal":
             second_moment = _metric.average(state.second_moment, x)
@@ -286,7 +285,7 @@ def scale_by_mfac(
         )
         if scale is not None:
             preconditioned = jax.tree.map(_tree.scaled, preconditioned, scale)
-        preconditioned = _window.map_leaves(_sharding.whole, layouts, preconditioned, updates)
+        preconditioned = _window.map_leaves(_layout.whole, layouts, preconditioned, updates)
         updates = jax.tree.map(
             lambda x, u: jnp.where(finite, _tree.narrow(u, x.dtype), x), updates, preconditioned
         )
@@ -373,7 +372,7 @@ def ihvp(
             f"{_window.number_of_blocks(block_of_leaf)}. Pass the value of blocks given to scale_by_mfac."
         )
     damping = _damping_at(damping, state.grads_seen, gram.dtype)
-    x = _window.map_leaves(_sharding.own_part, layouts, tree, state.window)
+    x = _window.map_leaves(_layout.own_part, layouts, tree, state.window)
     coefficients = _gram.outside_inverse_power(
         gram,
         damping,
@@ -382,7 +381,7 @@ def ihvp(
         _window.products(state.window, x, block_of_leaf, layouts, state.coefficients),
     )
     inside = _window.combine(coefficients, state.window, block_of_leaf)
-    inside = _window.map_leaves(_sharding.whole, layouts, inside, tree)
+    inside = _window.map_leaves(_layout.whole, layouts, inside, tree)
     outside = damping**-power
     return jax.tree.map(lambda x, y: _tree.narrow(outside * x.astype(y.dtype) + y, x.dtype), tree, inside)
 

@@ -103,7 +103,7 @@ def _check_floating(name: str, path, leaf) -> None:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"{name} must be real floating-point arrays, but {_leaf_name(path)} is "
+            f"{name} must be real floating-point arrays, but {leaf_name(path)} is "
             f"{dtype or type(leaf).__name__}. Leave it out with optax.masked or optax.partition, or "
             "convert it (a complex array into two real ones, a Python number with jnp.asarray)."
         )
@@ -114,7 +114,7 @@ def check_tree(name: str, tree: optax.Updates, window: optax.Params) -> None:
     leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
     expected = dict(jax.tree_util.tree_leaves_with_path(window))
     if jax.tree.structure(tree) != jax.tree.structure(window):
-        differing = [_leaf_name(p) for p in [*leaves, *expected] if (p in leaves) != (p in expected)]
+        differing = [leaf_name(p) for p in [*leaves, *expected] if (p in leaves) != (p in expected)]
         found = f"but {differing[0]} is only in one of the two" if differing else "but its nodes differ"
         raise ValueError(
             f"{name} must have the tree of the parameters given to init, {found}. Call init again with the "
@@ -130,7 +130,7 @@ def check_shapes(name: str, tree: optax.Updates, window: optax.Params) -> None:
     for (path, leaf), rows in zip(leaves, jax.tree.leaves(window), strict=True):
         if leaf.shape != rows.shape[1:]:
             raise ValueError(
-                f"{name} must have the shapes of the parameters given to init, but {_leaf_name(path)} is "
+                f"{name} must have the shapes of the parameters given to init, but {leaf_name(path)} is "
                 f"{leaf.shape} and was {rows.shape[1:]}. Call init again with the new parameters."
             )
 
@@ -191,5 +191,6 @@ def check_sizes(gram: jax.Array, num_blocks: int, num_grads: int) -> None:
         )
 
 
-def _leaf_name(path) -> str:
+def leaf_name(path) -> str:
+    """What messages call the leaf at a key path."""
     return f"leaf {jax.tree_util.keystr(path) or '()'}"

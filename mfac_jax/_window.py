@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mfac_jax import _sharding, _tree, _validation
-from mfac_jax._sharding import AxisName, Layout
+from mfac_jax import _layout, _tree, _validation
+from mfac_jax._layout import AxisName, Layout
 
 Blocks = Literal["leaf"] | Callable[[jax.tree_util.KeyPath], Hashable] | None
 
@@ -35,8 +35,8 @@ def layouts(name: str, tree: optax.Params, window: optax.Params, axis_name: Axis
     if axis_name is None:
         _validation.check_shapes(name, tree, window)
         return [Layout.local(x.ndim) for x in jax.tree.leaves(tree)]
-    _sharding.check_bound(axis_name)
-    return _sharding.layouts(tree, window, axis_name)
+    _layout.check_bound(axis_name)
+    return _layout.layouts(tree, window, axis_name)
 
 
 def map_leaves(
@@ -92,7 +92,7 @@ def combine(
     combined = []
     for block, leaf in zip(block_of_leaf, rows, strict=True):
         y = _tree.combine(coefficients[block], leaf, host_chunk)
-        if not _sharding.varying(y):
+        if not _layout.varying(y):
             y, coefficients = lax.optimization_barrier((y, coefficients))
         combined.append(y)
     return jax.tree.unflatten(structure, combined)

@@ -92,17 +92,35 @@ def test_two_processes_are_one(text, tmp_path):
     assert_same_run(two, one)
 
 
-def test_hosts_with_different_flags_are_refused_on_each(text, tmp_path, capfd):
+def on_two_hosts(argv: list[str], *own: list[str], folders: tuple[Path, Path]) -> list[subprocess.Popen]:
+    """The script on two hosts, each with flags and a working directory of its own."""
     shared = ["--coordinator", f"127.0.0.1:{launch_local.free_port()}", "--num-processes", "2"]
-    children = [
+    return [
         subprocess.Popen(
-            [sys.executable, SCRIPT, *arguments(text, tmp_path), *shared, "--process-id", str(i), *own],
+            [sys.executable, SCRIPT, *argv, *shared, "--process-id", str(i), *flags],
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            cwd=folder,
         )
-        for i, own in enumerate((["--width", "32"], ["--width", "none"]))
+        for i, (flags, folder) in enumerate(zip(own, folders, strict=True))
     ]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ((["--width", "32"], ["--width", "none"]), "all hosts must have the same flags, got"),
+        ((["--text", "words.txt"],) * 2, "all hosts must have the same text and versions, got"),
+        ((["--checkpoint-dir", "runs"],) * 2, "all hosts must have the same --checkpoint-dir, got"),
+    ],
+)
+def test_hosts_that_do_not_agree_are_refused_on_each(text, tmp_path, capfd, own, message):
+    folders = (tmp_path / "one", tmp_path / "two")
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "words.txt").write_bytes(text.read_bytes())
+    children = on_two_hosts(arguments(text, tmp_path / "runs"), *own, folders=folders)
     assert [child.wait(timeout=120) for child in children] == [2, 2]
-    assert capfd.readouterr().err.count("all hosts must have the same flags, got") == 2
+    assert capfd.readouterr().err.count(message) == 2
 
 
 @pytest.mark.parametrize(
@@ -115,6 +133,9 @@ def test_hosts_with_different_flags_are_refused_on_each(text, tmp_path, capfd):
         ("--context 1000", r"the text must have 20 times --context characters, got"),
         ("--text no-such-file", r"cannot read the text"),
         ("--coordinator here:1", r"--coordinator HOST:PORT needs --num-processes and --process-id"),
+        ("--num-processes 2 --process-id 0", r"need --coordinator HOST:PORT, got None"),
+        ("--rate nan", r"--rate must be above 0 and --seed at least 0, got nan and 0"),
+        ("--seed -1", r"got 0.003 and -1"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused_before_anything_is_compiled(
@@ -126,12 +147,12 @@ def test_flags_that_do_not_fit_are_refused_before_anything_is_compiled(
 
 
 def test_a_finished_run_is_reported_again_and_not_continued_with_other_settings(text, tmp_path, capsys):
-    argv = arguments(text, tmp_path, "--steps", "2")
+    argv = arguments(text, tmp_path, "--steps", "1")
     train_pod.main(argv)
     first = capsys.readouterr().out.splitlines()
     train_pod.main([*argv, "--fsdp", "4", "--tensor", "2"])
     again = capsys.readouterr().out.splitlines()
-    assert "Continues after step 2." in again
+    assert "Continues after step 1." in again
     assert first[-1] == again[-1]
     with pytest.raises(SystemExit, match="2"):
         train_pod.main([*argv, "--num-grads", "9"])

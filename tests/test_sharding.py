@@ -1,7 +1,8 @@
 """The same steps on a mesh of eight devices, in every mode, as on one device; where the state lies."""
 
 import functools
-import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,10 @@ from flax import nnx
 from flax.linen import spmd
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mfac_jax import mfac, scale_by_mfac, state_shardings
+from mfac_jax import _sharding, mfac, scale_by_mfac, state_shardings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import compiled_update
 
 P = PartitionSpec
 NUM_GRADS, STEPS = 16, 20
@@ -231,22 +235,6 @@ def test_momentum_of_updates_skips_a_gradient_that_is_bad_on_another_device():
 
 # The compiled programs.
 
-SIZES = {"f32": 4, "pred": 1, "s32": 4, "bf16": 2, "u32": 4, "u16": 2}
-COLLECTIVE = re.compile(
-    r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-
-
-def collectives(compiled) -> list[tuple[str, int]]:
-    """Every collective of a program with the bytes of its result."""
-    found = []
-    for shapes, operation in COLLECTIVE.findall(compiled.as_text()):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        lengths = [[int(n) for n in dims.split(",") if n] for _, dims in arrays]
-        size = sum(SIZES[dtype] * int(np.prod(n)) for (dtype, _), n in zip(arrays, lengths, strict=True))
-        found.append((operation, size))
-    return found
-
 
 def compile_on_mesh(tx, placement: str, mode: str):
     """A compiled update, and the bytes of the state on one device."""
@@ -272,17 +260,17 @@ def compile_on_mesh(tx, placement: str, mode: str):
 def test_only_products_are_added_up_and_only_split_updates_gathered(placement, mode):
     tx = TRANSFORMS["default"](axis_name=AXES if mode == "shard_map" else None)
     compiled, held = compile_on_mesh(tx, placement, mode)
-    found = collectives(compiled)
-    assert {operation for operation, _ in found} <= {"all-reduce", "all-gather"}
-    reduced = sum(size for operation, size in found if operation == "all-reduce")
+    found = compiled_update.collectives(compiled.as_text())
+    assert set(found) <= {"all-reduce", "all-gather"}
+    reduced = found.get("all-reduce", [0, 0])[1]
     if mode == "shard_map":
         assert reduced == 4 * NUM_GRADS
     else:
         # A leaf that is spread over two mesh axes is added up over one after the other on CPU.
         two_stages = sum(len([e for e in spec if e]) > 1 for spec in SPECS[placement].values())
         two_stages += {"replicated": 0, "sharded": 0, "mixed": 2}[placement]
-        assert reduced <= (len(SHAPES) + two_stages) * (NUM_GRADS + 1) * 4
-    gathered = sum(size for operation, size in found if operation == "all-gather")
+        assert reduced <= (len(SHAPES) + two_stages) * NUM_GRADS * 4 + 4 * two_stages
+    gathered = found.get("all-gather", [0, 0])[1]
     updates = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
     assert gathered <= 1.5 * updates  # over two axes one after the other
     assert compiled.memory_analysis().alias_size_in_bytes == held
@@ -455,9 +443,12 @@ def test_a_window_split_over_an_axis_that_is_not_named_is_refused():
         update(jnp.ones(8), tx.init(jnp.ones(8)))
 
 
-def test_without_check_vma_what_cannot_be_told_is_refused():
+MAY_BE_A_SHARD = r"leaf \[?.* may be a shard or replicated.*run init inside.*check_vma=True"
+
+
+def test_without_check_vma_what_may_be_a_shard_is_refused():
     mesh = make_mesh(AxisType.Auto, ("x",), (8,))
-    tx = scale_by_mfac(4, axis_name="x")
+    tx: Any = scale_by_mfac(4, axis_name="x")
     params = {"shard": jnp.ones((64, 3)), "odd": jnp.ones(3)}
     specs, state = {"shard": P("x"), "odd": P()}, tx.init(params)
     shardings = state_shardings(
@@ -465,19 +456,119 @@ def test_without_check_vma_what_cannot_be_told_is_refused():
     )
     state_specs = jax.tree.map(lambda s: s.spec, shardings)
     options = {"mesh": mesh, "in_specs": (specs, state_specs), "out_specs": (specs, state_specs)}
-    with pytest.raises(ValueError, match=r"leaf \['odd'\] may be a shard or replicated"):
+    with pytest.raises(ValueError, match=MAY_BE_A_SHARD):
         jax.shard_map(tx.update, check_vma=False, **options)(params, state)
     jax.shard_map(tx.update, **options)(params, state)
 
 
-def test_without_check_vma_shards_are_added_up():
-    mesh = make_mesh(AxisType.Auto, ("x",), (8,))
-    tx, params = scale_by_mfac(4, axis_name="x"), jnp.arange(64.0).reshape(64, 1)
-    state = tx.init(params)
-    specs = jax.tree.map(lambda x: P(None, "x") if x.ndim == 3 and x.shape[1] == 64 else P(), state)
+def test_without_check_vma_a_shard_whose_window_is_split_further_is_refused():
+    mesh = make_mesh(AxisType.Auto)
+    tx: Any = scale_by_mfac(4, axis_name=AXES)
+    params, sharding = jnp.ones((8, 5)), NamedSharding(mesh, P("x"))
+    specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, params, sharding))
     update = jax.shard_map(
         tx.update, mesh=mesh, in_specs=(P("x"), specs), out_specs=(P("x"), specs), check_vma=False
     )
-    updates: Any = update(params, state)[0]
-    expected: Any = scale_by_mfac(4).update(params, scale_by_mfac(4).init(params))[0]
-    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=MAY_BE_A_SHARD):
+        update(params, tx.init(params))
+
+
+def test_inside_of_pmap_a_state_from_outside_is_refused():
+    tx: Any = scale_by_mfac(4, axis_name="i")
+    params = jnp.ones((8, 16, 3))
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *x.shape)), tx.init(params[0]))
+    with pytest.raises(ValueError, match=MAY_BE_A_SHARD):
+        jax.pmap(tx.update, axis_name="i")(params, state)
+
+
+def test_on_one_device_all_modes_run():
+    device, params = jax.devices()[:1], {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    tx: Any = scale_by_mfac(4, axis_name="i")
+    expected = scale_by_mfac(4).update(params, scale_by_mfac(4).init(params))[0]
+    stacked = jax.tree.map(lambda p: p[None], params)
+    state = jax.pmap(tx.init, axis_name="i", devices=device)(stacked)
+    updates, _ = jax.pmap(tx.update, axis_name="i", devices=device)(stacked, state)
+    assert relative_error(updates, expected) < 1e-6
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,), devices=device)
+    for check_vma in (True, False):
+        options: dict[str, Any] = {"mesh": mesh, "out_specs": P(), "check_vma": check_vma}
+        update = jax.shard_map(lambda p: tx.update(p, tx.init(p))[0], in_specs=P(), **options)
+        assert relative_error(update(params), expected) < 1e-6
+
+
+def test_gradients_that_were_not_averaged_are_refused():
+    mesh = make_mesh(AxisType.Auto, ("x",), (8,))
+    tx: Any = scale_by_mfac(4, axis_name="x")
+    params = {"w": jnp.ones((32, 3))}
+    specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, params, NamedSharding(mesh, P())))
+
+    def update(grads, state):
+        return tx.update(jax.tree.map(lambda g: g * jax.lax.axis_index("x"), grads), state)
+
+    update = jax.shard_map(update, mesh=mesh, in_specs=(P(), specs), out_specs=(P(), specs))
+    with pytest.raises(ValueError, match=r"leaf \['w'\] differs along \('x',\). Average it before"):
+        update(params, tx.init(params))
+
+
+def test_shards_along_an_axis_without_a_name_are_refused():
+    mesh = make_mesh(AxisType.Auto, ("x",), (8,))
+    tx: Any = scale_by_mfac(4)
+    params = {"w": jnp.ones((32, 3))}
+    specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, params, NamedSharding(mesh, P("x"))))
+    options: dict[str, Any] = {"in_specs": (P("x"), specs), "out_specs": (P("x"), specs)}
+    with pytest.raises(ValueError, match=r"leaf \['w'\] varies along \('x',\) and axis_name is None"):
+        jax.shard_map(tx.update, mesh=mesh, **options)(params, tx.init(params))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        ((8, 16), {"x": 8}, (("x",), ())),  # the last axis only where there is no other
+        ((4, 8, 64), {"x": 4}, ((), ("x",), ())),  # the longest of the others
+        ((3, 16), {"x": 8}, ((), ("x",))),
+        ((16,), {"x": 4, "y": 2}, (("x", "y"),)),  # all together
+        ((4, 6), {"x": 2, "y": 4}, (("y",), ("x",))),  # one after the other, the largest first
+        ((9, 4, 3), {"x": 4, "y": 3}, (("y",), ("x",), ())),
+        ((5, 3), {"x": 2}, ((), ())),
+        ((8, 3), {"x": 1}, ((), ())),
+        ((0, 8), {"x": 8}, ((), ())),
+        ((), {"x": 8}, ()),
+    ],
+)
+def test_the_policy(shape, axes, expected):
+    assert _sharding.split(shape, axes) == expected
+
+
+def test_of_a_mesh_with_explicit_and_automatic_axes_the_window_uses_the_former():
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(AxisType.Explicit, AxisType.Auto))
+    tx: Any = scale_by_mfac(4)
+    params: Any = jax.device_put({"w": jnp.ones((8, 16))}, NamedSharding(mesh, P()))
+    state = tx.init(params)
+    assert state.window["w"].sharding.spec == P(None, "x", None)
+    updates, state = jax.jit(tx.update, donate_argnums=1)(params, state)
+    assert state.window["w"].sharding.spec == P(None, "x", None)
+    alone = jax.device_put(params, jax.devices()[0])
+    assert relative_error(updates, tx.update(alone, tx.init(alone))[0]) < 1e-6
+
+
+def test_a_leaf_without_entries_keeps_its_sharding():
+    mesh = make_mesh(AxisType.Auto, ("x",), (8,))
+    tx: Any = scale_by_mfac(4, axis_name="x")
+    params = {"w": jnp.ones((8, 2)), "none": jnp.ones((0, 8))}
+    shardings = state_shardings(tx, params, NamedSharding(mesh, P()))
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    update = jax.jit(jax.shard_map(tx.update, mesh=mesh, in_specs=(P(), specs), out_specs=(P(), specs)))
+    assert_sharded_as(update(params, state)[1], shardings)
+
+
+def test_state_shardings_without_parameters_and_of_python_numbers():
+    mesh = make_mesh(AxisType.Auto)
+    for params in ({}, {"w": 1.0}):
+        shardings = state_shardings(mfac(0.1, 4), params, NamedSharding(mesh, P()))
+        assert optax.tree.get(shardings, "gram").mesh == mesh
+    with pytest.raises(ValueError, match="for what is replicated"):
+        state_shardings(mfac(0.1, 4), {"w": jnp.ones(2)}, {"w": None})
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        shardings = state_shardings(mfac(0.1, 4), {"w": jnp.ones((8, 2))}, P())
+        assert optax.tree.get(shardings, "window")["w"].spec == P(None, ("x", "y"), None)

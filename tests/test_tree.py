@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mfac_jax import _sharding, _tree
+from mfac_jax import _layout, _tree
 
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
 
 
 def empty_window(num_grads: int, params: Any) -> Any:
-    return _sharding.empty_rows(params, None, None, num_grads)
+    return _layout.empty_rows(params, None, None, num_grads)
 
 
 def as_row(updates: Any, window: Any) -> Any:
