@@ -143,8 +143,8 @@ def check_named(updates: optax.Updates, gram: jax.Array, axis_name: AxisName) ->
         if unnamed:
             raise ValueError(
                 f"axis_name must name the mesh axes that updates are spread over, but {leaf_name(path)} "
-                f"varies along {unnamed} and axis_name is {axis_name!r}. Pass them to axis_name, or average "
-                "the updates over them."
+                f"varies along {unnamed} and axis_name is {axis_name!r}. Pass them to axis_name, or "
+                "average the updates over them."
             )
 
 
