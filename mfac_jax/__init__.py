@@ -4,7 +4,9 @@ from mfac_jax._alias import mfac as mfac
 from mfac_jax._diagnostics import Diagnostics as Diagnostics
 from mfac_jax._diagnostics import DiagnosticsLog as DiagnosticsLog
 from mfac_jax._diagnostics import diagnostics as diagnostics
+from mfac_jax._gradients import collect_gradients as collect_gradients
 from mfac_jax._sharding import state_shardings as state_shardings
+from mfac_jax._static import FisherInverse as FisherInverse
 from mfac_jax._transform import ScaleByMFACState as ScaleByMFACState
 from mfac_jax._transform import ihvp as ihvp
 from mfac_jax._transform import scale_by_mfac as scale_by_mfac

@@ -135,12 +135,7 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     When gradients repeat and the shift is small against their squared norm, Cholesky breaks down, or
     its result is rounding noise. A jitter then takes the shift's place.
     """
-    system = gram + shift[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
-    _, exponent = jnp.frexp(jnp.diagonal(system, axis1=-2, axis2=-1))
-    # Powers of two bring the diagonal near one without rounding, whatever the gradients' norms.
-    scale = jnp.ldexp(jnp.ones_like(rhs), -(exponent // 2))
-    system = system * scale[..., :, None] * scale[..., None, :]
-
+    system, scale = _balanced(gram, shift)
     factor = _cholesky(system)
     # The solve stands outside of the conditional: inside, XLA copies the factor into both branches.
     solution = _cholesky_solve(factor, scale * rhs)
@@ -154,6 +149,29 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
         return jnp.where(good, solution, jittered)
 
     return lax.cond(jnp.all(good), lambda: solution, with_jitter)
+
+
+def inverse_root(gram: jax.Array, shift: jax.Array) -> jax.Array:
+    """A `(blocks, m, m)` with A^T A = (K + shift I)^-1, as finite as `_solve`."""
+    system, scale = _balanced(gram, jnp.broadcast_to(shift, (len(gram), 1)))
+    factor = _cholesky(system)
+    good = _is_sound(factor)
+    factor = lax.cond(
+        jnp.all(good),
+        lambda: factor,
+        lambda: jnp.where(good[..., None], factor, _jittered_cholesky(system)),
+    )
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return jax.scipy.linalg.solve_triangular(factor, identity, lower=True) * scale[..., None, :]
+
+
+def _balanced(gram: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """S (K + shift I) S and the diagonal of S, powers of two that bring the diagonal near one exactly."""
+    system = gram + shift[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
+    diagonal = jnp.diagonal(system, axis1=-2, axis2=-1)
+    _, exponent = jnp.frexp(diagonal)
+    scale = jnp.ldexp(jnp.ones_like(diagonal), -(exponent // 2))
+    return system * scale[..., :, None] * scale[..., None, :], scale
 
 
 def _keeps_digits(gram: jax.Array, rhs: jax.Array, solution: jax.Array) -> jax.Array:

@@ -23,6 +23,8 @@ from mfac_jax import _memory, _sharding
 # grows with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at
 # 10 M. Multiply-and-sum adds in partial sums (1e-6 at 10 M) and takes 1.1 to 1.5 times as long.
 _MAX_DOT_COLUMNS = 300_000
+_GRAM_COLUMNS = 2**14  # of a product of matrices on CPU: a chunk of 256 rows is 16 MiB
+_ROWS_AT_A_TIME = 8  # of a sum over rows: XLA for CPU takes 30 times as long for all of them at once
 _CHUNK_ENTRIES = 2**21  # of a bfloat16 window that are float32 at a time on CPU: 8 MiB
 
 
@@ -135,6 +137,54 @@ def combine(coefficients: jax.Array, rows: jax.Array, host_chunk: int | None = N
     # For a product XLA for TPU may copy the window into another layout (TPU7x, 512 rows on a device).
     cpu = _combine_bfloat16 if _is_large_bfloat16(rows) else contracted
     return lax.platform_dependent(coefficients, rows, cpu=cpu, tpu=summed, default=contracted)
+
+
+def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`(m, m)` inner products of the rows `(m, *shape)` with each other."""
+
+    def contracted(rows):
+        axes = tuple(range(1, rows.ndim))
+        rows = rows.astype(dtype)
+        return _dot_general(rows, rows, (axes, axes), PartitionSpec(None, None))
+
+    if math.prod(rows.shape[1:]) <= _GRAM_COLUMNS:
+        return contracted(rows)
+    return lax.platform_dependent(
+        rows, cpu=functools.partial(_gram_in_chunks, dtype=dtype), default=contracted
+    )
+
+
+def _gram_in_chunks(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """As `gram`, for some columns at a time: on CPU twice as fast, and with smaller rounding errors."""
+    flat = rows.reshape(len(rows), -1)
+    chunks, rest = divmod(flat.shape[1], _GRAM_COLUMNS)
+
+    def product(columns):
+        columns = columns.astype(dtype)
+        return jnp.matmul(columns, columns.T, precision=lax.Precision.HIGHEST)
+
+    def add(i, total):
+        return total + product(lax.dynamic_slice_in_dim(flat, i * _GRAM_COLUMNS, _GRAM_COLUMNS, 1))
+
+    return lax.fori_loop(0, chunks, add, product(flat[:, flat.shape[1] - rest :]))
+
+
+def mix(matrix: jax.Array, rows: jax.Array) -> jax.Array:
+    """`matrix` `(k, m)` times the rows `(m, *shape)`: `(k, *shape)`."""
+    spec = PartitionSpec(None, *jax.typeof(rows).sharding.spec[1:])
+    return _dot_general(matrix, rows.astype(matrix.dtype), ((1,), (0,)), spec)
+
+
+def column_squares(rows: jax.Array) -> jax.Array:
+    """The sums of the squares over the rows `(m, *shape)`: `(*shape)`."""
+    length = min(len(rows), _ROWS_AT_A_TIME)
+    chunks, rest = divmod(len(rows), length)
+
+    def add(i, total):
+        some = lax.dynamic_slice_in_dim(rows, i * length, length)
+        return total + jnp.sum(jnp.square(some), axis=0)
+
+    return lax.fori_loop(0, chunks, add, jnp.sum(jnp.square(rows[len(rows) - rest :]), axis=0))
 
 
 def _is_large_bfloat16(rows: jax.Array) -> bool:
