@@ -28,7 +28,15 @@ def test_docstring_examples_run(name):
 
 
 def test_every_public_function_has_a_docstring_example():
-    for name in ("scale_by_mfac", "mfac", "ihvp", "state_shardings", "diagnostics", "DiagnosticsLog", *STATIC):
+    for name in (
+        "scale_by_mfac",
+        "mfac",
+        "ihvp",
+        "state_shardings",
+        "diagnostics",
+        "DiagnosticsLog",
+        *STATIC,
+    ):
         assert ">>>" in getattr(mfac_jax, name).__doc__
 
 
