@@ -97,7 +97,7 @@ def by_kind(path) -> str:
     return "vectors" if jax.tree_util.keystr(path[-1:]) in ("['bias']", "['scale']") else "rest"
 
 
-@pytest.mark.parametrize("blocks", [None, "leaf", by_kind, 50], ids=str)
+@pytest.mark.parametrize("blocks", [None, "leaf", by_kind, 50], ids=["one", "leaf", "label", "50"])
 def test_trees_of_leaves_are_one_matrix(blocks):
     grads = resnet_gradients(24)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
