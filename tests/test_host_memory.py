@@ -10,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training_runs import correlated_gradients, relative_error, train_step
 
 from mfac_jax import diagnostics, ihvp, mfac, scale_by_mfac, state_shardings
 
@@ -17,20 +18,8 @@ P = PartitionSpec
 NUM_GRADS, STEPS = 8, 20
 SHAPES = {"kernel": (128, 256), "conv": (8, 8, 128), "bias": (128,), "odd": (5, 3), "scale": ()}
 ON_HOST = {"kernel", "conv"}  # the others cannot be written there on TPUs
+GRADIENTS = correlated_gradients(SHAPES, STEPS, refused="conv")
 SPECS = {"kernel": P(None, "x"), "conv": P(), "bias": P(), "odd": P(), "scale": P()}
-
-
-@functools.cache
-def gradients() -> list[dict[str, np.ndarray]]:
-    """Correlated gradients; the fifth is refused."""
-    random = np.random.default_rng(0)
-    common = {name: random.standard_normal(shape) for name, shape in SHAPES.items()}
-    stream = [
-        {name: (c + random.standard_normal(c.shape)).astype(np.float32) for name, c in common.items()}
-        for _ in range(STEPS)
-    ]
-    stream[4]["conv"][1, 2, 3] = np.nan
-    return stream
 
 
 def start():
@@ -41,19 +30,10 @@ def start():
     )
 
 
-def train_step(tx, params, state, grads):
-    """A step that leaves the parameters where the gradient is refused."""
-    rejected = optax.tree.get(state, "grads_rejected")
-    updates, state = tx.update(grads, state, params)
-    accepted = optax.tree.get(state, "grads_rejected") == rejected
-    moved = optax.apply_updates(params, updates)
-    return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), moved, params), state
-
-
 def train(tx, params, state):
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     step: Any = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1), out_shardings=shardings)
-    for grads in gradients():
+    for grads in GRADIENTS:
         params, state = step(params, state, grads)
         assert_window_on_host(state)
     assert step._cache_size() == 1
@@ -65,7 +45,7 @@ def in_device_memory(storage):
     tx = mfac(0.01, NUM_GRADS, storage=storage)
     params, state = start(), tx.init(start())
     step: Any = jax.jit(functools.partial(train_step, tx))
-    for grads in gradients():
+    for grads in GRADIENTS:
         params, state = step(params, state, grads)
     return jax.device_get((params, state))
 
@@ -76,14 +56,6 @@ def assert_window_on_host(state, on_host=frozenset(ON_HOST)) -> None:
         names = jax.tree_util.keystr(path)
         expected = "window" in names and any(repr(name) in names for name in on_host)
         assert leaf.sharding.memory_kind == ("pinned_host" if expected else "device"), names
-
-
-def relative_error(tree, expected) -> float:
-    flat, expected = (
-        np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(t)])
-        for t in (tree, expected)
-    )
-    return float(np.linalg.norm(flat - expected) / np.linalg.norm(expected))
 
 
 def assert_equal_to_device_memory(params, state, storage=None) -> None:
@@ -110,7 +82,7 @@ def test_steps_are_those_of_device_memory(host_chunk, storage):
 
 def test_a_scan_over_steps_is_the_same():
     tx = mfac(0.01, NUM_GRADS, host_chunk=3)
-    stacked = jax.tree.map(lambda *x: np.stack(x), *gradients())
+    stacked = jax.tree.map(lambda *x: np.stack(x), *GRADIENTS)
 
     def train_all(params, state):
         def step(carry, grads):
@@ -142,7 +114,7 @@ def test_on_a_mesh_each_device_streams_its_shard(axis_type):
     step: Any = jax.jit(
         functools.partial(train_step, tx), donate_argnums=(0, 1), out_shardings=(param_shardings, shardings)
     )
-    for grads in gradients():
+    for grads in GRADIENTS:
         params, state = step(params, state, jax.device_put(grads, param_shardings))
         assert [x.sharding for x in jax.tree.leaves(state)] == jax.tree.leaves(shardings)
     assert step._cache_size() == 1
@@ -160,7 +132,7 @@ def test_in_shard_map_each_device_streams_its_shard():
     step: Any = functools.partial(train_step, tx)
     step = jax.shard_map(step, mesh=param_shardings["kernel"].mesh, in_specs=in_specs, out_specs=out_specs)
     step = jax.jit(step, donate_argnums=(0, 1))
-    for grads in gradients():
+    for grads in GRADIENTS:
         params, state = step(params, state, jax.device_put(grads, param_shardings))
         assert_window_on_host(state)
     assert_equal_to_device_memory(params, state)
@@ -187,7 +159,7 @@ def test_outside_of_jit_with_products_with_the_fisher_inverse_and_diagnostics():
     tx, other = scale_by_mfac(4, host_chunk=3), scale_by_mfac(4)
     state: Any = tx.init(start())
     expected: Any = other.init(start())
-    for grads in gradients()[:2]:
+    for grads in GRADIENTS[:2]:
         _, state = tx.update(grads, state)
         _, expected = other.update(grads, expected)
     assert_window_on_host(state)
@@ -203,7 +175,7 @@ def test_a_checkpoint_is_restored_to_the_host(tmp_path, args):
     tx, params = scale_by_mfac(4, host_chunk=3), start()
     shardings = state_shardings(tx, params, NamedSharding(jax.make_mesh((1,), ("x",)), P()))
     state = jax.jit(tx.init, out_shardings=shardings)(params)
-    _, state = jax.jit(tx.update, out_shardings=(None, shardings))(gradients()[0], state)
+    _, state = jax.jit(tx.update, out_shardings=(None, shardings))(GRADIENTS[0], state)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         jax.eval_shape(tx.init, params),
@@ -222,7 +194,7 @@ def test_a_checkpoint_is_restored_to_the_host(tmp_path, args):
         restored: Any = manager.restore(0, args=asked)
     assert_window_on_host(restored)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-    jax.jit(tx.update)(gradients()[1], restored)
+    jax.jit(tx.update)(GRADIENTS[1], restored)
 
 
 def test_a_donated_state_is_updated_in_place_with_temporaries_of_chunks():

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from flax.linen import spmd
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from training_runs import correlated_gradients, relative_error, train_step
 
 from mfac_jax import _sharding, mfac, scale_by_mfac, state_shardings
 
@@ -62,33 +63,15 @@ CASES = [("default", placement) for placement in SPECS] + [(kind, "mixed") for k
 KINDS_AND_PLACEMENTS = pytest.mark.parametrize(("kind", "placement"), CASES)
 
 
+GRADIENTS = correlated_gradients(SHAPES, STEPS, refused="kernel")
+
+
 def make_mesh(axis_type: AxisType, names=("x", "y"), sizes=(4, 2)):
     return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(names))
 
 
-@functools.cache
-def gradients() -> list[dict[str, np.ndarray]]:
-    """Correlated gradients; the fifth is refused."""
-    random = np.random.default_rng(0)
-    common = {name: random.standard_normal(shape) for name, shape in SHAPES.items()}
-    stream = [
-        {name: (c + random.standard_normal(c.shape)).astype(np.float32) for name, c in common.items()}
-        for _ in range(STEPS)
-    ]
-    stream[4]["kernel"] = np.where(np.arange(16) == 3, np.nan, stream[4]["kernel"]).astype(np.float32)
-    return stream
-
-
 def start() -> dict[str, np.ndarray]:
     return {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
-
-
-def train_step(tx, params, state, grads):
-    """A step that leaves the parameters where the gradient is refused."""
-    updates, state = tx.update(grads, state, params)
-    finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)]))
-    moved = optax.apply_updates(params, updates)
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, params), state
 
 
 @functools.cache
@@ -96,17 +79,9 @@ def single_device(kind: str):
     tx = TRANSFORMS[kind]()
     params = jax.device_put(start(), jax.devices()[0])
     state, step = tx.init(params), jax.jit(functools.partial(train_step, tx))
-    for grads in gradients():
+    for grads in GRADIENTS:
         params, state = step(params, state, grads)
     return jax.device_get((params, state))
-
-
-def relative_error(tree, expected) -> float:
-    def flattened(tree):
-        return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
-
-    flat, expected = flattened(tree), flattened(expected)
-    return float(np.linalg.norm(flat - expected) / np.linalg.norm(expected))
 
 
 def check_equal_to_one_device(kind: str, params, state) -> None:
@@ -147,7 +122,7 @@ def test_under_jit_on_a_mesh_it_is_the_run_on_one_device(axis_type, placement, k
         donate_argnums=(0, 1),
         out_shardings=(param_shardings, shardings) if auto else None,
     )
-    for grads in gradients():
+    for grads in GRADIENTS:
         params, state = step(params, state, jax.device_put(grads, param_shardings))
         assert_sharded_as(params, param_shardings)
         assert_sharded_as(state, shardings)
@@ -171,20 +146,11 @@ def test_inside_of_shard_map_it_is_the_run_on_one_device(placement, kind, inside
     state = init(params)
     assert_sharded_as(state, shardings)
     in_specs, out_specs = (specs, state_specs, specs), (specs, state_specs)
-    step = jax.jit(mapped(functools.partial(manual_step, tx), in_specs=in_specs, out_specs=out_specs))
-    for grads in gradients():
+    step = jax.jit(mapped(functools.partial(train_step, tx), in_specs=in_specs, out_specs=out_specs))
+    for grads in GRADIENTS:
         params, state = step(params, state, jax.device_put(grads, param_shardings))
         assert_sharded_as(state, shardings)
     check_equal_to_one_device(kind, params, state)
-
-
-def manual_step(tx, params, state, grads):
-    """As `train_step`, but a device sees its own part of the updates alone."""
-    rejected = optax.tree.get(state, "grads_rejected")
-    updates, state = tx.update(grads, state, params)
-    finite = optax.tree.get(state, "grads_rejected") == rejected
-    moved = optax.apply_updates(params, updates)
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, params), state
 
 
 @pytest.mark.parametrize(
@@ -201,10 +167,10 @@ def test_inside_of_pmap_it_is_the_run_on_one_device(kind, axis_name):
     }
 
     def step(params, state, grads):
-        return manual_step(tx, params, state, jax.lax.pmean(grads, "i"))
+        return train_step(tx, params, state, jax.lax.pmean(grads, "i"))
 
     step = jax.pmap(step, axis_name="i", donate_argnums=(0, 1))
-    for grads in gradients():
+    for grads in GRADIENTS:
         grads = jax.tree.map(lambda g: np.broadcast_to(g, (8, *g.shape)), grads)
         params, state = step(params, state, grads)
     params, state = jax.device_get((params, state))
