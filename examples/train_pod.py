@@ -20,7 +20,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import comparison
@@ -303,14 +302,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     versions = f"jax {jax.__version__}, mfac_jax {mfac_jax.__version__}"
     check_agreement(parser, "text and versions", f"{text}, {versions}")
     check_shared(parser, args.checkpoint_dir)
+    if not content:
+        parser.error(source)
+    if len(content) < 20 * args.context:
+        parser.error(f"the text must have 20 times --context characters, got {len(content)}")
+    mesh = make_mesh(parser, args)
     try:
-        if not content:
-            raise wl.DataError(source)
-        if len(content) < 20 * args.context:
-            raise wl.DataError(f"the text must have 20 times --context characters, got {len(content)}")
-        mesh = make_mesh(parser, args)
         run = make_run(args, np.frombuffer(content, np.uint8), mesh)
-    except (ValueError, wl.DataError) as error:
+    except ValueError as error:
         parser.error(str(error))
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     settings["text"] = [len(content), zlib.crc32(content)]
@@ -377,8 +376,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--save-every", type=count, default=50, help="steps between two checkpoints")
     checkpoints = "out/pod"  # a str, which argparse checks as it checks what is typed
     add("--checkpoint-dir", type=shared_folder, default=checkpoints, help="folder or URL, of all hosts")
-    add("--data-dir", type=Path, help="folder of the text: its tinyshakespeare.txt, or else all its *.txt")
-    add("--text", type=Path, help="text file, in place of --data-dir")
+    train_text.add_text(parser)
     return parser
 
 

@@ -172,9 +172,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--width", type=count, default=96, help="features of a character")
     add("--heads", type=count, default=4, help="attention heads; must divide --width")
     add("--context", type=count, default=64, help="characters in a window")
+    add_text(parser)
+    return parser
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """The options that `read_text` takes."""
+    add = parser.add_argument
     add("--data-dir", type=Path, help="folder of the text: its tinyshakespeare.txt, or else all its *.txt")
     add("--text", type=Path, help="text file, in place of --data-dir")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -61,8 +61,9 @@ def collect_gradients(
         for batch in batches:
             size = min(len(jax.tree.leaves(batch)[0]), num_grads - count) if per_example else None
             stack = _put(stack, params, batch, count, loss_fn, size)
-            count += size or 1
-            bar.update(size or 1)
+            added = 1 if size is None else size
+            count += added
+            bar.update(added)
             if count == num_grads:
                 return stack
     raise ValueError(

@@ -193,6 +193,21 @@ def test_a_run_that_is_killed_time_and_again_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
+def test_hosts_that_are_about_to_be_taken_away_save_and_are_continued(text, tmp_path):
+    flags = ["--steps=3000", "--save-every=3000"]
+    cut, alone = (arguments(text, tmp_path / name, *flags) for name in ("cut", "alone"))
+    children = launch_local.start([SCRIPT, *cut], 2, 1)
+    while not (tmp_path / "cut" / "1").exists():  # the first step is always saved
+        time.sleep(0.01)
+    children[1].terminate()
+    assert [child.wait(timeout=120) for child in children] == [train_pod.PREEMPTED] * 2
+    assert any(1 < int(path.name) < 3000 for path in (tmp_path / "cut").glob("[0-9]*"))
+    for argv in (cut, alone):
+        on_processes(2, 1, argv)
+    assert_bit_identical(cut, alone)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 1), (4, 1)])
 def test_a_checkpoint_of_four_processes_is_continued_by(processes, devices, text, tmp_path):
     # Beyond some 25 steps this run doubles rounding errors at each step, as that of AdamW does at 5e-2.

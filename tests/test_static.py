@@ -209,7 +209,8 @@ def test_gradients_of_batches_are_collected_exactly_as_many_as_asked_for():
 
 
 def test_gradients_of_examples_are_collected_over_batches():
-    grads = collect_gradients(loss_fn, PARAMS, batches(3), 10, per_example=True)
+    empty = (np.zeros((0, 3)), np.zeros(0))
+    grads = collect_gradients(loss_fn, PARAMS, [empty, *batches(3)], 10, per_example=True)
     x, y = (np.concatenate(parts) for parts in zip(*batches(3), strict=True))
     for i in range(10):
         expected = jax.grad(loss_fn)(PARAMS, (x[i : i + 1], y[i : i + 1]))
