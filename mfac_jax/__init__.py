@@ -5,6 +5,14 @@ from mfac_jax._diagnostics import Diagnostics as Diagnostics
 from mfac_jax._diagnostics import DiagnosticsLog as DiagnosticsLog
 from mfac_jax._diagnostics import diagnostics as diagnostics
 from mfac_jax._gradients import collect_gradients as collect_gradients
+from mfac_jax._gradual import KeepPrunedState as KeepPrunedState
+from mfac_jax._gradual import keep_pruned as keep_pruned
+from mfac_jax._gradual import set_masks as set_masks
+from mfac_jax._masks import apply_masks as apply_masks
+from mfac_jax._masks import kernel_masks as kernel_masks
+from mfac_jax._masks import pruning_report as pruning_report
+from mfac_jax._masks import sparsity as sparsity
+from mfac_jax._masks import sparsity_by_leaf as sparsity_by_leaf
 from mfac_jax._sharding import state_shardings as state_shardings
 from mfac_jax._static import FisherInverse as FisherInverse
 from mfac_jax._transform import ScaleByMFACState as ScaleByMFACState

@@ -77,6 +77,14 @@ def products(
     return total
 
 
+def gram(window: optax.Params, block_of_leaf: Sequence[int], like: jax.Array) -> jax.Array:
+    """The Gram matrices of the whole window, `(blocks, m, m)` as `like`."""
+    total = jnp.zeros_like(like)
+    for block, rows in zip(block_of_leaf, jax.tree.leaves(window), strict=True):
+        total = total.at[block].add(_tree.gram(rows, like.dtype))
+    return total
+
+
 def combine(
     coefficients: jax.Array,
     window: optax.Params,

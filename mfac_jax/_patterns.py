@@ -1,0 +1,200 @@
+"""Which weights go: the cheapest, of a pattern that says what is pruned together.
+
+Scores are for choices: sets of entries of a group that may be pruned together.
+"""
+
+import itertools
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mfac_jax import _masks, _validation
+from mfac_jax._validation import leaf_name
+
+_MAX_CHOICES = 4096  # each takes a score a group: 8:16 would have 12,870
+
+
+class Pattern(NamedTuple):
+    """What may be pruned together.
+
+    Attributes:
+      size: entries of a group.
+      choices: each a set of entries of a group, all of the same number, `(choices, size)` bool.
+    """
+
+    size: int
+    choices: np.ndarray
+
+    @property
+    def together(self) -> int:
+        """Entries of a choice: what can be pruned in a group."""
+        return int(self.choices[0].sum())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether groups are pruned whole."""
+        return self.together == self.size
+
+
+def parse_pattern(pattern: str | None) -> Pattern:
+    """None: entries alone. `'N:M'`: at most N of M stay. `'block:B'`: B go together, or none of them."""
+    message = (
+        f"pattern must be None, 'N:M' with 0 < N < M (at most N of M consecutive weights stay), or 'block:B' "
+        f"with B > 1 (B consecutive weights go together), got {pattern!r}. Pass e.g. '2:4'."
+    )
+    if pattern is None:
+        return Pattern(1, np.ones((1, 1), bool))
+    found = re.fullmatch(r"(block|[0-9]+):([0-9]+)", pattern) if isinstance(pattern, str) else None
+    if found is None:
+        raise ValueError(message)
+    size = int(found[2])
+    if found[1] == "block":
+        if size < 2:
+            raise ValueError(message)
+        return Pattern(size, np.ones((1, size), bool))
+    stay = int(found[1])
+    if not 0 < stay < size:
+        raise ValueError(message)
+    if (count := math.comb(size, stay)) > _MAX_CHOICES:
+        raise ValueError(
+            f"pattern {pattern!r} has {count} choices a group, and at most {_MAX_CHOICES} are allowed: each "
+            "gets a score. Pass a smaller group, e.g. '2:4' or '4:8'."
+        )
+    choices = np.zeros((count, size), bool)
+    for choice, entries in zip(choices, itertools.combinations(range(size), size - stay), strict=True):
+        choice[list(entries)] = True
+    return Pattern(size, choices)
+
+
+def groups(leaf: jax.Array, size: int) -> jax.Array:
+    """The entries of a leaf in groups `(groups, size)`, consecutive along the axis of a kernel's inputs.
+
+    That is the last but one, or the only one. Groups of one entry are in the order of `ravel`.
+    """
+    return _inputs_last(leaf, size).reshape(-1, size)
+
+
+def ungroup(grouped: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The leaf of the shape from what `groups` made of it."""
+    is_moved = grouped.shape[1] > 1 and len(shape) > 1
+    moved = grouped.reshape((*shape[:-2], shape[-1], shape[-2]) if is_moved else shape)
+    return jnp.moveaxis(moved, -1, -2) if is_moved else moved
+
+
+def _inputs_last(leaf: jax.Array, size: int) -> jax.Array:
+    return jnp.moveaxis(leaf, -2, -1) if size > 1 and leaf.ndim > 1 else leaf
+
+
+def check_divides(masks: Any, pattern: Pattern) -> None:
+    """Refuse a pattern whose groups do not divide the input axis of a leaf that takes part."""
+    for path, mask in jax.tree_util.tree_leaves_with_path(masks):
+        axis = max(0, mask.ndim - 2)
+        length = mask.shape[axis] if mask.ndim else 1
+        if length % pattern.size:
+            raise ValueError(
+                f"pattern has groups of {pattern.size}, which must divide the input axis of each leaf, but "
+                f"axis {axis} of {leaf_name(path)}, {mask.shape}, is {length} long. Pass masks with None at "
+                "this leaf, or another pattern."
+            )
+
+
+def select(scores: Any, masks: Any, sparsity: float, pattern: Pattern, *, per_leaf: bool = False) -> Any:
+    """Masks with the cheapest choices pruned too, until the sparsity is that asked for.
+
+    A group can be pruned once, by the cheapest of its choices that contain what is pruned in it already.
+    Groups go in the order of that cost, among equals in the order of leaves and groups, so that exactly
+    round(sparsity * entries) are pruned in the end. Where groups have several entries it is the nearest
+    number that they can give; N:M at its limit prunes every group, also where more than M - N of one are
+    pruned already, which stay so.
+
+    Args:
+      scores: a tree like `masks`: at each leaf `(groups, choices)`, what a choice would cost; no NaN.
+      masks: of `check_masks`.
+      sparsity: in [0, 1), of all entries that take part, or of each leaf.
+      pattern: as of `parse_pattern`; its groups divide the leaves.
+      per_leaf: whether each leaf is pruned to the sparsity, or all of them together.
+
+    Returns:
+      Masks like `masks`.
+
+    Raises:
+      ValueError: the sparsity is out of range, below that of the masks, or above that of the pattern; a
+        block is pruned in part.
+    """
+    _validation.check_decay("sparsity", sparsity, "0.9")
+    leaves, structure = jax.tree_util.tree_flatten_with_path(masks, is_leaf=_masks.is_absent)
+    taking_part = [(path, mask) for path, mask in leaves if mask is not None]
+    if pattern.is_whole and pattern.size > 1:
+        _check_whole_blocks(taking_part, pattern)
+    kept = [groups(mask, pattern.size) for _, mask in taking_part]
+    found = [_cheapest(s, k, pattern) for s, k in zip(jax.tree.leaves(scores), kept, strict=True)]
+    every = range(len(kept))
+    for together in [[i] for i in every] if per_leaf else [list(every)]:
+        where = leaf_name(taking_part[together[0]][0]) if per_leaf else "masks"
+        cost = jnp.concatenate([found[i][0] for i in together])
+        removed = jnp.concatenate([jnp.sum(found[i][1], axis=1) for i in together])
+        before = int(sum(jnp.sum(~kept[i]) for i in together))
+        needed = _needed(sparsity, sum(kept[i].size for i in together), before, pattern, where)
+        chosen = _first(cost, removed, needed)
+        ends = np.cumsum([len(kept[i]) for i in together])[:-1]
+        for i, part in zip(together, jnp.split(chosen, ends), strict=True):
+            kept[i] = kept[i] & ~(part[:, None] & found[i][1])
+    pruned = iter(kept)
+    return jax.tree.unflatten(
+        structure,
+        [
+            None if mask is None else _masks.placed(ungroup(next(pruned), mask.shape), mask)
+            for _, mask in leaves
+        ],
+    )
+
+
+def _cheapest(scores: jax.Array, kept: jax.Array, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
+    """Of each group the cost of its cheapest choice `(groups,)`, and what it removes `(groups, size)`."""
+    outside = jnp.asarray(~pattern.choices.T, jnp.float32)
+    contains_pruned = (~kept).astype(jnp.float32) @ outside == 0  # (groups, choices)
+    cost = jnp.min(jnp.where(contains_pruned, scores, jnp.inf), axis=1)
+    # A score may be Inf itself: the first that costs as much, of those that are allowed.
+    choice = jnp.argmax(contains_pruned & (scores == cost[:, None]), axis=1)
+    is_open = jnp.any(contains_pruned, axis=1, keepdims=True)
+    return cost, kept & is_open & jnp.asarray(pattern.choices)[choice]
+
+
+def _needed(sparsity: float, entries: int, pruned: int, pattern: Pattern, where: str) -> float:
+    """How many entries are to be pruned more; Inf for all that the pattern allows."""
+    target, most = round(float(sparsity) * entries), entries // pattern.size * pattern.together
+    if target > most:
+        raise ValueError(
+            f"sparsity can be at most {pattern.together / pattern.size:g} with this pattern, got {sparsity}. "
+            "Pass less, or a pattern that keeps fewer weights of a group."
+        )
+    # What was asked for may have been rounded up by half a group.
+    if pruned - target > pattern.together / 2:
+        raise ValueError(
+            f"sparsity must be at least that of the masks, got {sparsity}, where {where} has "
+            f"{pruned / entries:.6g} already ({pruned} of {entries}). Pass more, or other masks."
+        )
+    return math.inf if target == most else max(0, target - pruned)
+
+
+def _first(cost: jax.Array, removed: jax.Array, needed: float) -> jax.Array:
+    """Which groups go `(groups,)`: the cheapest, removing the number of entries nearest to `needed`."""
+    order = jnp.lexsort((cost, removed == 0))  # stable
+    sums = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(removed[order])])
+    number = len(order) if needed == math.inf else jnp.argmin(jnp.abs(sums - needed))
+    return jnp.zeros(len(order), bool).at[order].set(jnp.arange(len(order)) < number)
+
+
+def _check_whole_blocks(leaves, pattern: Pattern) -> None:
+    """Refuse masks that were made by another pattern."""
+    for path, mask in leaves:
+        blocks = groups(mask, pattern.size)
+        if jnp.any(jnp.any(blocks, axis=1) & ~jnp.all(blocks, axis=1)):
+            raise ValueError(
+                f"masks must prune whole blocks of {pattern.size} with this pattern, but {leaf_name(path)} "
+                "has one that is pruned in part. Pass masks that were made by it, None, or pattern=None."
+            )
