@@ -6,6 +6,7 @@ Scores are for choices: sets of entries of a group that may be pruned together.
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ class Pattern(NamedTuple):
 def parse_pattern(pattern: str | None) -> Pattern:
     """None: entries alone. `'N:M'`: at most N of M stay. `'block:B'`: B go together, or none of them."""
     message = (
-        f"pattern must be None, 'N:M' with 0 < N < M (at most N of M consecutive weights stay), or 'block:B' "
+        "pattern must be None, 'N:M' with 0 < N < M (at most N of M consecutive weights stay), or 'block:B' "
         f"with B > 1 (B consecutive weights go together), got {pattern!r}. Pass e.g. '2:4'."
     )
     if pattern is None:
@@ -61,7 +62,7 @@ def parse_pattern(pattern: str | None) -> Pattern:
         raise ValueError(message)
     if (count := math.comb(size, stay)) > _MAX_CHOICES:
         raise ValueError(
-            f"pattern {pattern!r} has {count} choices a group, and at most {_MAX_CHOICES} are allowed: each "
+            f"pattern {pattern!r} has {count} choices a group, and may have at most {_MAX_CHOICES}: each "
             "gets a score. Pass a smaller group, e.g. '2:4' or '4:8'."
         )
     choices = np.zeros((count, size), bool)
@@ -80,13 +81,14 @@ def groups(leaf: jax.Array, size: int) -> jax.Array:
 
 def ungroup(grouped: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The leaf of the shape from what `groups` made of it."""
-    is_moved = grouped.shape[1] > 1 and len(shape) > 1
-    moved = grouped.reshape((*shape[:-2], shape[-1], shape[-2]) if is_moved else shape)
-    return jnp.moveaxis(moved, -1, -2) if is_moved else moved
+    size = grouped.shape[1]
+    exchanged = shape[:-2] + shape[:-3:-1] if size > 1 else shape
+    return _inputs_last(grouped.reshape(exchanged), size)
 
 
 def _inputs_last(leaf: jax.Array, size: int) -> jax.Array:
-    return jnp.moveaxis(leaf, -2, -1) if size > 1 and leaf.ndim > 1 else leaf
+    """The leaf with its last two axes exchanged, where groups have several entries."""
+    return jnp.swapaxes(leaf, -2, -1) if size > 1 and leaf.ndim > 1 else leaf
 
 
 def check_divides(masks: Any, pattern: Pattern) -> None:
@@ -97,8 +99,8 @@ def check_divides(masks: Any, pattern: Pattern) -> None:
         if length % pattern.size:
             raise ValueError(
                 f"pattern has groups of {pattern.size}, which must divide the input axis of each leaf, but "
-                f"axis {axis} of {leaf_name(path)}, {mask.shape}, is {length} long. Pass masks with None at "
-                "this leaf, or another pattern."
+                f"axis {axis} of {leaf_name(path)}, {mask.shape}, is {length} long. Pass masks with None "
+                "there, or another pattern."
             )
 
 
@@ -126,31 +128,22 @@ def select(scores: Any, masks: Any, sparsity: float, pattern: Pattern, *, per_le
         block is pruned in part.
     """
     _validation.check_decay("sparsity", sparsity, "0.9")
-    leaves, structure = jax.tree_util.tree_flatten_with_path(masks, is_leaf=_masks.is_absent)
-    taking_part = [(path, mask) for path, mask in leaves if mask is not None]
+    leaves = jax.tree_util.tree_leaves_with_path(masks)
     if pattern.is_whole and pattern.size > 1:
-        _check_whole_blocks(taking_part, pattern)
-    kept = [groups(mask, pattern.size) for _, mask in taking_part]
+        _check_whole_blocks(leaves, pattern)
+    kept = [groups(mask, pattern.size) for _, mask in leaves]
     found = [_cheapest(s, k, pattern) for s, k in zip(jax.tree.leaves(scores), kept, strict=True)]
-    every = range(len(kept))
-    for together in [[i] for i in every] if per_leaf else [list(every)]:
-        where = leaf_name(taking_part[together[0]][0]) if per_leaf else "masks"
+    names = [leaf_name(path) for path, _ in leaves]
+    ranked = [([i], name) for i, name in enumerate(names)] if per_leaf else [([*range(len(kept))], "masks")]
+    for together, name in ranked:
+        needed = _needed(sparsity, [kept[i] for i in together], pattern, name)
         cost = jnp.concatenate([found[i][0] for i in together])
         removed = jnp.concatenate([jnp.sum(found[i][1], axis=1) for i in together])
-        before = int(sum(jnp.sum(~kept[i]) for i in together))
-        needed = _needed(sparsity, sum(kept[i].size for i in together), before, pattern, where)
-        chosen = _first(cost, removed, needed)
-        ends = np.cumsum([len(kept[i]) for i in together])[:-1]
-        for i, part in zip(together, jnp.split(chosen, ends), strict=True):
-            kept[i] = kept[i] & ~(part[:, None] & found[i][1])
-    pruned = iter(kept)
-    return jax.tree.unflatten(
-        structure,
-        [
-            None if mask is None else _masks.placed(ungroup(next(pruned), mask.shape), mask)
-            for _, mask in leaves
-        ],
-    )
+        ends = np.cumsum([len(kept[i]) for i in together])
+        for i, chosen in zip(together, jnp.split(_first(cost, removed, needed), ends[:-1]), strict=True):
+            kept[i] &= ~(chosen[:, None] & found[i][1])
+    new = [_masks.placed(ungroup(k, mask.shape), mask) for k, (_, mask) in zip(kept, leaves, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(masks), new)
 
 
 def _cheapest(scores: jax.Array, kept: jax.Array, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
@@ -164,18 +157,19 @@ def _cheapest(scores: jax.Array, kept: jax.Array, pattern: Pattern) -> tuple[jax
     return cost, kept & is_open & jnp.asarray(pattern.choices)[choice]
 
 
-def _needed(sparsity: float, entries: int, pruned: int, pattern: Pattern, where: str) -> float:
+def _needed(sparsity: float, kept: Sequence[jax.Array], pattern: Pattern, name: str) -> float:
     """How many entries are to be pruned more; Inf for all that the pattern allows."""
+    entries, pruned = sum(k.size for k in kept), int(sum(jnp.sum(~k) for k in kept))
     target, most = round(float(sparsity) * entries), entries // pattern.size * pattern.together
     if target > most:
         raise ValueError(
-            f"sparsity can be at most {pattern.together / pattern.size:g} with this pattern, got {sparsity}. "
-            "Pass less, or a pattern that keeps fewer weights of a group."
+            f"sparsity can be at most {pattern.together / pattern.size:g} with this pattern, got "
+            f"{sparsity}. Pass less, or a pattern that keeps fewer weights of a group."
         )
     # What was asked for may have been rounded up by half a group.
     if pruned - target > pattern.together / 2:
         raise ValueError(
-            f"sparsity must be at least that of the masks, got {sparsity}, where {where} has "
+            f"sparsity must be at least that of the masks, got {sparsity}, where {name} has "
             f"{pruned / entries:.6g} already ({pruned} of {entries}). Pass more, or other masks."
         )
     return math.inf if target == most else max(0, target - pruned)

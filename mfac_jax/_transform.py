@@ -363,7 +363,7 @@ def ihvp(
     _validation.check_positive("damping", damping, "1e-3")
     _check_options(normalize_by, power, blocks)
     layouts = _window.layouts("tree", tree, state.window, None)
-    block_of_leaf = blocks_of_state(state, tree, blocks)
+    block_of_leaf = _window.blocks_of_state(state.gram, tree, blocks)
     gram = state.gram
     damping = _damping_at(damping, state.grads_seen, gram.dtype)
     x = _window.map_leaves(_layout.own_part, layouts, tree, state.window)
@@ -378,18 +378,6 @@ def ihvp(
     inside = _window.map_leaves(_layout.whole, layouts, inside, tree)
     outside = damping**-power
     return jax.tree.map(lambda x, y: _tree.narrow(outside * x.astype(y.dtype) + y, x.dtype), tree, inside)
-
-
-def blocks_of_state(state: ScaleByMFACState, tree: optax.Params, blocks: Blocks) -> list[int]:
-    """The index of each leaf's block, after a check that the state has as many."""
-    block_of_leaf = _window.block_of_leaf(tree, blocks)
-    num_blocks = _window.number_of_blocks(block_of_leaf)
-    if num_blocks != len(state.gram):
-        raise ValueError(
-            f"blocks must split the tree into the {len(state.gram)} block(s) of the state, got "
-            f"{num_blocks}. Pass the value of blocks given to scale_by_mfac."
-        )
-    return block_of_leaf
 
 
 def _check_schedules(damping, step_adaptation) -> None:

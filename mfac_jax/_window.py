@@ -29,6 +29,17 @@ def number_of_blocks(block_of_leaf: Sequence[int]) -> int:
     return max(block_of_leaf, default=0) + 1
 
 
+def blocks_of_state(gram: jax.Array, tree: optax.Params, blocks: Blocks) -> list[int]:
+    """The index of each leaf's block, after a check that the state with these Gram matrices has as many."""
+    found = block_of_leaf(tree, blocks)
+    if number_of_blocks(found) != len(gram):
+        raise ValueError(
+            f"blocks must split the tree into the {len(gram)} block(s) of the state, got "
+            f"{number_of_blocks(found)}. Pass the value of blocks given to scale_by_mfac."
+        )
+    return found
+
+
 def layouts(name: str, tree: optax.Params, window: optax.Params, axis_name: AxisName) -> list[Layout]:
     """How each leaf of the window lies on manual axes, after a check that the tree fits the window."""
     _validation.check_tree(name, tree, window)
