@@ -276,4 +276,4 @@ def _count(masks: Any) -> list[_Count]:
 
 
 def _share_pruned(entries: int, kept: int) -> float:
-    return float(1 - kept / max(1, entries))
+    return float((entries - kept) / max(1, entries))

@@ -44,8 +44,8 @@ class Pattern(NamedTuple):
 def parse_pattern(pattern: str | None) -> Pattern:
     """None: entries alone. `'N:M'`: at most N of M stay. `'block:B'`: B go together, or none of them."""
     message = (
-        "pattern must be None, 'N:M' with 0 < N < M (at most N of M consecutive weights stay), or 'block:B' "
-        f"with B > 1 (B consecutive weights go together), got {pattern!r}. Pass e.g. '2:4'."
+        "pattern must be None, 'N:M' with 0 < N < M (at most N of M consecutive weights stay), or "
+        f"'block:B' with B > 1 (B consecutive weights go together), got {pattern!r}. Pass e.g. '2:4'."
     )
     if pattern is None:
         return Pattern(1, np.ones((1, 1), bool))
