@@ -125,7 +125,7 @@ def _own(mask, param):
 
 def set_masks(
     tx: optax.GradientTransformation, opt_state: optax.OptState, masks: Any, *, blocks: Blocks = None
-) -> optax.OptState:
+) -> Any:
     """The state of an optimizer with `keep_pruned` in it, after the masks have changed.
 
     Whatever the state holds of a pruned weight is set to zero: momentum, second moments, averages, and the

@@ -141,7 +141,7 @@ def as_masks(masks: Any) -> Any:
     return masks
 
 
-def apply_masks(params: optax.Params, masks: Any) -> optax.Params:
+def apply_masks(params: optax.Params, masks: Any) -> Any:
     """Set what is pruned to zero.
 
     Args:

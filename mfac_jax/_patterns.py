@@ -132,33 +132,47 @@ def select(scores: Any, masks: Any, sparsity: float, pattern: Pattern, *, per_le
     if pattern.is_whole and pattern.size > 1:
         _check_whole_blocks(leaves, pattern)
     kept = [groups(mask, pattern.size) for _, mask in leaves]
-    found = [_cheapest(s, k, pattern) for s, k in zip(jax.tree.leaves(scores), kept, strict=True)]
+    choices = jnp.asarray(pattern.choices)
+    found = [_cheapest(s, k, choices) for s, k in zip(jax.tree.leaves(scores), kept, strict=True)]
     names = [leaf_name(path) for path, _ in leaves]
     ranked = [([i], name) for i, name in enumerate(names)] if per_leaf else [([*range(len(kept))], "masks")]
     for together, name in ranked:
         needed = _needed(sparsity, [kept[i] for i in together], pattern, name)
-        cost = jnp.concatenate([found[i][0] for i in together])
-        removed = jnp.concatenate([jnp.sum(found[i][1], axis=1) for i in together])
+        cost, removed = (jnp.concatenate([found[i][part] for i in together]) for part in (0, 1))
         ends = np.cumsum([len(kept[i]) for i in together])
         for i, chosen in zip(together, jnp.split(_first(cost, removed, needed), ends[:-1]), strict=True):
-            kept[i] &= ~(chosen[:, None] & found[i][1])
+            kept[i] &= ~(chosen[:, None] & found[i].entries)
     new = [_masks.placed(ungroup(k, mask.shape), mask) for k, (_, mask) in zip(kept, leaves, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(masks), new)
 
 
-def _cheapest(scores: jax.Array, kept: jax.Array, pattern: Pattern) -> tuple[jax.Array, jax.Array]:
-    """Of each group the cost of its cheapest choice `(groups,)`, and what it removes `(groups, size)`."""
-    outside = jnp.asarray(~pattern.choices.T, jnp.float32)
-    contains_pruned = (~kept).astype(jnp.float32) @ outside == 0  # (groups, choices)
+class _Cheapest(NamedTuple):
+    """The cheapest choice of each group.
+
+    Attributes:
+      cost: of it `(groups,)`.
+      number: of the entries that it removes `(groups,)`.
+      entries: that it removes `(groups, size)`.
+    """
+
+    cost: jax.Array
+    number: jax.Array
+    entries: jax.Array
+
+
+@jax.jit
+def _cheapest(scores: jax.Array, kept: jax.Array, choices: jax.Array) -> _Cheapest:
+    """Among the choices that contain what is pruned already; without one, a group has nothing to remove."""
+    contains_pruned = (~kept).astype(jnp.float32) @ (~choices.T).astype(jnp.float32) == 0
     cost = jnp.min(jnp.where(contains_pruned, scores, jnp.inf), axis=1)
     # A score may be Inf itself: the first that costs as much, of those that are allowed.
     choice = jnp.argmax(contains_pruned & (scores == cost[:, None]), axis=1)
-    is_open = jnp.any(contains_pruned, axis=1, keepdims=True)
-    return cost, kept & is_open & jnp.asarray(pattern.choices)[choice]
+    entries = kept & jnp.any(contains_pruned, axis=1, keepdims=True) & choices[choice]
+    return _Cheapest(cost, jnp.sum(entries, axis=1), entries)
 
 
-def _needed(sparsity: float, kept: Sequence[jax.Array], pattern: Pattern, name: str) -> float:
-    """How many entries are to be pruned more; Inf for all that the pattern allows."""
+def _needed(sparsity: float, kept: Sequence[jax.Array], pattern: Pattern, name: str) -> int | None:
+    """How many entries are to be pruned more; None for all that the pattern allows."""
     entries, pruned = sum(k.size for k in kept), int(sum(jnp.sum(~k) for k in kept))
     target, most = round(float(sparsity) * entries), entries // pattern.size * pattern.together
     if target > most:
@@ -172,14 +186,15 @@ def _needed(sparsity: float, kept: Sequence[jax.Array], pattern: Pattern, name: 
             f"sparsity must be at least that of the masks, got {sparsity}, where {name} has "
             f"{pruned / entries:.6g} already ({pruned} of {entries}). Pass more, or other masks."
         )
-    return math.inf if target == most else max(0, target - pruned)
+    return None if target == most else max(0, target - pruned)
 
 
-def _first(cost: jax.Array, removed: jax.Array, needed: float) -> jax.Array:
+@jax.jit
+def _first(cost: jax.Array, removed: jax.Array, needed: int | None) -> jax.Array:
     """Which groups go `(groups,)`: the cheapest, removing the number of entries nearest to `needed`."""
     order = jnp.lexsort((cost, removed == 0))  # stable
     sums = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(removed[order])])
-    number = len(order) if needed == math.inf else jnp.argmin(jnp.abs(sums - needed))
+    number = len(order) if needed is None else jnp.argmin(jnp.abs(sums - needed))
     return jnp.zeros(len(order), bool).at[order].set(jnp.arange(len(order)) < number)
 
 

@@ -47,10 +47,13 @@ def gradients_for(params, seed: int = 0):
 GRADIENTS = gradients_for(PARAMS)
 
 
-@functools.partial(jax.jit, static_argnames="tx")
 def train(tx, params, state, gradients=GRADIENTS):
-    """Parameters after every step, the last ones and the last state; a type of the state that changes fails."""
+    """Parameters after every step, the last ones and the last state, whose types may not change."""
+    return scan(tx, params, state, gradients)
 
+
+@functools.partial(jax.jit, static_argnames="tx")
+def scan(tx, params, state, gradients):
     def step(carry, g):
         params, state = carry
         updates, state = tx.update(g, state, params)
@@ -61,9 +64,12 @@ def train(tx, params, state, gradients=GRADIENTS):
     return after, params, state
 
 
-def step_once(tx, params, state, gradients=GRADIENTS):
-    updates, state = tx.update(jax.tree.map(lambda g: g[0], gradients), state, params)
+def first_step(tx, params, state):
+    updates, state = tx.update(jax.tree.map(lambda g: g[0], GRADIENTS), state, params)
     return optax.apply_updates(params, updates), state
+
+
+step_once: Any = jax.jit(first_step, static_argnums=0)
 
 
 def pruned_entries(params) -> np.ndarray:
@@ -138,7 +144,8 @@ def test_lookahead_stays_sparse_on_both_sides():
     none = jax.tree.map(jnp.zeros_like, ALL_KEPT)
     params = optax.LookaheadParams(*(apply_masks(p, none) for p in params))
     _, params, _ = train(tx, params, set_masks(tx, state, none))
-    assert not np.any(params.fast["kernel"]) and not np.any(params.slow["kernel"])
+    assert not np.any(params.fast["kernel"])
+    assert not np.any(params.slow["kernel"])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -146,7 +153,7 @@ def test_weights_that_are_not_zero_yet_become_so_exactly(dtype):
     params = jax.tree.map(lambda p: (p / 7).astype(dtype), PARAMS)
     tx = keep_pruned(SGD, MASKS)
     gradients = gradients_for(params)
-    updates, _ = tx.update(jax.tree.map(lambda g: g[0], gradients), tx.init(params), params)
+    updates: Any = tx.update(jax.tree.map(lambda g: g[0], gradients), tx.init(params), params)[0]
     assert updates["kernel"].dtype == dtype
     np.testing.assert_array_equal(pruned_entries(updates), -pruned_entries(params))
     after, _, _ = train(tx, params, tx.init(params), gradients)
@@ -165,14 +172,10 @@ def test_updates_with_fewer_digits_take_a_few_steps():
 
 
 def test_what_a_later_transform_adds_stands_until_the_next_step():
-    noise = optax.add_noise(1.0, 0.0, 0)
-    tx = optax.chain(keep_pruned(optax.sgd(0.1), MASKS), noise)
+    add_one = optax.stateless_with_tree_map(lambda u, _: u + 1)
+    tx = optax.chain(keep_pruned(SGD, MASKS), add_one)
     after, _, _ = train(tx, PARAMS, tx.init(PARAMS))
-    assert np.all(pruned_entries(after) != 0)
-    expected, _ = noise.update(jax.tree.map(jnp.zeros_like, PARAMS), noise.init(PARAMS))
-    found, _ = step_once(tx, PARAMS, tx.init(PARAMS))
-    assert_close(pruned_entries(found), pruned_entries(expected))  # of one step, not of all
-    assert np.max(np.abs(pruned_entries(after))) < 5
+    np.testing.assert_array_equal(pruned_entries(after), 1)  # not the number of the step
 
 
 def test_without_params_there_is_no_update():
@@ -197,8 +200,8 @@ def test_norms_are_those_of_the_survivors():
     tx = keep_pruned(inner, MASKS)
     found, _ = step_once(tx, PARAMS, tx.init(PARAMS))
     alone = surviving(PARAMS)
-    expected, _ = step_once(inner, alone, inner.init(alone), surviving(GRADIENTS, 1))
-    assert_close(surviving(found), expected)
+    expected, _, _ = train(inner, alone, inner.init(alone), surviving(GRADIENTS, 1))
+    assert_close(surviving(found), jax.tree.map(lambda p: p[0], expected))
 
 
 def test_gradients_of_pruned_weights_may_be_anything():
@@ -207,11 +210,11 @@ def test_gradients_of_pruned_weights_may_be_anything():
 
 
 def test_extra_arguments_pass_through():
-    def update(updates, state, params=None, *, factor, **extra_args):
-        del params
+    def update(updates, state, params=None, *, factor=1.0, **extra_args):
+        del params, extra_args
         return jax.tree.map(lambda u: factor * u, updates), state
 
-    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     tx = keep_pruned(inner, MASKS)
     updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, factor=3.0, unknown=1)
     np.testing.assert_array_equal(surviving(updates)["kernel"], 3 * surviving(PARAMS)["kernel"])
@@ -222,7 +225,7 @@ def test_extra_arguments_pass_through():
 
 def test_masks_change_without_a_new_compilation():
     tx = keep_pruned(scale_by_mfac(M), ALL_KEPT)
-    step: Any = jax.jit(functools.partial(step_once, tx), donate_argnums=(0, 1))
+    step: Any = jax.jit(functools.partial(first_step, tx), donate_argnums=(0, 1))
     params, state = jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS)
     for masks in (ALL_KEPT, MASKS, jax.tree.map(lambda m: m.astype(jnp.uint8), MASKS)):
         state = set_masks(tx, state, masks)
@@ -230,9 +233,9 @@ def test_masks_change_without_a_new_compilation():
             params, state = step(params, state)
     assert step._cache_size() == 1
     assert np.all(pruned_entries(params) == 0)
-    assert sparsity(state.masks) == sparsity(MASKS) == 8 / 16
+    assert sparsity(optax.tree.get(state, "masks")) == sparsity(MASKS) == 8 / 16
     # The state was donated, the masks were not.
-    chex.assert_trees_all_equal(tx.init(PARAMS).masks["kernel"], ALL_KEPT["kernel"])
+    chex.assert_trees_all_equal(optax.tree.get(tx.init(PARAMS), "masks")["kernel"], ALL_KEPT["kernel"])
 
 
 def test_set_masks_runs_under_jit():
@@ -252,13 +255,21 @@ def test_the_tree_functions_of_optax_reach_masks_and_state():
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, STATE)
 
 
+@functools.cache
+def updates_on_one_device():
+    tx = keep_pruned(scale_by_mfac(M), ALL_KEPT)
+    update = jax.jit(tx.update)
+    _, state = update(PARAMS, tx.init(PARAMS), PARAMS)
+    return jax.device_get(update(PARAMS, set_masks(tx, state, MASKS), PARAMS)[0])
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_masks_lie_as_the_parameters(axis_type):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
     specs = {"bias": (None,), "kernel": ("x", None), "other": (None, "x")}
     shardings = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
     tx = keep_pruned(scale_by_mfac(M), ALL_KEPT)
-    params, masks = jax.device_put(PARAMS, shardings), MASKS
+    params = jax.device_put(PARAMS, shardings)
     state: Any = tx.init(params)
     planned = state_shardings(tx, params, shardings)
     step: Any = jax.jit(
@@ -270,9 +281,7 @@ def test_on_a_mesh_masks_lie_as_the_parameters(axis_type):
             assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
         updates, state = step(params, state, params)
     assert step._cache_size() == 1
-    _, plain = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
-    expected, _ = tx.update(PARAMS, set_masks(tx, plain, MASKS), PARAMS)
-    assert_close(jax.device_get(updates), jax.device_get(expected))
+    assert_close(jax.device_get(updates), updates_on_one_device())
 
 
 # M-FAC after the masks have changed.
@@ -284,7 +293,7 @@ def kernel_or_not(path) -> bool:
 
 @pytest.mark.parametrize(
     ("metric", "blocks"),
-    [("identity", None), ("diagonal", None), ("diagonal", "leaf"), ("identity", kernel_or_not)],
+    [("diagonal", None), ("identity", "leaf"), ("diagonal", kernel_or_not)],
 )
 def test_the_window_is_that_of_one_who_only_saw_the_survivors(metric, blocks):
     inner = scale_by_mfac(M, 0.5, metric=metric, blocks=blocks, relative_damping=True, window_momentum=0.5)
@@ -298,15 +307,14 @@ def test_the_window_is_that_of_one_who_only_saw_the_survivors(metric, blocks):
     assert_close(train(tx, PARAMS, late)[0], train(tx, PARAMS, always)[0])
 
 
-@pytest.mark.parametrize("storage", [jnp.bfloat16, jnp.float32])
-def test_the_gram_matrix_is_that_of_the_window_as_stored(storage):
-    tx = keep_pruned(scale_by_mfac(M, 0.5, storage=storage), ALL_KEPT)
+def test_the_gram_matrix_is_that_of_the_window_as_stored():
+    tx = keep_pruned(scale_by_mfac(M, 0.5, storage=jnp.bfloat16), ALL_KEPT)
     _, state = step_once(tx, PARAMS, tx.init(PARAMS))
     found = set_masks(tx, state, MASKS).inner_state
     rows = np.concatenate(
         [np.asarray(w, np.float64).reshape(M, -1) for w in jax.tree.leaves(found.window)], 1
     )
-    assert found.window["kernel"].dtype == storage
+    assert found.window["kernel"].dtype == jnp.bfloat16
     np.testing.assert_allclose(found.gram[0], rows @ rows.T, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, state.inner_state)
 
@@ -322,7 +330,7 @@ def test_the_gram_matrix_is_that_of_the_window_as_stored(storage):
 )
 def test_momentum_of_pruned_weights_is_forgotten(inner):
     tx = keep_pruned(inner, ALL_KEPT)
-    _, _, state = train(tx, PARAMS, tx.init(PARAMS))
+    _, state = step_once(tx, PARAMS, tx.init(PARAMS))
     found = set_masks(tx, state, MASKS)
     optax.tree.map_params(
         tx,
@@ -342,7 +350,7 @@ def test_momentum_of_pruned_weights_is_forgotten(inner):
 
 def test_statistics_that_are_not_shaped_like_parameters_stay():
     tx = keep_pruned(optax.scale_by_factored_rms(min_dim_size_to_factor=1), ALL_KEPT)
-    _, _, state = train(tx, PARAMS, tx.init(PARAMS))
+    _, state = step_once(tx, PARAMS, tx.init(PARAMS))
     chex.assert_trees_all_equal(set_masks(tx, state, MASKS).inner_state.v_row, state.inner_state.v_row)
 
 
@@ -371,7 +379,8 @@ def test_a_flax_train_state_is_pruned_while_it_trains():
 
 def test_an_nnx_optimizer_is_pruned_while_it_trains():
     rngs = nnx.Rngs(0)
-    model = nnx.Sequential(nnx.Linear(3, 8, rngs=rngs), jnp.tanh, nnx.Linear(8, 1, rngs=rngs))
+    first = nnx.Linear(3, 8, rngs=rngs)
+    model = nnx.Sequential(first, jnp.tanh, nnx.Linear(8, 1, rngs=rngs))
     masks = kernel_masks(nnx.state(model, nnx.Param))
     tx = keep_pruned(optax.adam(0.1), masks)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -382,7 +391,6 @@ def test_an_nnx_optimizer_is_pruned_while_it_trains():
         optimizer.update(model, nnx.grad(lambda model: jnp.mean((model(inputs) - 1) ** 2))(model))
 
     step(model, optimizer)
-    kernel = model.layers[0].kernel
     masks = jax.tree.map(
         lambda p, m: None if m is None else jnp.abs(p) > 0.3, nnx.state(model, nnx.Param), masks
     )
@@ -390,7 +398,7 @@ def test_an_nnx_optimizer_is_pruned_while_it_trains():
     nnx.update(optimizer.opt_state, nnx.state(state))
     for _ in range(3):
         step(model, optimizer)
-    np.testing.assert_array_equal(kernel[...] != 0, masks["layers"][0]["kernel"][...])
+    np.testing.assert_array_equal(first.kernel[...] != 0, masks["layers"][0]["kernel"][...])
 
 
 @pytest.mark.parametrize("power", [1, 3], ids=["linear", "cubic"])
@@ -400,7 +408,7 @@ def test_the_schedules_of_optax_are_those_of_the_field(power):
     step = np.arange(60)
     share = np.clip((step - begin) / steps, 0, 1)
     expected = last + (first - last) * (1 - share) ** power
-    np.testing.assert_allclose([schedule(t) for t in step], expected, rtol=1e-5)
+    np.testing.assert_allclose(np.array([schedule(t) for t in step]), expected, rtol=1e-5)
 
 
 # What is refused.
@@ -473,5 +481,5 @@ def test_masks_that_do_not_fit_the_parameters_are_refused():
 def test_a_new_state_has_the_masks_of_the_factory():
     state: Any = set_masks(TX, STATE, ALL_KEPT)
     assert isinstance(state, KeepPrunedState)
-    assert sparsity(state.masks) == 0
-    assert sparsity(TX.init(PARAMS).masks) == 0.5
+    assert sparsity(optax.tree.get(state, "masks")) == 0
+    assert sparsity(optax.tree.get(TX.init(PARAMS), "masks")) == 0.5

@@ -127,7 +127,7 @@ def test_what_is_no_mask_is_refused(masks, error, message):
 
 
 def test_masks_may_be_traced():
-    pruned = jax.jit(apply_masks)(PARAMS, with_kernel(jnp.asarray(KEPT)))
+    pruned: Any = jax.jit(apply_masks)(PARAMS, with_kernel(jnp.asarray(KEPT)))
     np.testing.assert_array_equal(pruned["conv"]["kernel"], KEPT)
 
 
@@ -261,7 +261,7 @@ def scores_of(costs, pattern: _patterns.Pattern) -> dict:
     )
 
 
-def select(costs, masks, amount: float, name: str | None = None, **options) -> dict:
+def select(costs, masks, amount: float, name: str | None = None, **options) -> Any:
     pattern = _patterns.parse_pattern(name)
     finite = jax.tree.map(lambda x: jnp.minimum(x, 100.0), costs) if name else costs
     return _patterns.select(scores_of(finite, pattern), masks, amount, pattern, **options)
