@@ -134,7 +134,9 @@ def set_masks(
     coefficients and shift of the last one. A weight that is taken back starts from zero.
 
     The window is copied, unless this runs under `jax.jit` with the state donated. On a mesh call it outside
-    of `jax.shard_map`; windows in memory of the host are not supported.
+    of `jax.shard_map`; windows in memory of the host are not supported. With an `nnx.Optimizer`, pass
+    `nnx.as_pure(optimizer.opt_state)` and `nnx.as_pure(masks)`, and take over the state by
+    `nnx.update(optimizer.opt_state, nnx.state(state))`.
 
     Args:
       tx: the whole optimizer.

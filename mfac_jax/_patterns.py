@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mfac_jax import _masks, _validation
+from mfac_jax import _masks, _sharding, _validation
 from mfac_jax._validation import leaf_name
 
 _MAX_CHOICES = 4096  # each takes a score a group: 8:16 would have 12,870
@@ -76,6 +76,9 @@ def groups(leaf: jax.Array, size: int) -> jax.Array:
 
     That is the last but one, or the only one. Groups of one entry are in the order of `ravel`.
     """
+    explicit = _sharding.explicit_sharding(leaf)
+    if explicit is not None:  # such arrays cannot be made flat; all are ranked together anyway
+        leaf = jax.reshard(leaf, _sharding.replicated(explicit.mesh, leaf.ndim))
     return _inputs_last(leaf, size).reshape(-1, size)
 
 

@@ -135,7 +135,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
             on_host = leaf.memory_space == jax.memory.Space.Host
             on_host &= _memory.may_be_on_host(found.shard_shape(leaf.shape)[1:])
             return found.with_memory_kind(_memory.HOST) if on_host else found
-        return _replicated(mesh, leaf.ndim)
+        return replicated(mesh, leaf.ndim)
 
     jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(params)
     state = jax.tree.unflatten(jax.tree.structure(state), jaxpr.out_avals)  # the types know the memory
@@ -145,7 +145,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
         state,
         params,
         param_shardings,
-        transform_non_params=lambda leaf: _replicated(mesh, leaf.ndim),
+        transform_non_params=lambda leaf: replicated(mesh, leaf.ndim),
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
     return jax.tree.map(_with_metric, shardings, is_leaf=_holds_window)
@@ -233,12 +233,12 @@ def zeros_like_params(params: optax.Params) -> Callable[..., jax.Array]:
         sharding = named_sharding(leaf)
         if sharding is not None:
             return lambda shape, dtype: jnp.zeros(
-                shape, dtype, device=_replicated(sharding.mesh, len(shape))
+                shape, dtype, device=replicated(sharding.mesh, len(shape))
             )
     return jnp.zeros
 
 
-def _replicated(mesh, ndim: int) -> NamedSharding:
+def replicated(mesh, ndim: int) -> NamedSharding:
     """With an entry for each axis, as compiled steps return it: another spelling would compile anew."""
     return NamedSharding(mesh, PartitionSpec(*[None] * ndim))
 

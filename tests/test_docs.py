@@ -14,6 +14,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 STATIC = ("FisherInverse", "collect_gradients")
+PRUNING = (
+    "apply_masks",
+    "keep_pruned",
+    "kernel_masks",
+    "pruning_report",
+    "set_masks",
+    "sparsity",
+    "sparsity_by_leaf",
+)
 MODULES = [module.name for module in pkgutil.iter_modules(mfac_jax.__path__, "mfac_jax.")]
 
 
@@ -36,6 +45,7 @@ def test_every_public_function_has_a_docstring_example():
         "diagnostics",
         "DiagnosticsLog",
         *STATIC,
+        *PRUNING,
     ):
         assert ">>>" in getattr(mfac_jax, name).__doc__
 
