@@ -1,4 +1,4 @@
-"""Settings that have to stand before JAX starts: eight CPU devices, one BLAS thread, a folder of programs."""
+"""Settings that have to stand before JAX starts: eight CPU devices, one BLAS thread, compiled programs."""
 
 import atexit
 import os
@@ -12,7 +12,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Every test makes its own functions, so that programs come back that were compiled before. They are shared
-# by the workers of one run, which inherit the variable; what a test starts compiles as a user's script does.
+# by the workers of one run, which inherit the variable; what a test starts compiles as a user's script.
 PROGRAMS = "MFAC_JAX_TESTS_PROGRAMS"
 if PROGRAMS not in os.environ:
     folder = tempfile.TemporaryDirectory(prefix="mfac_jax-tests-", ignore_cleanup_errors=True)
