@@ -1,6 +1,8 @@
-"""Settings that have to stand before JAX starts: eight CPU devices, one BLAS thread."""
+"""Settings that have to stand before JAX starts: eight CPU devices, one BLAS thread, compiled programs."""
 
+import atexit
 import os
+import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,3 +10,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Every test makes its own functions, so that programs come back that were compiled before. They are shared
+# by the workers of one run, which inherit the variable; what a test starts compiles as a user's script.
+PROGRAMS = "MFAC_JAX_TESTS_PROGRAMS"
+if PROGRAMS not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="mfac_jax-tests-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    os.environ[PROGRAMS] = folder.name
+jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

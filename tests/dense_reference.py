@@ -48,10 +48,10 @@ def published_inverse_of_newest(grads: np.ndarray, damping: float, count: int) -
     return (newest - inside) / np.asarray(damping, dtype)
 
 
-def condition_number(grads: np.ndarray, damping: float, count: int) -> float:
-    """cond(G G^T + n damping I), in float64."""
-    s = np.linalg.eigvalsh(grads.astype(np.float64) @ grads.T.astype(np.float64)) + count * damping
-    return s[-1] / s[0]
+def condition_numbers(grads: np.ndarray, dampings: np.ndarray, count: int) -> np.ndarray:
+    """cond(G G^T + n damping I) for each damping, in float64."""
+    s = np.linalg.eigvalsh(grads.astype(np.float64) @ grads.T.astype(np.float64))
+    return (s[-1] + count * dampings) / (s[0] + count * dampings)
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_reference import (
-    condition_number,
+    condition_numbers,
     inverse_of_newest,
     published_inverse_of_newest,
     relative_error,
@@ -47,14 +47,14 @@ def correlated_gradients(length: int, norm: float, similarity: float) -> np.ndar
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def fill(num_grads, grads):
-    """The state after these gradients: its damping does not matter."""
+def fill(num_grads, grads, count):
+    """The state after the first `count` of these gradients: its damping does not matter."""
     tx = scale_by_mfac(num_grads)
 
-    def step(state, g):
-        return tx.update(g, state)[1], None
+    def step(i, state):
+        return tx.update(grads[i], state)[1]
 
-    return jax.lax.scan(step, tx.init(jnp.zeros(WIDTH)), grads)[0]
+    return jax.lax.fori_loop(0, count, step, tx.init(jnp.zeros(WIDTH)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -66,13 +66,15 @@ def measure(num_grads: int, similarity: float):
     """Cases over norms, dampings, and a window that fills and one that is full and has wrapped."""
     for norm, before in itertools.product(NORMS, [num_grads // 2, num_grads + num_grads // 2]):
         grads = correlated_gradients(before + 1, norm, similarity)
-        state = fill(num_grads, grads[:-1])
+        # Of one shape for both lengths, so that it is compiled once.
+        state = fill(num_grads, np.resize(grads, (2 * num_grads, WIDTH)), before)
         window = grads[-num_grads:]
-        for damping in DAMPINGS:
+        conds = condition_numbers(window, np.array(DAMPINGS), num_grads)
+        for damping, cond in zip(DAMPINGS, conds, strict=True):
             expected = inverse_of_newest(window, damping, num_grads)
             yield Case(
                 damping,
-                condition_number(window, damping, num_grads),
+                cond,
                 relative_error(newest_update(num_grads, damping, state, grads[-1]), expected),
                 relative_error(published_inverse_of_newest(window, damping, num_grads), expected),
             )

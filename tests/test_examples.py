@@ -27,11 +27,12 @@ cifar10_data, comparison, train_cifar10, train_digits, train_text, workload = (
 MODULES = {"digits": train_digits, "cifar10": train_cifar10, "text": train_text}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 REAL_DATA = ROOT.parent / "shared" / "data"
+# Of the shapes of `tiny_workload`, so that most programs are compiled once.
 TINY = {
     "digits": "--seeds 2 --epochs 1 --evaluations 3 --optimizers mfac sgd adamw nadamw muon",
     "cifar10": "--width 2 --blocks 1 --samples 48 --batch-size 16 --epochs 1 --evaluations 2"
     " --optimizers sgd",
-    "text": "--layers 1 --width 16 --heads 2 --context 8 --batch-size 4 --steps 5 --evaluations 2"
+    "text": "--layers 1 --width 8 --heads 2 --context 8 --batch-size 2 --steps 8 --evaluations 2"
     " --optimizers mfac",
 }
 
@@ -132,7 +133,7 @@ def tiny_workload(name: str):
         return train_text.make_workload(
             steps=8, batch_size=2, layers=1, width=8, heads=2, context=8, seed=1
         )
-    return train_cifar10.make_workload(epochs=1, batch_size=16, samples=96, width=2, blocks=1, seed=1)
+    return train_cifar10.make_workload(epochs=2, batch_size=16, samples=48, width=2, blocks=1, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_checkpoints_of_another_state_are_refused_with_their_folder(tmp_path):
 def test_workloads_of_all_seeds_share_their_functions_and_shapes(name):
     make = {
         "digits": lambda seed: train_digits.make_workload(seed=seed),
-        "text": lambda seed: train_text.make_workload(layers=1, width=16, seed=seed),
+        "text": lambda seed: train_text.make_workload(layers=1, width=8, heads=2, context=8, seed=seed),
         "cifar10": lambda seed: train_cifar10.make_workload(samples=200, width=2, blocks=1, seed=seed),
     }[name]
     first, second = make(0), make(1)

@@ -458,7 +458,7 @@ def test_on_one_device_all_modes_run():
     mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,), devices=device)
     for check_vma in (True, False):
         options: dict[str, Any] = {"mesh": mesh, "out_specs": P(), "check_vma": check_vma}
-        update = jax.shard_map(lambda p: tx.update(p, tx.init(p))[0], in_specs=P(), **options)
+        update = jax.jit(jax.shard_map(lambda p: tx.update(p, tx.init(p))[0], in_specs=P(), **options))
         assert relative_error(update(params), expected) < 1e-6
 
 
