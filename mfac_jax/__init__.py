@@ -13,6 +13,9 @@ from mfac_jax._masks import kernel_masks as kernel_masks
 from mfac_jax._masks import pruning_report as pruning_report
 from mfac_jax._masks import sparsity as sparsity
 from mfac_jax._masks import sparsity_by_leaf as sparsity_by_leaf
+from mfac_jax._pruning import obs_scores as obs_scores
+from mfac_jax._pruning import obs_update as obs_update
+from mfac_jax._pruning import prune as prune
 from mfac_jax._sharding import state_shardings as state_shardings
 from mfac_jax._static import FisherInverse as FisherInverse
 from mfac_jax._transform import ScaleByMFACState as ScaleByMFACState

@@ -1,13 +1,15 @@
 """Gradients of a loss on batches, stacked: what the static algorithm starts from."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from mfac_jax import _validation
 
@@ -104,3 +106,32 @@ def _bar(total: int, progress: bool):
     except ImportError:
         raise ImportError("progress=True needs tqdm: pip install tqdm, or pass progress=False.") from None
     return tqdm(total=total, unit="gradient")
+
+
+def check_stacked(grads: optax.Params) -> None:
+    """Refuse what is no stack of finite gradients; of traced values only shapes and dtypes are known."""
+    _validation.check_params(grads)
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    if not leaves:
+        raise ValueError("grads must have a leaf with gradients, got a tree without leaves.")
+    shapes = ", ".join(f"{jax.tree_util.keystr(path) or '()'}: {g.shape}" for path, g in leaves)
+    if len({g.shape[:1] for _, g in leaves}) > 1 or not leaves[0][1].shape or not len(leaves[0][1]):
+        raise ValueError(
+            f"grads must have one leading axis of the same length >= 1 on all leaves, got {shapes}. "
+            "Stack them with jnp.stack, or use collect_gradients."
+        )
+    if any(isinstance(g, Tracer) for _, g in leaves):
+        return
+    bad = np.flatnonzero(~np.asarray(_finite_rows([g for _, g in leaves])))
+    if len(bad):
+        raise ValueError(
+            f"grads must be finite, but those with the indices {bad.tolist()[:10]} have a NaN or an Inf. "
+            "Leave them out, or find out which batch they are of."
+        )
+
+
+@jax.jit
+def _finite_rows(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Which of the stacked gradients are finite `(m,)`."""
+    finite = [jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim))) for g in leaves]
+    return jnp.all(jnp.stack(finite), axis=0)

@@ -94,17 +94,69 @@ def _inputs_last(leaf: jax.Array, size: int) -> jax.Array:
     return jnp.swapaxes(leaf, -2, -1) if size > 1 and leaf.ndim > 1 else leaf
 
 
-def check_divides(masks: Any, pattern: Pattern) -> None:
-    """Refuse a pattern whose groups do not divide the input axis of a leaf that takes part."""
-    for path, mask in jax.tree_util.tree_leaves_with_path(masks):
-        axis = max(0, mask.ndim - 2)
-        length = mask.shape[axis] if mask.ndim else 1
-        if length % pattern.size:
+def check_request(
+    masks: Any, sparsity: float | jax.Array, pattern: Pattern, *, per_leaf: bool = False
+) -> None:
+    """Refuse a sparsity that cannot be reached from the masks, and masks that do not suit the pattern."""
+    _validation.check_decay("sparsity", sparsity, "0.9")
+    leaves = jax.tree_util.tree_leaves_with_path(masks)
+    for path, mask in leaves:
+        _check_divides(leaf_name(path), mask, pattern)
+        if pattern.is_whole and pattern.size > 1:
+            _check_whole_blocks(leaf_name(path), mask, pattern)
+    kept = [mask for _, mask in leaves]
+    ranked = [([mask], leaf_name(path)) for path, mask in leaves] if per_leaf else [(kept, "masks")]
+    for together, name in ranked:
+        count = _count(sparsity, together, pattern)
+        if count.target > count.most:
             raise ValueError(
-                f"pattern has groups of {pattern.size}, which must divide the input axis of each leaf, but "
-                f"axis {axis} of {leaf_name(path)}, {mask.shape}, is {length} long. Pass masks with None "
-                "there, or another pattern."
+                f"sparsity can be at most {pattern.together / pattern.size:g} with this pattern, got "
+                f"{sparsity}. Pass less, or a pattern that keeps fewer weights of a group."
             )
+        # What was asked for may have been rounded up by half a group.
+        if count.pruned - count.target > pattern.together / 2:
+            raise ValueError(
+                f"sparsity must be at least that of the masks, got {sparsity}, where {name} has "
+                f"{count.pruned / count.entries:.6g} already ({count.pruned} of {count.entries}). Pass "
+                "more, or other masks."
+            )
+
+
+def _check_divides(name: str, mask: jax.Array, pattern: Pattern) -> None:
+    """Refuse a pattern whose groups do not divide the input axis of a leaf."""
+    axis = max(0, mask.ndim - 2)
+    length = mask.shape[axis] if mask.ndim else 1
+    if length % pattern.size:
+        raise ValueError(
+            f"pattern has groups of {pattern.size}, which must divide the input axis of each leaf, but "
+            f"axis {axis} of {name}, {mask.shape}, is {length} long. Pass masks with None there, or "
+            "another pattern."
+        )
+
+
+def _check_whole_blocks(name: str, mask: jax.Array, pattern: Pattern) -> None:
+    """Refuse a mask that was made by another pattern."""
+    blocks = groups(mask, pattern.size)
+    if jnp.any(jnp.any(blocks, axis=1) & ~jnp.all(blocks, axis=1)):
+        raise ValueError(
+            f"masks must prune whole blocks of {pattern.size} with this pattern, but {name} has one that "
+            "is pruned in part. Pass masks that were made by it, None, or pattern=None."
+        )
+
+
+class _Count(NamedTuple):
+    """How many entries there are, are pruned, are to be pruned in all, and can be."""
+
+    entries: int
+    pruned: int
+    target: int
+    most: int
+
+
+def _count(sparsity: float | jax.Array, kept: Sequence[jax.Array], pattern: Pattern) -> _Count:
+    entries, pruned = sum(k.size for k in kept), int(sum(jnp.sum(~k) for k in kept))
+    target, most = round(float(sparsity) * entries), entries // pattern.size * pattern.together
+    return _Count(entries, pruned, target, most)
 
 
 def select(scores: Any, masks: Any, sparsity: float, pattern: Pattern, *, per_leaf: bool = False) -> Any:
@@ -119,34 +171,26 @@ def select(scores: Any, masks: Any, sparsity: float, pattern: Pattern, *, per_le
     Args:
       scores: a tree like `masks`: at each leaf `(groups, choices)`, what a choice would cost; no NaN.
       masks: of `check_masks`.
-      sparsity: in [0, 1), of all entries that take part, or of each leaf.
-      pattern: as of `parse_pattern`; its groups divide the leaves.
+      sparsity: of all entries that take part, or of each leaf; what is pruned already stays so.
+      pattern: of `parse_pattern`; `check_request` has found that it suits masks and sparsity.
       per_leaf: whether each leaf is pruned to the sparsity, or all of them together.
 
     Returns:
       Masks like `masks`.
-
-    Raises:
-      ValueError: the sparsity is out of range, below that of the masks, or above that of the pattern; a
-        block is pruned in part.
     """
-    _validation.check_decay("sparsity", sparsity, "0.9")
-    leaves = jax.tree_util.tree_leaves_with_path(masks)
-    if pattern.is_whole and pattern.size > 1:
-        _check_whole_blocks(leaves, pattern)
-    kept = [groups(mask, pattern.size) for _, mask in leaves]
+    leaves, structure = jax.tree.flatten(masks)
+    kept = [groups(mask, pattern.size) for mask in leaves]
     choices = jnp.asarray(pattern.choices)
     found = [_cheapest(s, k, choices) for s, k in zip(jax.tree.leaves(scores), kept, strict=True)]
-    names = [leaf_name(path) for path, _ in leaves]
-    ranked = [([i], name) for i, name in enumerate(names)] if per_leaf else [([*range(len(kept))], "masks")]
-    for together, name in ranked:
-        needed = _needed(sparsity, [kept[i] for i in together], pattern, name)
+    for together in [[i] for i in range(len(kept))] if per_leaf else [[*range(len(kept))]]:
+        count = _count(sparsity, [kept[i] for i in together], pattern)
+        needed = None if count.target == count.most else max(0, count.target - count.pruned)
         cost, removed = (jnp.concatenate([found[i][part] for i in together]) for part in (0, 1))
         ends = np.cumsum([len(kept[i]) for i in together])
         for i, chosen in zip(together, jnp.split(_first(cost, removed, needed), ends[:-1]), strict=True):
             kept[i] &= ~(chosen[:, None] & found[i].entries)
-    new = [_masks.placed(ungroup(k, mask.shape), mask) for k, (_, mask) in zip(kept, leaves, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(masks), new)
+    new = [_masks.placed(ungroup(k, mask.shape), mask) for k, mask in zip(kept, leaves, strict=True)]
+    return jax.tree.unflatten(structure, new)
 
 
 class _Cheapest(NamedTuple):
@@ -174,24 +218,6 @@ def _cheapest(scores: jax.Array, kept: jax.Array, choices: jax.Array) -> _Cheape
     return _Cheapest(cost, jnp.sum(entries, axis=1), entries)
 
 
-def _needed(sparsity: float, kept: Sequence[jax.Array], pattern: Pattern, name: str) -> int | None:
-    """How many entries are to be pruned more; None for all that the pattern allows."""
-    entries, pruned = sum(k.size for k in kept), int(sum(jnp.sum(~k) for k in kept))
-    target, most = round(float(sparsity) * entries), entries // pattern.size * pattern.together
-    if target > most:
-        raise ValueError(
-            f"sparsity can be at most {pattern.together / pattern.size:g} with this pattern, got "
-            f"{sparsity}. Pass less, or a pattern that keeps fewer weights of a group."
-        )
-    # What was asked for may have been rounded up by half a group.
-    if pruned - target > pattern.together / 2:
-        raise ValueError(
-            f"sparsity must be at least that of the masks, got {sparsity}, where {name} has "
-            f"{pruned / entries:.6g} already ({pruned} of {entries}). Pass more, or other masks."
-        )
-    return None if target == most else max(0, target - pruned)
-
-
 @jax.jit
 def _first(cost: jax.Array, removed: jax.Array, needed: int | None) -> jax.Array:
     """Which groups go `(groups,)`: the cheapest, removing the number of entries nearest to `needed`."""
@@ -199,14 +225,3 @@ def _first(cost: jax.Array, removed: jax.Array, needed: int | None) -> jax.Array
     sums = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(removed[order])])
     number = len(order) if needed is None else jnp.argmin(jnp.abs(sums - needed))
     return jnp.zeros(len(order), bool).at[order].set(jnp.arange(len(order)) < number)
-
-
-def _check_whole_blocks(leaves, pattern: Pattern) -> None:
-    """Refuse masks that were made by another pattern."""
-    for path, mask in leaves:
-        blocks = groups(mask, pattern.size)
-        if jnp.any(jnp.any(blocks, axis=1) & ~jnp.all(blocks, axis=1)):
-            raise ValueError(
-                f"masks must prune whole blocks of {pattern.size} with this pattern, but {leaf_name(path)} "
-                "has one that is pruned in part. Pass masks that were made by it, None, or pattern=None."
-            )

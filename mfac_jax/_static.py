@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
-from mfac_jax import _gram, _tree, _validation, _window
+from mfac_jax import _gradients, _gram, _tree, _validation, _window
 
 FisherBlocks = Literal["leaf"] | Callable[[jax.tree_util.KeyPath], Hashable] | int | None
 
@@ -242,7 +241,7 @@ class FisherInverse:
           ValueError: the leading axes differ or are empty; a gradient is not finite (by its index);
             `damping` or `blocks` is out of range; there is no leaf.
         """
-        _check_gradients(grads)
+        _gradients.check_stacked(grads)
         _validation.check_positive("damping", damping, "1e-5")
         if isinstance(blocks, int):
             _validation.check_count("blocks", blocks, "1000")
@@ -375,35 +374,6 @@ def _make(
         return kind.make(place, [leaves[i] for i in place.leaves], damping)
 
     return tuple(make(place) for place in places)
-
-
-def _check_gradients(grads: optax.Params) -> None:
-    """Refuse what is no stack of finite gradients; of traced values only shapes and dtypes are known."""
-    _validation.check_params(grads)
-    leaves = jax.tree_util.tree_leaves_with_path(grads)
-    if not leaves:
-        raise ValueError("grads must have a leaf with gradients, got a tree without leaves.")
-    shapes = ", ".join(f"{jax.tree_util.keystr(path) or '()'}: {g.shape}" for path, g in leaves)
-    if len({g.shape[:1] for _, g in leaves}) > 1 or not leaves[0][1].shape or not len(leaves[0][1]):
-        raise ValueError(
-            f"grads must have one leading axis of the same length >= 1 on all leaves, got {shapes}. "
-            "Stack them with jnp.stack, or use collect_gradients."
-        )
-    if any(isinstance(g, Tracer) for _, g in leaves):
-        return
-    bad = np.flatnonzero(~np.asarray(_finite_rows([g for _, g in leaves])))
-    if len(bad):
-        raise ValueError(
-            f"grads must be finite, but those with the indices {bad.tolist()[:10]} have a NaN or an Inf. "
-            "Leave them out, or find out which batch they are of."
-        )
-
-
-@jax.jit
-def _finite_rows(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Which of the stacked gradients are finite `(m,)`."""
-    finite = [jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim))) for g in leaves]
-    return jnp.all(jnp.stack(finite), axis=0)
 
 
 def _check_indices(indices: Sequence[int] | np.ndarray, entries: int) -> np.ndarray:

@@ -227,12 +227,12 @@ def test_a_scalar_is_a_group():
 
 
 def test_groups_must_divide_the_inputs():
-    masks = {"in": jnp.ones((4, 6)), "conv": jnp.ones((3, 3, 3, 16)), "bias": None}
+    masks = {"in": jnp.ones((4, 6), bool), "conv": jnp.ones((3, 3, 3, 16), bool), "bias": None}
     with pytest.raises(
         ValueError, match=r"axis 2 of leaf \['conv'\], \(3, 3, 3, 16\), is 3 long.*None there"
     ):
-        _patterns.check_divides(masks, _patterns.parse_pattern("2:4"))
-    _patterns.check_divides({**masks, "conv": None}, _patterns.parse_pattern("2:4"))
+        _patterns.check_request(masks, 0.5, _patterns.parse_pattern("2:4"))
+    _patterns.check_request({**masks, "conv": None}, 0.5, _patterns.parse_pattern("2:4"))
 
 
 # Selection.
@@ -263,6 +263,7 @@ def scores_of(costs, pattern: _patterns.Pattern) -> dict:
 
 def select(costs, masks, amount: float, name: str | None = None, **options) -> Any:
     pattern = _patterns.parse_pattern(name)
+    _patterns.check_request(masks, amount, pattern, **options)
     finite = jax.tree.map(lambda x: jnp.minimum(x, 100.0), costs) if name else costs
     return _patterns.select(scores_of(finite, pattern), masks, amount, pattern, **options)
 

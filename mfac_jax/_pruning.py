@@ -1,0 +1,381 @@
+"""Pruning by the Optimal Brain Surgeon, with the Fisher matrix of some gradients as the Hessian matrix.
+
+F = damping I + G^T G / m, the gradients of the survivors as rows of G `(m, d)`. All products with F^-1 go
+through the m x m matrix G G^T; of what is as large as G, a leaf at a time is made.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg
+import numpy as np
+import optax
+
+from mfac_jax import _gradients, _gram, _masks, _patterns, _tree, _validation
+from mfac_jax._validation import leaf_name
+
+Update = Literal["joint", "independent"]
+
+_DAMPING = 1e-2
+_GRADIENT_TERM = 0.3
+_NUM_STEPS = 8
+
+
+def prune(
+    params: optax.Params,
+    grads_or_fn: optax.Params | Callable[[optax.Params], optax.Params],
+    sparsity: float | jax.Array,
+    *,
+    damping: float | jax.Array = _DAMPING,
+    masks: Any = None,
+    pattern: str | None = None,
+    per_leaf: bool = False,
+    update: Update = "joint",
+    gradient_term: float | jax.Array = _GRADIENT_TERM,
+    step_limit: float | jax.Array | None = None,
+    num_steps: int | None = None,
+    spacing: Literal["geometric", "linear"] = "geometric",
+) -> tuple[optax.Params, Any]:
+    r"""Prune a trained network: choose weights, set them to zero, and move the others to make up for them.
+
+    Optimal Brain Surgeon on the quadratic model of the loss around the parameters w,
+
+    .. math::
+      q(\delta) = \eta\, g^\top \delta + \tfrac{1}{2} \delta^\top F \delta, \qquad
+      F = \lambda I + \tfrac{1}{m} \sum_k g_k g_k^\top, \qquad g = \tfrac{1}{m} \sum_k g_k,
+
+    with F and g over the weights that are not pruned yet. Each step chooses the weights (or groups of a
+    pattern) Q whose removal costs least when all others follow,
+    :math:`\tfrac{1}{2} w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q`, which is :math:`w_i^2 / (2 [F^{-1}]_{ii})` for
+    a single one, and moves the survivors S, those of leaves that take no part in pruning included:
+
+    - `'joint'`: to the minimum of q where all of Q is zero,
+      :math:`\delta_S = -F_{SS}^{-1} (\eta g_S - F_{SQ} w_Q) = G_S^\top (G_S G_S^\top + m \lambda I)^{-1}
+      (G_Q w_Q - \eta 1)`, the gradients as rows of G;
+    - `'independent'`: by the sum of what each pruned weight alone would ask for, as published:
+      :math:`\delta = -F^{-1} (v + \eta g), v_i = w_i / [F^{-1}]_{ii}` on Q.
+
+    The model is local, so that several steps with new gradients do better than one. Gradients of single
+    examples tell more than those of batches, whose mean they lose: `collect_gradients(...,
+    per_example=True)`. Batch statistics fit the pruned network better when they are estimated again.
+
+    Where gradients are zero F is a multiple of the identity, and magnitudes decide. `params` are never
+    changed in place; with an error there is no result.
+
+    Args:
+      params: w, real floating-point arrays, finite.
+      grads_or_fn: m gradients at `params`, stacked, leaves `(m, *shape)`, for one step; or a function from
+        parameters to such gradients, called once a step.
+      sparsity: share of the weights that are zero in the end, of all leaves that take part, in [0, 1).
+        Exactly round(sparsity * weights) are, also with ties; with a pattern, the nearest number that
+        whole groups give.
+      damping: :math:`\lambda` > 0, in units of a squared gradient. @DAMPING@
+      masks: which weights are kept: a tree like `params`, bool arrays or arrays of 0 and 1, with None at
+        leaves that take no part. What is pruned in them stays so. Default: `kernel_masks(params)`.
+      pattern: None: single weights. `'N:M'`, such as `'2:4'`: at most N of M consecutive weights along the
+        inputs (axis -2 of a kernel) are kept; a sparsity below 1 - N / M leaves some groups whole.
+        `'block:B'`, such as `'block:4'`: B consecutive weights along the inputs go together.
+      per_leaf: whether each leaf is pruned to the sparsity, or those that cost least, wherever they are.
+      update: how the survivors follow; @UPDATE@
+      gradient_term: :math:`\eta`, from 0, for a network at a minimum of its loss, to 1. @ETA@
+      step_limit: the longest move of the survivors, as a multiple of the length of the weights that go.
+        Default: none.
+      num_steps: recomputations of the gradients. Default: 8 with a function; 1 with gradients.
+      spacing: `'geometric'`: each step prunes the same share of the survivors. `'linear'`: the same number.
+
+    Returns:
+      The pruned parameters, and masks like `masks`, bool arrays.
+
+    Raises:
+      TypeError: a leaf is no real floating-point array, or a mask no array of numbers.
+      ValueError: an argument is out of range; the sparsity is below that of the masks or above that of the
+        pattern; groups do not divide a leaf; no leaf is a kernel; trees or shapes differ; parameters or
+        gradients (by their indices) are not finite, before or after.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> inputs = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 2.0], [1.0, 0.0, 1.0]])
+      >>> loss_fn = lambda w, batch: jnp.mean((batch @ w - batch.sum(1, keepdims=True)) ** 2)
+      >>> grads_fn = lambda w: mfac_jax.collect_gradients(loss_fn, w, [inputs], 3, per_example=True)
+      >>> w, masks = mfac_jax.prune(jnp.array([[0.2], [1.1], [0.9]]), grads_fn, sparsity=1 / 3, num_steps=1)
+      >>> print(masks.ravel())
+      [False  True  True]
+
+    References:
+      Babak Hassibi, David Stork, `Second Order Derivatives for Network Pruning: Optimal Brain Surgeon
+      <https://papers.nips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-Abstract.html>`_, NIPS 1992.
+      Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
+      Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021 (the update
+      `'independent'`, and recomputation).
+    """
+    found = _patterns.parse_pattern(pattern)
+    _check_options(damping, update, gradient_term, step_limit)
+    _validation.check_choice("spacing", spacing, ("geometric", "linear"))
+    masks = _checked_masks(params, masks)
+    _patterns.check_request(masks, sparsity, found, per_leaf=per_leaf)
+    steps = _check_steps(num_steps, callable(grads_or_fn))
+    for target in _targets(_masks.sparsity(masks), float(sparsity), steps, spacing):
+        grads = grads_or_fn(params) if callable(grads_or_fn) else grads_or_fn
+        model = _quadratic_model(params, grads, damping, masks)
+        costs = jax.tree.unflatten(jax.tree.structure(masks), _costs(model, found.size, found.choices))
+        masks = _patterns.select(costs, masks, target, found, per_leaf=per_leaf)
+        params = _moved(params, model, masks, update, gradient_term, step_limit)
+    return params, masks
+
+
+def obs_scores(
+    params: optax.Params, grads: optax.Params, damping: float | jax.Array = _DAMPING, *, masks: Any = None
+) -> Any:
+    r"""What it costs to prune single weights, all others following: :math:`w_i^2 / (2 [F^{-1}]_{ii})`.
+
+    Args:
+      params: w, as for `prune`.
+      grads: stacked gradients, as for `prune`.
+      damping: as for `prune`.
+      masks: as for `prune`; F is that of the weights they keep.
+
+    Returns:
+      The increase of the loss in the quadratic model: a tree like `params`, None at leaves that take no
+      part; meaningless where a weight is pruned already.
+
+    Raises:
+      TypeError: as `prune`.
+      ValueError: as `prune`.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> print(mfac_jax.obs_scores(jnp.array([[1.0, 1.0]]), jnp.array([[[1.0, 0.0]]]), damping=1.0))
+      [[1.  0.5]]
+    """
+    _validation.check_positive("damping", damping, str(_DAMPING))
+    masks = _checked_masks(params, masks)
+    scores = _costs(_quadratic_model(params, grads, damping, masks), 1, np.ones((1, 1), bool))
+    leaves, structure = jax.tree.flatten(masks)
+    return structure.unflatten(score.reshape(m.shape) for score, m in zip(scores, leaves, strict=True))
+
+
+def obs_update(
+    params: optax.Params,
+    grads: optax.Params,
+    masks: Any,
+    damping: float | jax.Array = _DAMPING,
+    *,
+    masks_before: Any = None,
+    update: Update = "joint",
+    gradient_term: float | jax.Array = _GRADIENT_TERM,
+    step_limit: float | jax.Array | None = None,
+) -> optax.Params:
+    r"""Prune what masks say, and move the other weights to make up for it: a step of `prune`.
+
+    Args:
+      params: as for `prune`.
+      grads: stacked gradients, as for `prune`.
+      masks: which weights are kept.
+      damping: as for `prune`.
+      masks_before: which were kept before. Default: all of the leaves that have masks.
+      update: as for `prune`.
+      gradient_term: as for `prune`.
+      step_limit: as for `prune`.
+
+    Returns:
+      Parameters, zero where they are pruned.
+
+    Raises:
+      TypeError: as `prune`.
+      ValueError: as `prune`.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> w, grads = jnp.array([[1.0, 1.0]]), jnp.array([[[1.0, 1.0]]])
+      >>> print(mfac_jax.obs_update(w, grads, jnp.array([[1, 0]]), damping=1e-3, gradient_term=0.0))
+      [[1.999001 0.      ]]
+    """
+    _check_options(damping, update, gradient_term, step_limit)
+    masks = _masks.check_masks(params, masks)
+    if masks_before is None:
+        masks_before = jax.tree.map(jnp.ones_like, masks)
+    model = _quadratic_model(params, grads, damping, _masks.check_masks(params, masks_before))
+    return _moved(params, model, masks, update, gradient_term, step_limit)
+
+
+def _checked_masks(params: optax.Params, masks: Any) -> Any:
+    _validation.check_params(params)
+    return _masks.kernel_masks(params) if masks is None else _masks.check_masks(params, masks)
+
+
+def _check_options(damping, update, gradient_term, step_limit) -> None:
+    _validation.check_positive("damping", damping, str(_DAMPING))
+    _validation.check_choice("update", update, ("joint", "independent"))
+    _validation.check_not_negative("gradient_term", gradient_term, str(_GRADIENT_TERM))
+    if step_limit is not None:
+        _validation.check_positive("step_limit", step_limit, "1.0")
+
+
+def _check_steps(num_steps: int | None, is_function: bool) -> int:
+    """The number of steps; more than one needs new gradients for each."""
+    if num_steps is None:
+        return _NUM_STEPS if is_function else 1
+    num_steps = _validation.check_count("num_steps", num_steps, str(_NUM_STEPS))
+    if num_steps > 1 and not is_function:
+        raise ValueError(
+            f"num_steps must be 1 with gradients that are given, got {num_steps}: later steps need "
+            "gradients of the parameters as they are then. Pass a function from parameters to stacked "
+            "gradients."
+        )
+    return num_steps
+
+
+def _check_finite(params: optax.Params, cure: str) -> None:
+    for path, w in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.all(jnp.isfinite(w)):
+            raise ValueError(f"params must be finite, but {leaf_name(path)} has a NaN or an Inf{cure}")
+
+
+def _targets(start: float, end: float, steps: int, spacing: str) -> list[float]:
+    """The sparsities of the steps."""
+    shares = np.arange(1, steps) / steps
+    if spacing == "linear":
+        return [*(start + (end - start) * shares).tolist(), end]
+    return [*(1 - (1 - start) * ((1 - end) / (1 - start)) ** shares).tolist(), end]
+
+
+class _Model(NamedTuple):
+    """The quadratic model of the loss, in the leaves of the tree, in their order.
+
+    Attributes:
+      weights: the parameters.
+      rows: the stacked gradients G.
+      masks: what is kept before the step; None where a leaf takes no part.
+      damping: in the dtype of accumulation.
+      root: A `(m, m)` with A^T A = (G G^T + m damping I)^-1, of what is kept.
+    """
+
+    weights: Sequence[jax.Array]
+    rows: Sequence[jax.Array]
+    masks: Sequence[jax.Array | None]
+    damping: jax.Array
+    root: jax.Array
+
+
+def _quadratic_model(
+    params: optax.Params, grads: optax.Params, damping: float | jax.Array, masks: Any
+) -> _Model:
+    """The model, of gradients that are refused where they are not stacked gradients of the parameters."""
+    _check_finite(params, ". Prune parameters of a training that went well.")
+    _validation.check_tree("grads", grads, params)
+    _gradients.check_stacked(grads)
+    rows, (weights, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
+    for (path, w), g in zip(jax.tree_util.tree_leaves_with_path(params), rows, strict=True):
+        if g.shape[1:] != w.shape:
+            raise ValueError(
+                "grads must have the shapes of the parameters behind one leading axis, but "
+                f"{leaf_name(path)} is {g.shape} for {w.shape}. Stack them with jnp.stack, or use "
+                "collect_gradients."
+            )
+    damping = jnp.asarray(damping, _tree.accumulation_dtype(rows))
+    kept = structure.flatten_up_to(masks)
+    return _Model(weights, rows, kept, damping, _root(rows, kept, damping))
+
+
+@jax.jit
+def _root(rows: Sequence[jax.Array], masks: Sequence[jax.Array | None], damping: jax.Array) -> jax.Array:
+    """A `(m, m)` with A^T A = (G G^T + m damping I)^-1, of what the masks keep."""
+    kept = (_masks.zero_pruned(mask, g) for mask, g in zip(masks, rows, strict=True))
+    gram = functools.reduce(jnp.add, [_tree.gram(g, damping.dtype) for g in kept])
+    return _gram.inverse_root(gram[None], len(rows[0]) * damping)[0]
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _costs(model: _Model, size: int, choices: jax.Array | np.ndarray) -> list[jax.Array]:
+    """What pruning the choices would cost, `(groups, choices)` of each leaf that takes part."""
+    costs = []
+    for w, g, mask in zip(model.weights, model.rows, model.masks, strict=True):
+        if mask is None:
+            continue
+        w = _patterns.groups(w.astype(model.damping.dtype), size)
+        if size == 1:
+            diagonal = _diagonal(g, mask, model.root) / model.damping
+            costs.append(jnp.square(w) / (2 * diagonal.reshape(-1, 1)))
+        else:
+            inverse = _diagonal_blocks(g, mask, model.root, size) / model.damping
+            costs.append(_costs_of_choices(w, inverse, jnp.asarray(choices)))
+    return costs
+
+
+def _diagonal(g: jax.Array, mask: jax.Array, root: jax.Array) -> jax.Array:
+    """That of damping F^-1 `(*shape)`, at least the rounding noise."""
+    inside = _tree.column_squares(_tree.mix(root, _masks.zero_pruned(mask, g)))
+    return jnp.maximum(1 - inside, jnp.finfo(root.dtype).eps)
+
+
+def _diagonal_blocks(g: jax.Array, mask: jax.Array, root: jax.Array, size: int) -> jax.Array:
+    """The parts of damping F^-1 on groups `(groups, size, size)`, above the rounding noise."""
+    mixed = _tree.mix(root, _masks.zero_pruned(mask, g))
+    columns = jax.vmap(lambda row: _patterns.groups(row, size))(mixed)
+    inside = jnp.einsum("kgi,kgj->gij", columns, columns, precision=jax.lax.Precision.HIGHEST)
+    noise = size * len(root) ** 0.5 * jnp.finfo(root.dtype).eps
+    return (1 + noise) * jnp.eye(size, dtype=root.dtype) - inside
+
+
+def _costs_of_choices(w: jax.Array, inverse: jax.Array, choices: jax.Array) -> jax.Array:
+    """w_Q^T ([F^-1]_QQ)^-1 w_Q / 2 from weights `(groups, size)` and their parts of F^-1."""
+
+    def cost(choice):
+        inside = choice[:, None] & choice
+        part = jnp.where(inside, inverse, jnp.eye(len(choice), dtype=w.dtype))
+        removed = jnp.where(choice, w, 0)
+        root = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(part), removed[..., None], lower=True)
+        return jnp.sum(jnp.square(root), axis=(-2, -1)) / 2
+
+    return jax.lax.map(cost, choices).T
+
+
+def _moved(params, model: _Model, masks: Any, update: Update, gradient_term, step_limit) -> optax.Params:
+    """The parameters after the step to the new masks; refused where they are not finite."""
+    structure = jax.tree.structure(params)
+    limit = jnp.inf if step_limit is None else step_limit
+    leaves = _follow(model, structure.flatten_up_to(masks), update, gradient_term, limit)
+    params = structure.unflatten(leaves)
+    _check_finite(params, " after pruning. Pass a larger damping, or a step_limit.")
+    return params
+
+
+@functools.partial(jax.jit, static_argnames="update")
+def _follow(
+    model: _Model, new: Sequence[jax.Array | None], update: Update, gradient_term, step_limit
+) -> list[jax.Array]:
+    """The weights after the step: zeros where they go, the survivors moved.
+
+    On the survivors F^-1 G^T c = G^T (G G^T + m damping I)^-1 m c: what moves them is a combination of
+    their gradients.
+    """
+    weights, rows, old, damping, root = model
+    removed = [_removed(*x) for x in zip(weights, old, new, strict=True)]
+    if update == "joint":
+        root, alone = _root(rows, new, damping), removed
+    else:
+        alone = [
+            w if mask is None else w / _diagonal(g, mask, root)
+            for w, g, mask in zip(removed, rows, old, strict=True)
+        ]
+    inner = functools.reduce(
+        jnp.add, [_tree.dots(g, w, damping.dtype) for g, w in zip(rows, alone, strict=True)]
+    )
+    coefficients = root.T @ (root @ (inner - gradient_term))
+    moves = [
+        _masks.zero_pruned(mask, _tree.combine(coefficients, g)) for g, mask in zip(rows, new, strict=True)
+    ]
+    length = optax.global_norm(moves)
+    share = jnp.minimum(1, step_limit * optax.global_norm(removed) / jnp.where(length > 0, length, 1))
+    return [
+        _tree.narrow(_masks.zero_pruned(mask, w.astype(damping.dtype) + share * move), w.dtype)
+        for w, mask, move in zip(weights, new, moves, strict=True)
+    ]
+
+
+def _removed(w: jax.Array, old: jax.Array | None, new: jax.Array | None) -> jax.Array:
+    """The weights that go, zeros elsewhere."""
+    return jnp.zeros_like(w) if old is None or new is None else jnp.where(old & ~new, w, jnp.zeros_like(w))
