@@ -368,8 +368,8 @@ def _follow(
     moves = [
         _masks.zero_pruned(mask, _tree.combine(coefficients, g)) for g, mask in zip(rows, new, strict=True)
     ]
-    length = optax.global_norm(moves)
-    share = jnp.minimum(1, step_limit * optax.global_norm(removed) / jnp.where(length > 0, length, 1))
+    length = optax.tree.norm(moves)
+    share = jnp.minimum(1, step_limit * optax.tree.norm(removed) / jnp.where(length > 0, length, 1))
     return [
         _tree.narrow(_masks.zero_pruned(mask, w.astype(damping.dtype) + share * move), w.dtype)
         for w, mask, move in zip(weights, new, moves, strict=True)

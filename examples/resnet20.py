@@ -1,0 +1,118 @@
+"""The ResNet-20 for CIFAR-10 with weights that were trained in PyTorch, and what is measured on it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from train_cifar10 import ResNet, augment, normalize
+from workload import READ_ERRORS, DataError
+
+PIECE = 200  # images evaluated at a time
+BATCH = 128  # images that a set of batch statistics is taken from
+
+Params = Any
+Stats = Any
+
+
+class Network(NamedTuple):
+    """Weights and batch statistics, trees of Flax."""
+
+    params: Params
+    stats: Stats
+
+
+def read(path: Path) -> Network:
+    """The network from an npz with the arrays of the PyTorch state dict, convolutions `(out, in, h, w)`."""
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        params, stats = {}, {}
+        for i, (conv, norm) in enumerate(_layers()):
+            params[f"Conv_{i}"] = {"kernel": arrays[f"{conv}.weight"].transpose(2, 3, 1, 0)}
+            params[f"BatchNorm_{i}"] = {"scale": arrays[f"{norm}.weight"], "bias": arrays[f"{norm}.bias"]}
+            stats[f"BatchNorm_{i}"] = {
+                "mean": arrays[f"{norm}.running_mean"],
+                "var": arrays[f"{norm}.running_var"],
+            }
+        params["Dense_0"] = {"kernel": arrays["fc.weight"].T, "bias": arrays["fc.bias"]}
+    except READ_ERRORS as error:
+        raise DataError(f"cannot read a ResNet-20 from {path}: {error}") from error
+    network = jax.tree.map(jnp.asarray, Network(params, stats))
+    _check_shapes(network, path)
+    return network
+
+
+def _layers() -> list[tuple[str, str]]:
+    """The names in PyTorch of each convolution and the normalisation after it, in the order of Flax."""
+    layers = [("conv1", "bn1")]
+    for stage in (1, 2, 3):
+        for block in range(3):
+            name = f"layer{stage}.{block}"
+            layers += [(f"{name}.conv{i}", f"{name}.bn{i}") for i in (1, 2)]
+            if stage > 1 and block == 0:
+                layers.append((f"{name}.downsample.0", f"{name}.downsample.1"))
+    return layers
+
+
+def _check_shapes(network: Network, path: Path) -> None:
+    variables = jax.eval_shape(
+        lambda key: ResNet().init(key, jnp.zeros((1, 32, 32, 3)), train=False), jax.random.key(0)
+    )
+    expected = Network(variables["params"], variables["batch_stats"])
+    if jax.tree.map(jnp.shape, network) != jax.tree.map(jnp.shape, expected):
+        raise DataError(f"{path}: the arrays have not the shapes of a ResNet-20 for 10 classes")
+
+
+def masks_of_main_path(params: Params) -> Any:
+    """Masks that keep everything, of what M-FAC's authors prune: kernels but those of the two shortcuts."""
+
+    def mask(path, w):
+        takes_part = path[-1].key == "kernel" and w.shape[:2] != (1, 1)
+        return jnp.ones(w.shape, bool) if takes_part else None
+
+    return jax.tree_util.tree_map_with_path(mask, params)
+
+
+def loss(params: Params, stats: Stats, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of uint8 images with batch statistics as they are."""
+    logits = ResNet().apply({"params": params, "batch_stats": stats}, normalize(images), train=False)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@jax.jit
+def accuracy_and_loss(
+    network: Network, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of images, whose number is a multiple of `PIECE`."""
+
+    def piece(images_and_labels):
+        images, labels = images_and_labels
+        variables = {"params": network.params, "batch_stats": network.stats}
+        logits: Any = ResNet().apply(variables, normalize(images), train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(logits.argmax(-1) == labels), jnp.mean(losses)
+
+    pieces = images.reshape(-1, PIECE, *images.shape[1:]), labels.reshape(-1, PIECE)
+    accuracy, mean_loss = jax.lax.map(piece, pieces)
+    return accuracy.mean(), mean_loss.mean()
+
+
+@jax.jit
+def with_new_stats(network: Network, images: jax.Array, key: jax.Array) -> Network:
+    """The network with the mean of the batch statistics of images, cropped and mirrored at random."""
+    batches = len(images) // BATCH
+    zeros = jax.tree.map(jnp.zeros_like, network.stats)
+
+    def add(total, batch_and_key):
+        batch, key = batch_and_key
+        variables = {"params": network.params, "batch_stats": zeros}
+        inputs = normalize(augment(batch, key, flip=True))
+        _, new = ResNet().apply(variables, inputs, train=True, mutable=["batch_stats"])
+        # Flax mixes a tenth of the batch's statistics into the old ones, which are zeros here.
+        return jax.tree.map(lambda t, s: t + 10 * s / batches, total, new["batch_stats"]), None
+
+    inputs = images[: batches * BATCH].reshape(-1, BATCH, *images.shape[1:]), jax.random.split(key, batches)
+    return network._replace(stats=jax.lax.scan(add, zeros, inputs)[0])
