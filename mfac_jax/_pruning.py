@@ -21,7 +21,7 @@ Update = Literal["joint", "independent"]
 
 _DAMPING = 1e-2
 _GRADIENT_TERM = 0.3
-_NUM_STEPS = 8
+_NUM_STEPS = 16
 
 
 def prune(

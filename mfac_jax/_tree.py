@@ -23,7 +23,7 @@ from mfac_jax import _memory, _sharding
 # grows with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at
 # 10 M. Multiply-and-sum adds in partial sums (1e-6 at 10 M) and takes 1.1 to 1.5 times as long.
 _MAX_DOT_COLUMNS = 300_000
-_GRAM_COLUMNS = 2**14  # of a product of matrices on CPU: a chunk of 256 rows is 16 MiB
+_GRAM_COLUMNS = 2**11  # of a product of matrices on CPU: a chunk of 256 rows is 2 MiB and stays in cache
 _ROWS_AT_A_TIME = 8  # of a sum over rows: XLA for CPU takes 30 times as long for all of them at once
 _CHUNK_ENTRIES = 2**21  # of a bfloat16 window that are float32 at a time on CPU: 8 MiB
 

@@ -23,6 +23,7 @@ compare_optimizers, optimizers, report_comparison, comparison_results = map(
 compiled_update, pod, tpu_tables, weak_scaling = map(
     importlib.import_module, ("compiled_update", "pod_transformer", "tpu_tables", "weak_scaling")
 )
+static_algorithm = importlib.import_module("static_algorithm")
 
 
 @pytest.mark.parametrize("name", optimizers.IDEAS)
@@ -400,3 +401,28 @@ def test_what_a_device_holds_moves_and_sends_does_not_grow_with_the_devices():
     seconds = weak_scaling.time_steps(runs, repeats=1)
     rows = [run.row | {"seconds": s} for run, s in zip(runs, seconds, strict=True)]
     assert len(weak_scaling.table(rows).splitlines()) == 4
+
+
+# --------------------------------------------------------------------------------- the static algorithm
+
+
+def test_the_static_algorithm_is_checked_and_timed_and_what_is_missing_is_named(tmp_path, capsys):
+    out = tmp_path / "static.jsonl"
+    options = ["--num-grads", "40", "--parameters", "300", "--block", "128", "--rounds", "1"]
+    static_algorithm.main([*options, "--original", str(tmp_path), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "has no prun.py" in printed
+    (row,) = read(out)
+    assert set(row["one_block"]) == {static_algorithm.OURS, static_algorithm.RECURSION}
+    for method in (*row["one_block"].values(), *row["blocks"].values()):
+        assert max(method["errors"].values()) < 1e-3
+        assert set(method["seconds"]) == {"precompute", "diagonal", "product", "entry", "64 products"}
+        assert all(0 < s["min"] <= s["median"] <= s["max"] for s in method["seconds"].values())
+    assert {"revision", "versions", "machine", "cores"} <= set(row)
+
+
+def test_what_is_not_the_inverse_is_not_timed(monkeypatch):
+    wrong = static_algorithm.in_jax(1e-5)._replace(diagonal=lambda groups: jax.numpy.ones(300))
+    monkeypatch.setattr(static_algorithm, "in_jax", lambda damping: wrong)
+    with pytest.raises(ValueError, match="recursion in JAX is not the inverse"):
+        static_algorithm.main(["--num-grads", "40", "--parameters", "300"])
