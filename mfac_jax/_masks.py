@@ -166,7 +166,7 @@ def apply_masks(params: optax.Params, masks: Any) -> Any:
 
 def zero_pruned(mask: Any, x: Any) -> Any:
     """An array, zero where it is pruned, with any axes in front of those of the mask; or as it is."""
-    return x if is_absent(mask) else jnp.where(mask, x, jnp.zeros((), x.dtype))
+    return x if is_absent(mask) else jnp.where(mask, x, jnp.zeros((), jnp.asarray(x).dtype))
 
 
 def placed(mask: jax.Array, like: jax.Array) -> jax.Array:

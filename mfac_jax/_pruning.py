@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from mfac_jax import _gradients, _gram, _masks, _patterns, _tree, _validation
 from mfac_jax._validation import leaf_name
@@ -114,7 +115,8 @@ def prune(
     found = _patterns.parse_pattern(pattern)
     _check_options(damping, update, gradient_term, step_limit)
     _validation.check_choice("spacing", spacing, ("geometric", "linear"))
-    masks = _checked_masks(params, masks)
+    _validation.check_bool("per_leaf", per_leaf)
+    params, masks = _checked(params, masks)
     _patterns.check_request(masks, sparsity, found, per_leaf=per_leaf)
     steps = _check_steps(num_steps, callable(grads_or_fn))
     for target in _targets(_masks.sparsity(masks), float(sparsity), steps, spacing):
@@ -151,10 +153,12 @@ def obs_scores(
       [[1.  0.5]]
     """
     _validation.check_positive("damping", damping, str(_DAMPING))
-    masks = _checked_masks(params, masks)
+    params, masks = _checked(params, masks)
     scores = _costs(_quadratic_model(params, grads, damping, masks), 1, np.ones((1, 1), bool))
     leaves, structure = jax.tree.flatten(masks)
-    return structure.unflatten(score.reshape(m.shape) for score, m in zip(scores, leaves, strict=True))
+    return structure.unflatten(
+        _patterns.ungroup(score, mask.shape) for score, mask in zip(scores, leaves, strict=True)
+    )
 
 
 def obs_update(
@@ -175,7 +179,8 @@ def obs_update(
       grads: stacked gradients, as for `prune`.
       masks: which weights are kept.
       damping: as for `prune`.
-      masks_before: which were kept before. Default: all of the leaves that have masks.
+      masks_before: which were kept before, at the same leaves, at least those that `masks` keep. Default:
+        all.
       update: as for `prune`.
       gradient_term: as for `prune`.
       step_limit: as for `prune`.
@@ -197,13 +202,38 @@ def obs_update(
     masks = _masks.check_masks(params, masks)
     if masks_before is None:
         masks_before = jax.tree.map(jnp.ones_like, masks)
-    model = _quadratic_model(params, grads, damping, _masks.check_masks(params, masks_before))
+    params, masks_before = _checked(params, masks_before)
+    _check_fewer(masks, masks_before)
+    model = _quadratic_model(params, grads, damping, masks_before)
     return _moved(params, model, masks, update, gradient_term, step_limit)
 
 
-def _checked_masks(params: optax.Params, masks: Any) -> Any:
+def _checked(params: optax.Params, masks: Any) -> tuple[optax.Params, Any]:
+    """The parameters, zero where they are pruned, and the masks; refused where they are none."""
     _validation.check_params(params)
-    return _masks.kernel_masks(params) if masks is None else _masks.check_masks(params, masks)
+    _check_finite(params, ". Prune parameters of a training that went well.")
+    params = jax.tree.map(jnp.asarray, params)
+    masks = _masks.kernel_masks(params) if masks is None else _masks.check_masks(params, masks)
+    return jax.tree.map(_masks.zero_pruned, masks, params, is_leaf=_masks.is_absent), masks
+
+
+def _check_fewer(masks: Any, before: Any) -> None:
+    """Refuse masks that keep what was pruned before, or are at other leaves."""
+
+    def check(path, new, old):
+        if _masks.is_absent(new) != _masks.is_absent(old):
+            raise ValueError(
+                f"masks and masks_before must be at the same leaves, but {leaf_name(path)} is in one of "
+                "the two. Pass jnp.ones(leaf.shape, bool) where nothing is pruned."
+            )
+        back = None if _masks.is_absent(new) else new & ~old
+        if back is not None and not isinstance(back, Tracer) and back.any():
+            raise ValueError(
+                f"masks must keep no weight that masks_before prune, but {leaf_name(path)} has "
+                f"{int(back.sum())}. Pass masks & masks_before."
+            )
+
+    jax.tree_util.tree_map_with_path(check, masks, before, is_leaf=_masks.is_absent)
 
 
 def _check_options(damping, update, gradient_term, step_limit) -> None:
@@ -230,7 +260,8 @@ def _check_steps(num_steps: int | None, is_function: bool) -> int:
 
 def _check_finite(params: optax.Params, cure: str) -> None:
     for path, w in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.all(jnp.isfinite(w)):
+        is_finite = jnp.all(jnp.isfinite(w))
+        if not isinstance(is_finite, Tracer) and not is_finite:
             raise ValueError(f"params must be finite, but {leaf_name(path)} has a NaN or an Inf{cure}")
 
 
@@ -239,7 +270,7 @@ def _targets(start: float, end: float, steps: int, spacing: str) -> list[float]:
     shares = np.arange(1, steps) / steps
     if spacing == "linear":
         return [*(start + (end - start) * shares).tolist(), end]
-    return [*(1 - (1 - start) * ((1 - end) / (1 - start)) ** shares).tolist(), end]
+    return [*(1 - (1 - start) ** (1 - shares) * (1 - end) ** shares).tolist(), end]
 
 
 class _Model(NamedTuple):
@@ -264,20 +295,25 @@ def _quadratic_model(
     params: optax.Params, grads: optax.Params, damping: float | jax.Array, masks: Any
 ) -> _Model:
     """The model, of gradients that are refused where they are not stacked gradients of the parameters."""
-    _check_finite(params, ". Prune parameters of a training that went well.")
-    _validation.check_tree("grads", grads, params)
+    cure = "Stack them with jnp.stack, or use collect_gradients."
+    _validation.check_tree("grads", grads, params, "the parameters", cure)
     _gradients.check_stacked(grads)
-    rows, (weights, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
+    rows, weights = jax.tree.leaves(grads), jax.tree.leaves(params)
     for (path, w), g in zip(jax.tree_util.tree_leaves_with_path(params), rows, strict=True):
         if g.shape[1:] != w.shape:
             raise ValueError(
                 "grads must have the shapes of the parameters behind one leading axis, but "
-                f"{leaf_name(path)} is {g.shape} for {w.shape}. Stack them with jnp.stack, or use "
-                "collect_gradients."
+                f"{leaf_name(path)} is {g.shape} for {w.shape}. {cure}"
             )
-    damping = jnp.asarray(damping, _tree.accumulation_dtype(rows))
-    kept = structure.flatten_up_to(masks)
+    rows, kept = [jnp.asarray(g) for g in rows], _at_leaves(masks, params)
+    damping = jnp.asarray(damping, _tree.accumulation_dtype([*rows, *weights]))
     return _Model(weights, rows, kept, damping, _root(rows, kept, damping))
+
+
+def _at_leaves(masks: Any, params: optax.Params) -> list[jax.Array | None]:
+    """The masks of the leaves of the parameters, which may hold optax.MaskedNode too."""
+    pairs = (jax.tree.leaves(tree, is_leaf=_masks.is_absent) for tree in (masks, params))
+    return [mask for mask, w in zip(*pairs, strict=True) if not _masks.is_absent(w)]
 
 
 @jax.jit
@@ -298,7 +334,7 @@ def _costs(model: _Model, size: int, choices: jax.Array | np.ndarray) -> list[ja
         w = _patterns.groups(w.astype(model.damping.dtype), size)
         if size == 1:
             diagonal = _diagonal(g, mask, model.root) / model.damping
-            costs.append(jnp.square(w) / (2 * diagonal.reshape(-1, 1)))
+            costs.append(jnp.square(w) / (2 * _patterns.groups(diagonal, 1)))
         else:
             inverse = _diagonal_blocks(g, mask, model.root, size) / model.damping
             costs.append(_costs_of_choices(w, inverse, jnp.asarray(choices)))
@@ -335,10 +371,9 @@ def _costs_of_choices(w: jax.Array, inverse: jax.Array, choices: jax.Array) -> j
 
 def _moved(params, model: _Model, masks: Any, update: Update, gradient_term, step_limit) -> optax.Params:
     """The parameters after the step to the new masks; refused where they are not finite."""
-    structure = jax.tree.structure(params)
     limit = jnp.inf if step_limit is None else step_limit
-    leaves = _follow(model, structure.flatten_up_to(masks), update, gradient_term, limit)
-    params = structure.unflatten(leaves)
+    leaves = _follow(model, _at_leaves(masks, params), update, gradient_term, limit)
+    params = jax.tree.unflatten(jax.tree.structure(params), leaves)
     _check_finite(params, " after pruning. Pass a larger damping, or a step_limit.")
     return params
 

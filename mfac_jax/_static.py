@@ -335,7 +335,7 @@ class FisherInverse:
         like = jax.tree.unflatten(
             self.structure, [np.broadcast_to(np.float32(0), (1, *s)) for s in self.shapes]
         )
-        _validation.check_tree("tree", tree, like)
+        _validation.check_tree("tree", tree, like, "the gradients", "Pass a tree like the parameters.")
         leaves = jax.tree.leaves(tree)
         if all(x.shape == shape for x, shape in zip(leaves, self.shapes, strict=True)):
             return False

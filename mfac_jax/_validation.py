@@ -109,17 +109,20 @@ def _check_floating(name: str, path, leaf) -> None:
         )
 
 
-def check_tree(name: str, tree: optax.Updates, window: optax.Params) -> None:
-    """Refuse a tree whose structure is not the window's, or with leaves that are not real floats."""
+def check_tree(
+    name: str,
+    tree: optax.Updates,
+    like: optax.Params,
+    of: str = "the parameters given to init",
+    cure: str = "Call init again with the parameters that are trained now.",
+) -> None:
+    """Refuse a tree whose structure is another, or with leaves that are not real floats."""
     leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
-    expected = dict(jax.tree_util.tree_leaves_with_path(window))
-    if jax.tree.structure(tree) != jax.tree.structure(window):
+    expected = dict(jax.tree_util.tree_leaves_with_path(like))
+    if jax.tree.structure(tree) != jax.tree.structure(like):
         differing = [leaf_name(p) for p in [*leaves, *expected] if (p in leaves) != (p in expected)]
         found = f"but {differing[0]} is only in one of the two" if differing else "but its nodes differ"
-        raise ValueError(
-            f"{name} must have the tree of the parameters given to init, {found}. Call init again with the "
-            "parameters that are trained now."
-        )
+        raise ValueError(f"{name} must have the tree of {of}, {found}. {cure}")
     for path, leaf in leaves.items():
         _check_floating(name, path, leaf)
 
