@@ -58,9 +58,10 @@ def _layers() -> list[tuple[str, str]]:
 
 
 def _check_shapes(network: Network, path: Path) -> None:
-    variables = jax.eval_shape(
-        lambda key: ResNet().init(key, jnp.zeros((1, 32, 32, 3)), train=False), jax.random.key(0)
-    )
+    def init(key: jax.Array) -> Any:
+        return ResNet().init(key, jnp.zeros((1, 32, 32, 3)), train=False)
+
+    variables = jax.eval_shape(init, jax.random.key(0))
     expected = Network(variables["params"], variables["batch_stats"])
     if jax.tree.map(jnp.shape, network) != jax.tree.map(jnp.shape, expected):
         raise DataError(f"{path}: the arrays have not the shapes of a ResNet-20 for 10 classes")
@@ -76,9 +77,10 @@ def masks_of_main_path(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(mask, params)
 
 
-def loss(params: Params, stats: Stats, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of uint8 images with batch statistics as they are."""
-    logits = ResNet().apply({"params": params, "batch_stats": stats}, normalize(images), train=False)
+def loss(stats: Stats, params: Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Cross-entropy of uint8 images and their labels, with batch statistics as they are."""
+    images, labels = batch
+    logits: Any = ResNet().apply({"params": params, "batch_stats": stats}, normalize(images), train=False)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
+from jax.tree_util import Partial
 
 from mfac_jax import _validation
 
@@ -30,7 +31,9 @@ def collect_gradients(
 
     Args:
       loss_fn: from parameters and a batch to the loss, a scalar; a pure function, compiled once for each
-        shape of batch. Pass the same function object again, and it is not compiled anew.
+        shape of batch. Pass the same function object again, and it is not compiled anew. Arrays that it
+        holds and that change, such as batch statistics, come in as `jax.tree_util.Partial(loss, stats)`,
+        which is called as `loss(stats, params, batch)`.
       params: real floating-point arrays.
       batches: pytrees of arrays with a leading axis of examples; read until there are enough gradients.
       num_grads: gradients to collect, exactly, an int >= 1. The result takes that many copies of `params`.
@@ -57,6 +60,8 @@ def collect_gradients(
     """
     num_grads = _validation.check_count("num_grads", num_grads, "64")
     _validation.check_params(params)
+    # A pytree: the function is compiled in, and the arrays that it may hold are arguments.
+    loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
     stack = jax.tree.map(lambda p: jnp.zeros((num_grads, *p.shape), p.dtype), params)
     count = 0
     with _bar(num_grads, progress) as bar:
@@ -74,8 +79,8 @@ def collect_gradients(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "size"), donate_argnames="stack")
-def _put(stack, params, batch, start, loss_fn, size: int | None):
+@functools.partial(jax.jit, static_argnames="size", donate_argnames="stack")
+def _put(stack, params, batch, start, loss_fn: Partial, size: int | None):
     """The stack with the gradient of the batch, or those of its first `size` examples, from `start` on."""
     if size is None:
         grads = jax.tree.map(lambda g: g[None], jax.grad(loss_fn)(params, batch))
