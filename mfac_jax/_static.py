@@ -160,9 +160,10 @@ class _Wide:
         columns = jnp.zeros((len(positions), self.rows[0].shape[1]), self.rows[0].dtype)
         for number, (rows, shape) in enumerate(zip(self.rows, self.place.shapes, strict=True)):
             chosen = np.flatnonzero(leaf == number)
-            index = np.unravel_index(positions[chosen] - starts[number], shape) if shape else ()
-            found = rows[0][(slice(None), *index)]
-            columns = columns.at[chosen].set(found.T if shape else found)
+            if len(chosen):
+                index = np.unravel_index(positions[chosen] - starts[number], shape) if shape else ()
+                # One gather, its first axis the positions: `rows[0]` would copy the leaf.
+                columns = columns.at[chosen].set(rows[(0, slice(None), *index)])
         return columns
 
 

@@ -24,7 +24,7 @@ from mfac_jax import _memory, _sharding
 # 10 M. Multiply-and-sum adds in partial sums (1e-6 at 10 M) and takes 1.1 to 1.5 times as long.
 _MAX_DOT_COLUMNS = 300_000
 _GRAM_COLUMNS = 2**11  # of a product of matrices on CPU: a chunk of 256 rows is 2 MiB and stays in cache
-_ROWS_AT_A_TIME = 8  # of a sum over rows: XLA for CPU takes 30 times as long for all of them at once
+_ROWS_AT_A_TIME = 8  # added one by one: XLA for CPU takes 30 times as long for a sum over an axis of rows
 _CHUNK_ENTRIES = 2**21  # of a bfloat16 window that are float32 at a time on CPU: 8 MiB
 
 
@@ -181,8 +181,9 @@ def column_squares(rows: jax.Array) -> jax.Array:
     chunks, rest = divmod(len(rows), length)
 
     def add(i, total):
-        some = lax.dynamic_slice_in_dim(rows, i * length, length)
-        return total + jnp.sum(jnp.square(some), axis=0)
+        for row in range(length):
+            total += jnp.square(lax.dynamic_index_in_dim(rows, i * length + row, 0, keepdims=False))
+        return total
 
     return lax.fori_loop(0, chunks, add, jnp.sum(jnp.square(rows[len(rows) - rest :]), axis=0))
 
