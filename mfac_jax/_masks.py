@@ -169,10 +169,10 @@ def zero_pruned(mask: Any, x: Any) -> Any:
     return x if is_absent(mask) else jnp.where(mask, x, jnp.zeros((), jnp.asarray(x).dtype))
 
 
-def placed(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """The mask where its leaf lies on a mesh."""
+def placed(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The array where `like` lies on a mesh."""
     sharding = _sharding.named_sharding(like)
-    return mask if sharding is None else jax.device_put(mask, sharding)
+    return x if sharding is None else jax.device_put(x, sharding)
 
 
 def sparsity(masks: Any) -> float:

@@ -157,7 +157,8 @@ def obs_scores(
     scores = _costs(_quadratic_model(params, grads, damping, masks), 1, np.ones((1, 1), bool))
     leaves, structure = jax.tree.flatten(masks)
     return structure.unflatten(
-        _patterns.ungroup(score, mask.shape) for score, mask in zip(scores, leaves, strict=True)
+        _masks.placed(_patterns.ungroup(score, mask.shape), mask)
+        for score, mask in zip(scores, leaves, strict=True)
     )
 
 
@@ -199,7 +200,7 @@ def obs_update(
       [[1.999001 0.      ]]
     """
     _check_options(damping, update, gradient_term, step_limit)
-    masks = _masks.check_masks(params, masks)
+    masks = _placed_masks(params, masks)
     if masks_before is None:
         masks_before = jax.tree.map(jnp.ones_like, masks)
     params, masks_before = _checked(params, masks_before)
@@ -213,8 +214,21 @@ def _checked(params: optax.Params, masks: Any) -> tuple[optax.Params, Any]:
     _validation.check_params(params)
     _check_finite(params, ". Prune parameters of a training that went well.")
     params = jax.tree.map(jnp.asarray, params)
-    masks = _masks.kernel_masks(params) if masks is None else _masks.check_masks(params, masks)
-    return jax.tree.map(_masks.zero_pruned, masks, params, is_leaf=_masks.is_absent), masks
+    masks = _masks.kernel_masks(params) if masks is None else _placed_masks(params, masks)
+
+    def zero_pruned(mask, w):
+        return w if _masks.is_absent(mask) else _masks.placed(_masks.zero_pruned(mask, w), w)
+
+    return jax.tree.map(zero_pruned, masks, params, is_leaf=_masks.is_absent), masks
+
+
+def _placed_masks(params: optax.Params, masks: Any) -> Any:
+    """The masks, checked, where the parameters are on a mesh."""
+
+    def placed(mask, w):
+        return mask if _masks.is_absent(mask) else _masks.placed(mask, w)
+
+    return jax.tree.map(placed, _masks.check_masks(params, masks), params, is_leaf=_masks.is_absent)
 
 
 def _check_fewer(masks: Any, before: Any) -> None:
@@ -371,9 +385,10 @@ def _costs_of_choices(w: jax.Array, inverse: jax.Array, choices: jax.Array) -> j
 
 def _moved(params, model: _Model, masks: Any, update: Update, gradient_term, step_limit) -> optax.Params:
     """The parameters after the step to the new masks; refused where they are not finite."""
-    limit = jnp.inf if step_limit is None else step_limit
-    leaves = _follow(model, _at_leaves(masks, params), update, gradient_term, limit)
-    params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    leaves = _follow(model, _at_leaves(masks, params), update, gradient_term, step_limit)
+    params = jax.tree.unflatten(
+        jax.tree.structure(params), map(_masks.placed, leaves, jax.tree.leaves(params))
+    )
     _check_finite(params, " after pruning. Pass a larger damping, or a step_limit.")
     return params
 
@@ -403,10 +418,12 @@ def _follow(
     moves = [
         _masks.zero_pruned(mask, _tree.combine(coefficients, g)) for g, mask in zip(rows, new, strict=True)
     ]
-    length = optax.tree.norm(moves)
-    share = jnp.minimum(1, step_limit * optax.tree.norm(removed) / jnp.where(length > 0, length, 1))
+    if step_limit is not None:
+        length = optax.tree.norm(moves)
+        share = jnp.minimum(1, step_limit * optax.tree.norm(removed) / jnp.where(length > 0, length, 1))
+        moves = [share * move for move in moves]
     return [
-        _tree.narrow(_masks.zero_pruned(mask, w.astype(damping.dtype) + share * move), w.dtype)
+        _tree.narrow(_masks.zero_pruned(mask, w.astype(damping.dtype) + move), w.dtype)
         for w, mask, move in zip(weights, new, moves, strict=True)
     ]
 
