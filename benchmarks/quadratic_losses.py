@@ -14,7 +14,7 @@ import numpy as np
 
 import mfac_jax
 
-SHAPES = ((8, 80), (24, 24), (48, 16))  # gradients, weights; one program each
+SHAPES = ((12, 60), (40, 24))  # gradients, weights; one program each
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 

@@ -69,7 +69,8 @@ def keep_pruned(inner: optax.GradientTransformation, masks: Any) -> optax.Gradie
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
       >>> params = {'kernel': jnp.arange(1.0, 9.0).reshape(4, 2), 'bias': jnp.zeros(2)}
       >>> loss_fn = lambda p: jnp.sum((p['kernel'] - 2) ** 2) + jnp.sum(p['bias'] ** 2)
-      >>> tx = mfac_jax.keep_pruned(mfac_jax.mfac(num_grads=4), mfac_jax.kernel_masks(params))
+      >>> masks = mfac_jax.kernel_masks(params)
+      >>> tx = mfac_jax.keep_pruned(mfac_jax.mfac(num_grads=4), masks)
       >>> state = tx.init(params)
       >>> schedule = optax.polynomial_schedule(0.0, 0.75, 3, transition_steps=20, transition_begin=10)
       >>> @jax.jit
@@ -77,9 +78,9 @@ def keep_pruned(inner: optax.GradientTransformation, masks: Any) -> optax.Gradie
       ...   updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
       ...   return optax.apply_updates(params, updates), state
       >>> for step in range(40):
-      ...   if 10 < step <= 30 and step % 5 == 0:  # every 5 steps; by magnitude
-      ...     smallest = jnp.quantile(jnp.abs(params['kernel']), schedule(step))
-      ...     masks = {'kernel': jnp.abs(params['kernel']) > smallest, 'bias': None}
+      ...   if 10 < step <= 30 and step % 5 == 0:  # every 5 steps
+      ...     grads = jax.tree.map(lambda g: g[None], jax.grad(loss_fn)(params))  # one, for a short example
+      ...     params, masks = mfac_jax.prune(params, grads, schedule(step), masks=masks)
       ...     state = mfac_jax.set_masks(tx, state, masks)
       ...   params, state = train_step(params, state)
       >>> int(jnp.sum(params['kernel'] != 0)), mfac_jax.sparsity(masks)
