@@ -1,24 +1,17 @@
-"""Pruning by the Optimal Brain Surgeon, with the Fisher matrix of some gradients as the Hessian matrix.
+"""Pruning by the Optimal Brain Surgeon: `prune`, and the two halves of its steps."""
 
-F = damping I + G^T G / m, the gradients of the survivors as rows of G `(m, d)`. All products with F^-1 go
-through the m x m matrix G G^T; of what is as large as G, a leaf at a time is made.
-"""
-
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg
 import numpy as np
 import optax
 from jax.core import Tracer
 
-from mfac_jax import _gradients, _gram, _masks, _patterns, _tree, _validation
+from mfac_jax import _masks, _obs, _patterns, _validation
+from mfac_jax._obs import Update
 from mfac_jax._validation import leaf_name
-
-Update = Literal["joint", "independent"]
 
 _DAMPING = 1e-2
 _GRADIENT_TERM = 0.3
@@ -127,10 +120,11 @@ def prune(
     steps = _check_steps(num_steps, callable(grads_or_fn))
     for target in _targets(_masks.sparsity(masks), float(sparsity), steps, spacing):
         grads = grads_or_fn(params) if callable(grads_or_fn) else grads_or_fn
-        model = _quadratic_model(params, grads, damping, masks)
-        costs = jax.tree.unflatten(jax.tree.structure(masks), _costs(model, found.size, found.choices))
-        masks = _patterns.select(costs, masks, target, found, per_leaf=per_leaf)
-        params = _moved(params, model, masks, update, gradient_term, step_limit)
+        model = _obs.quadratic_model(params, grads, damping, masks)
+        costs = jax.tree.unflatten(jax.tree.structure(masks), _obs.costs(model, found.size, found.choices))
+        before, masks = masks, _patterns.select(costs, masks, target, found, per_leaf=per_leaf)
+        if _masks.sparsity(masks) > _masks.sparsity(before):  # else there is nothing to make up for
+            params = _moved(params, model, masks, update, gradient_term, step_limit)
     return params, masks
 
 
@@ -160,7 +154,7 @@ def obs_scores(
     """
     _validation.check_positive("damping", damping, str(_DAMPING))
     params, masks = _checked(params, masks)
-    scores = _costs(_quadratic_model(params, grads, damping, masks), 1, np.ones((1, 1), bool))
+    scores = _obs.costs(_obs.quadratic_model(params, grads, damping, masks), 1, np.ones((1, 1), bool))
     leaves, structure = jax.tree.flatten(masks)
     return structure.unflatten(
         _masks.placed(_patterns.ungroup(score, mask.shape), mask)
@@ -211,7 +205,7 @@ def obs_update(
         masks_before = jax.tree.map(jnp.ones_like, masks)
     params, masks_before = _checked(params, masks_before)
     _check_fewer(masks, masks_before)
-    model = _quadratic_model(params, grads, damping, masks_before)
+    model = _obs.quadratic_model(params, grads, damping, masks_before)
     return _moved(params, model, masks, update, gradient_term, step_limit)
 
 
@@ -293,147 +287,13 @@ def _targets(start: float, end: float, steps: int, spacing: str) -> list[float]:
     return [*(1 - (1 - start) ** (1 - shares) * (1 - end) ** shares).tolist(), end]
 
 
-class _Model(NamedTuple):
-    """The quadratic model of the loss, in the leaves of the tree, in their order.
-
-    Attributes:
-      weights: the parameters.
-      rows: the stacked gradients G.
-      masks: what is kept before the step; None where a leaf takes no part.
-      damping: in the dtype of accumulation.
-      root: A `(m, m)` with A^T A = (G G^T + m damping I)^-1, of what is kept.
-    """
-
-    weights: Sequence[jax.Array]
-    rows: Sequence[jax.Array]
-    masks: Sequence[jax.Array | None]
-    damping: jax.Array
-    root: jax.Array
-
-
-def _quadratic_model(
-    params: optax.Params, grads: optax.Params, damping: float | jax.Array, masks: Any
-) -> _Model:
-    """The model, of gradients that are refused where they are not stacked gradients of the parameters."""
-    cure = "Stack them with jnp.stack, or use collect_gradients."
-    _validation.check_tree("grads", grads, params, "the parameters", cure)
-    _gradients.check_stacked(grads)
-    rows, weights = jax.tree.leaves(grads), jax.tree.leaves(params)
-    for (path, w), g in zip(jax.tree_util.tree_leaves_with_path(params), rows, strict=True):
-        if g.shape[1:] != w.shape:
-            raise ValueError(
-                "grads must have the shapes of the parameters behind one leading axis, but "
-                f"{leaf_name(path)} is {g.shape} for {w.shape}. {cure}"
-            )
-    rows, kept = [jnp.asarray(g) for g in rows], _at_leaves(masks, params)
-    damping = jnp.asarray(damping, _tree.accumulation_dtype([*rows, *weights]))
-    return _Model(weights, rows, kept, damping, _root(rows, kept, damping))
-
-
-def _at_leaves(masks: Any, params: optax.Params) -> list[jax.Array | None]:
-    """The masks of the leaves of the parameters, which may hold optax.MaskedNode too."""
-    pairs = (jax.tree.leaves(tree, is_leaf=_masks.is_absent) for tree in (masks, params))
-    return [mask for mask, w in zip(*pairs, strict=True) if not _masks.is_absent(w)]
-
-
-@jax.jit
-def _root(rows: Sequence[jax.Array], masks: Sequence[jax.Array | None], damping: jax.Array) -> jax.Array:
-    """A `(m, m)` with A^T A = (G G^T + m damping I)^-1, of what the masks keep."""
-    kept = (_masks.zero_pruned(mask, g) for mask, g in zip(masks, rows, strict=True))
-    gram = functools.reduce(jnp.add, [_tree.gram(g, damping.dtype) for g in kept])
-    return _gram.inverse_root(gram[None], len(rows[0]) * damping)[0]
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _costs(model: _Model, size: int, choices: jax.Array | np.ndarray) -> list[jax.Array]:
-    """What pruning the choices would cost, `(groups, choices)` of each leaf that takes part."""
-    costs = []
-    for w, g, mask in zip(model.weights, model.rows, model.masks, strict=True):
-        if mask is None:
-            continue
-        w = _patterns.groups(w.astype(model.damping.dtype), size)
-        if size == 1:
-            diagonal = _diagonal(g, mask, model.root) / model.damping
-            costs.append(jnp.square(w) / (2 * _patterns.groups(diagonal, 1)))
-        else:
-            inverse = _diagonal_blocks(g, mask, model.root, size) / model.damping
-            costs.append(_costs_of_choices(w, inverse, jnp.asarray(choices)))
-    return costs
-
-
-def _diagonal(g: jax.Array, mask: jax.Array, root: jax.Array) -> jax.Array:
-    """That of damping F^-1 `(*shape)`, at least the rounding noise."""
-    inside = _tree.column_squares(_tree.mix(root, _masks.zero_pruned(mask, g)))
-    return jnp.maximum(1 - inside, jnp.finfo(root.dtype).eps)
-
-
-def _diagonal_blocks(g: jax.Array, mask: jax.Array, root: jax.Array, size: int) -> jax.Array:
-    """The parts of damping F^-1 on groups `(groups, size, size)`, above the rounding noise."""
-    mixed = _tree.mix(root, _masks.zero_pruned(mask, g))
-    columns = jax.vmap(lambda row: _patterns.groups(row, size))(mixed)
-    inside = jnp.einsum("kgi,kgj->gij", columns, columns, precision=jax.lax.Precision.HIGHEST)
-    noise = size * len(root) ** 0.5 * jnp.finfo(root.dtype).eps
-    return (1 + noise) * jnp.eye(size, dtype=root.dtype) - inside
-
-
-def _costs_of_choices(w: jax.Array, inverse: jax.Array, choices: jax.Array) -> jax.Array:
-    """w_Q^T ([F^-1]_QQ)^-1 w_Q / 2 from weights `(groups, size)` and their parts of F^-1."""
-
-    def cost(choice):
-        inside = choice[:, None] & choice
-        part = jnp.where(inside, inverse, jnp.eye(len(choice), dtype=w.dtype))
-        removed = jnp.where(choice, w, 0)
-        root = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(part), removed[..., None], lower=True)
-        return jnp.sum(jnp.square(root), axis=(-2, -1)) / 2
-
-    return jax.lax.map(cost, choices).T
-
-
-def _moved(params, model: _Model, masks: Any, update: Update, gradient_term, step_limit) -> optax.Params:
+def _moved(
+    params, model: _obs.Model, masks: Any, update: Update, gradient_term, step_limit
+) -> optax.Params:
     """The parameters after the step to the new masks; refused where they are not finite."""
-    leaves = _follow(model, _at_leaves(masks, params), update, gradient_term, step_limit)
+    leaves = _obs.follow(model, _obs.at_leaves(masks, params), update, gradient_term, step_limit)
     params = jax.tree.unflatten(
         jax.tree.structure(params), map(_masks.placed, leaves, jax.tree.leaves(params))
     )
     _check_finite(params, " after pruning. Pass a larger damping, or a step_limit.")
     return params
-
-
-@functools.partial(jax.jit, static_argnames="update")
-def _follow(
-    model: _Model, new: Sequence[jax.Array | None], update: Update, gradient_term, step_limit
-) -> list[jax.Array]:
-    """The weights after the step: zeros where they go, the survivors moved.
-
-    On the survivors F^-1 G^T c = G^T (G G^T + m damping I)^-1 m c: what moves them is a combination of
-    their gradients.
-    """
-    weights, rows, old, damping, root = model
-    removed = [_removed(*x) for x in zip(weights, old, new, strict=True)]
-    if update == "joint":
-        root, alone = _root(rows, new, damping), removed
-    else:
-        alone = [
-            w if mask is None else w / _diagonal(g, mask, root)
-            for w, g, mask in zip(removed, rows, old, strict=True)
-        ]
-    inner = functools.reduce(
-        jnp.add, [_tree.dots(g, w, damping.dtype) for g, w in zip(rows, alone, strict=True)]
-    )
-    coefficients = root.T @ (root @ (inner - gradient_term))
-    moves = [
-        _masks.zero_pruned(mask, _tree.combine(coefficients, g)) for g, mask in zip(rows, new, strict=True)
-    ]
-    if step_limit is not None:
-        length = optax.tree.norm(moves)
-        share = jnp.minimum(1, step_limit * optax.tree.norm(removed) / jnp.where(length > 0, length, 1))
-        moves = [share * move for move in moves]
-    return [
-        _tree.narrow(_masks.zero_pruned(mask, w.astype(damping.dtype) + move), w.dtype)
-        for w, mask, move in zip(weights, new, moves, strict=True)
-    ]
-
-
-def _removed(w: jax.Array, old: jax.Array | None, new: jax.Array | None) -> jax.Array:
-    """The weights that go, zeros elsewhere."""
-    return jnp.zeros_like(w) if old is None or new is None else jnp.where(old & ~new, w, jnp.zeros_like(w))
