@@ -1,7 +1,8 @@
 """Train a small Flax network on scikit-learn's handwritten digits with M-FAC, then prune it.
 
 By magnitude, by M-FAC in one step, by M-FAC in eight steps with new gradients for each, and with some
-fine-tuning that keeps pruned weights at zero. Takes less than a minute.
+fine-tuning that keeps pruned weights at zero. At the end of this training the gradients are so small that
+one step does as magnitude does; after the first of eight the gradients tell more. Takes less than a minute.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="mlp: 64-128-10; cnn: convolutions",
     )
     add("--epochs", type=count, default=12, help="passes over the training data before pruning")
-    add("--fine-tuning", type=count, default=3, metavar="EPOCHS", help="passes over them after it")
+    add("--fine-tuning", type=count, default=12, metavar="EPOCHS", help="passes over them after it")
     add("--data-dir", type=Path, help="folder of a digits.npz with your x (n, 64) or (n, 8, 8) and y (n,)")
     return parser
 
@@ -86,7 +87,7 @@ def prune_in_all_ways(
     given = gradients(params)
     all_kept = mfac_jax.kernel_masks(params)
     tx = mfac_jax.keep_pruned(make_optimizer(len(tuning.batches)), all_kept)
-    rows, masks = {}, all_kept
+    rows, last = {}, all_kept
     for sparsity in tqdm(args.sparsity, unit="sparsity"):
         pruned = {
             "magnitude": pruning.by_magnitude(params, sparsity),
@@ -97,9 +98,9 @@ def prune_in_all_ways(
             start = functools.partial(lambda result, *_: result, pruned[name])
             state, masks = pruning.train_and_prune(tuning, tx, all_kept, {0: sparsity}, start, args.seed)
             pruned[name + pruning.FINE_TUNED] = state.params, masks
-        for name, (weights, masks) in pruned.items():
+        for name, (weights, last) in pruned.items():
             rows.setdefault(name, []).append(accuracy(weights))
-    return rows, masks
+    return rows, last
 
 
 def main(argv: Sequence[str] | None = None) -> None:

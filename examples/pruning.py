@@ -1,4 +1,4 @@
-"""What the pruning examples share: options, pruning by magnitude, training of pruned networks, the report."""
+"""What the pruning examples share: options, pruning by magnitude, training with pruning, the report."""
 
 import argparse
 import contextlib
