@@ -87,7 +87,7 @@ def prune_in_all_ways(
     given = gradients(params)
     all_kept = mfac_jax.kernel_masks(params)
     tx = mfac_jax.keep_pruned(make_optimizer(len(tuning.batches)), all_kept)
-    rows, last = {}, all_kept
+    rows, masks = {}, all_kept
     for sparsity in tqdm(args.sparsity, unit="sparsity"):
         pruned = {
             "magnitude": pruning.by_magnitude(params, sparsity),
@@ -98,9 +98,9 @@ def prune_in_all_ways(
             start = functools.partial(lambda result, *_: result, pruned[name])
             state, masks = pruning.train_and_prune(tuning, tx, all_kept, {0: sparsity}, start, args.seed)
             pruned[name + pruning.FINE_TUNED] = state.params, masks
-        for name, (weights, last) in pruned.items():
+        for name, (weights, _) in pruned.items():
             rows.setdefault(name, []).append(accuracy(weights))
-    return rows, last
+    return rows, masks
 
 
 def main(argv: Sequence[str] | None = None) -> None:

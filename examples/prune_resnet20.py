@@ -8,6 +8,7 @@ with the arrays of the PyTorch state dict.
 
 import argparse
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ SPARSITIES = (0.5, 0.75, 0.875, 0.9)
 WEIGHTS = "resnet20_cifar10_torch.npz"
 STATS_IMAGES = 2048  # that batch statistics are estimated from
 CHUNK = 32  # images in a batch that gradients are taken of
+PUBLISHED_GRADS = 64  # of such batches
 KINDS = ("statistics as they are", "statistics estimated anew")
 
 
@@ -64,12 +66,11 @@ def gradients(network: Network, training: Images, num_grads: int, *, per_example
     """Gradients of single images or of batches of `CHUNK`, other ones at each call."""
     images, labels = training.draw(num_grads if per_example else num_grads * CHUNK)
     # Part of the batch, not of the loss function: that would be compiled anew for new statistics.
-    stats = jax.tree.map(lambda s: jnp.broadcast_to(s, (CHUNK, *s.shape)), network.stats)
+    stats = jax.tree.map(lambda s: jnp.broadcast_to(s, (len(images), *s.shape)), network.stats)
 
     def batches():
         for start in range(0, len(images), CHUNK):
-            chosen = images[start : start + CHUNK], labels[start : start + CHUNK]
-            yield *chosen, jax.tree.map(lambda s: s[: len(chosen[0])], stats)
+            yield jax.tree.map(operator.itemgetter(slice(start, start + CHUNK)), (images, labels, stats))
 
     return mfac_jax.collect_gradients(
         loss_of_batch, network.params, batches(), num_grads, per_example=per_example
@@ -79,7 +80,7 @@ def gradients(network: Network, training: Images, num_grads: int, *, per_example
 Pruned = tuple[optax.Params, Any]
 
 
-def by_magnitude(network, masks, sparsity, *, training, num_grads, num_steps, **options: Any) -> Pruned:
+def by_magnitude(network, masks, sparsity, *, training, num_grads, num_steps=1, **options: Any) -> Pruned:
     """The smallest weights go."""
     del training, num_grads, num_steps
     return pruning.by_magnitude(network.params, sparsity, masks=masks, **options)
@@ -98,7 +99,7 @@ def by_mfac(network, masks, sparsity, *, training, num_grads, num_steps=8, **opt
 
 
 def as_published(network, masks, sparsity, *, training, num_grads, num_steps=16, **options: Any) -> Pruned:
-    """The procedure of M-FAC's authors: 64 gradients of batches, of the kernels that are pruned alone."""
+    """The procedure of M-FAC's authors: gradients of batches, of the kernels that are pruned alone."""
     del num_grads
     masked = functools.partial(jax.tree.map, is_leaf=lambda mask: mask is None)
 
@@ -106,7 +107,9 @@ def as_published(network, masks, sparsity, *, training, num_grads, num_steps=16,
         return masked(lambda k, w: w if k is None else k, kernels, network.params)
 
     def new_gradients(kernels):
-        grads = gradients(network._replace(params=merged(kernels)), training, 64, per_example=False)
+        grads = gradients(
+            network._replace(params=merged(kernels)), training, PUBLISHED_GRADS, per_example=False
+        )
         return masked(lambda mask, g: None if mask is None else g, masks, grads)
 
     kernels, masks = mfac_jax.prune(
@@ -165,12 +168,12 @@ def gradually(args, problem: wl.Workload, training: Images, accuracy) -> tuple[d
     steps = len(problem.batches) // args.epochs
     last = max(1, args.epochs * 2 // 3)  # pruning ends there, and the last third is for recovery
     schedule = optax.polynomial_schedule(0.0, args.sparsity[-1], power=3, transition_steps=last)
-    sparsities = [float(schedule(epoch + 1)) for epoch in range(last)]
-    sparsities[-1] = args.sparsity[-1]
+    earlier = np.asarray([schedule(epoch) for epoch in range(1, last)]).tolist()
+    sparsities = [*earlier, args.sparsity[-1]]  # the last one not rounded to float32
     masks = prunable(problem.params, args.pattern)
     optimizer = optax.sgd(optax.cosine_decay_schedule(args.rate, len(problem.batches)), momentum=0.9)
     tx = mfac_jax.keep_pruned(optimizer, masks)
-    rows: dict[str, list[float]] = {}
+    rows, last_masks = {}, masks
     with tqdm(total=len(args.methods) * len(problem.batches), unit="step") as bar:
         for name in args.methods:
             method = functools.partial(METHODS[name], training=training, num_grads=args.num_grads)
@@ -232,17 +235,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def weights_file(args: argparse.Namespace) -> Path:
+    """The file given, or the one beside CIFAR-10."""
+    if args.weights is None and args.data_dir is None:
+        raise wl.DataError(f"pass --weights, or a --data-dir with {WEIGHTS}")
+    return args.weights or (args.data_dir.parent if args.data_dir.is_file() else args.data_dir) / WEIGHTS
+
+
 def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Network, wl.Workload]:
     """The network, and the training of it."""
     if args.data_dir is None and not args.tfds:
         parser.error("pass --data-dir with CIFAR-10, or --tfds")
-    if args.data_dir is None and args.weights is None:
-        parser.error(f"pass --weights, or a --data-dir with {WEIGHTS}")
     if args.pattern == "2:4" and max(args.sparsity) > 0.5:
         parser.error("--pattern 2:4 prunes half at most: pass --sparsity 0.5")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        network = resnet20.read(args.weights or args.data_dir / WEIGHTS)
+        network = resnet20.read(weights_file(args))
         names = ("epochs", "batch_size", "samples", "data_dir", "tfds", "seed")
         problem = train_cifar10.make_workload(**{name: getattr(args, name) for name in names})
         if (
