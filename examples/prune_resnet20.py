@@ -31,6 +31,7 @@ import mfac_jax
 SPARSITIES = (0.5, 0.75, 0.875, 0.9)
 WEIGHTS = "resnet20_cifar10_torch.npz"
 STATS_IMAGES = 2048  # that batch statistics are estimated from
+RATE = 0.02  # of SGD, at the start of the training between prunings
 CHUNK = 32  # images in a batch that gradients are taken of
 PUBLISHED_GRADS = 64  # of such batches
 KINDS = ("statistics as they are", "statistics estimated anew")
@@ -42,6 +43,10 @@ class Images(NamedTuple):
     images: jax.Array
     labels: jax.Array
     random: np.random.Generator
+
+    def from_start(self, seed: int) -> "Images":
+        """The same that draws as nobody had drawn: what is compared sees the same images."""
+        return self._replace(random=np.random.default_rng(seed))
 
     def draw(self, number: int) -> tuple[jax.Array, jax.Array]:
         """That many images and labels, none twice in a row of all of them."""
@@ -151,11 +156,12 @@ def without_training(args, network: Network, training: Images, accuracy) -> tupl
     masks = None
     with tqdm(total=len(args.methods) * len(args.sparsity), unit="network") as bar:
         for name in args.methods:
-            prune = functools.partial(METHODS[name], training=training, num_grads=args.num_grads, **steps)
             for sparsity in args.sparsity:
+                training = training.from_start(args.seed)
+                prune = functools.partial(METHODS[name], training=training, num_grads=args.num_grads)
                 bar.set_description(f"{name}, {sparsity:g}")
                 before = prunable(network.params, args.pattern)
-                params, masks = prune(network, before, sparsity, pattern=args.pattern)
+                params, masks = prune(network, before, sparsity, pattern=args.pattern, **steps)
                 pruned = network._replace(params=params)
                 for kind, result in zip(KINDS, (pruned, with_new_stats(pruned, training)), strict=True):
                     rows[kind].setdefault(name, []).append(accuracy(result))
@@ -171,12 +177,13 @@ def gradually(args, problem: wl.Workload, training: Images, accuracy) -> tuple[d
     earlier = np.asarray([schedule(epoch) for epoch in range(1, last)]).tolist()
     sparsities = [*earlier, args.sparsity[-1]]  # the last one not rounded to float32
     masks = prunable(problem.params, args.pattern)
-    optimizer = optax.sgd(optax.cosine_decay_schedule(args.rate, len(problem.batches)), momentum=0.9)
+    optimizer = optax.sgd(optax.cosine_decay_schedule(RATE, len(problem.batches)), momentum=0.9)
     tx = mfac_jax.keep_pruned(optimizer, masks)
     rows, last_masks = {}, masks
     with tqdm(total=len(args.methods) * len(problem.batches), unit="step") as bar:
         for name in args.methods:
-            method = functools.partial(METHODS[name], training=training, num_grads=args.num_grads)
+            draws = training.from_start(args.seed)
+            method = functools.partial(METHODS[name], training=draws, num_grads=args.num_grads)
 
             def prune(state, masks, sparsity, method=method):
                 network = Network(state.params, state.model_state["batch_stats"])
@@ -231,7 +238,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--samples", type=count, default=10_000, metavar="N", help="use only the first N training images")
     add("--epochs", type=count, default=6, help="passes over them, when gradual")
     add("--batch-size", type=count, default=64, help="images a step of the training, when gradual")
-    add("--rate", type=float, default=0.02, help="learning rate of SGD at the start, when gradual")
     return parser
 
 

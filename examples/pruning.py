@@ -27,7 +27,8 @@ def make_parser(name: str, description: str | None, sparsities: Sequence[float])
     add = parser.add_argument
     add("--sparsity", nargs="+", type=share, default=[*sparsities], metavar="S", help="shares to prune")
     add("--num-grads", type=comparison.count, default=512, help="gradients that a step of M-FAC sees")
-    add("--seed", type=int, default=0, help="of all that is drawn at random")
+    # A str, which argparse converts as it converts what is typed; a 0 would not be shown.
+    add("--seed", type=seed, default="0", help="of all that is drawn at random")
     add("--out", type=comparison.output_folder, default=f"out/{name}", help="folder for the picture")
     return parser
 
@@ -38,6 +39,13 @@ def share(text: str) -> float:
         if 0 <= float(text) < 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}: write e.g. 0.9")
+
+
+def seed(text: str) -> int:
+    """For argparse: an int >= 0."""
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number, at least 0, got {text!r}")
 
 
 def by_magnitude(params: optax.Params, sparsity: float, **options: Any) -> tuple[optax.Params, Any]:

@@ -92,7 +92,7 @@ def test_the_digits_are_pruned_in_five_ways_and_m_fac_beats_magnitude(tmp_path, 
 @pytest.mark.parametrize(
     "options",
     [
-        "--mode recomputed --sparsity 0.5 0.9",
+        "--mode recomputed --sparsity 0.9",
         "--mode one-shot --sparsity 0.5 --pattern 2:4 --methods magnitude published M-FAC",
         "--mode gradual --sparsity 0.9 --epochs 2 --batch-size 64",
     ],
@@ -186,6 +186,7 @@ def test_gradients_of_the_resnet_20_are_those_of_its_loss_with_the_statistics_it
     ("name", "arguments", "message"),
     [
         ("digits", "--sparsity 1", "--sparsity: must be a number from 0 to below 1, got '1': write e.g."),
+        ("digits", "--seed -1", "--seed: must be a whole number, at least 0, got '-1'"),
         ("digits", "--num-grads 0", "--num-grads: must be a whole number, at least 1, got '0'"),
         ("digits", "--data-dir {0}", "cannot read x and y from {0}/digits.npz"),
         ("resnet20", "", "pass --data-dir with CIFAR-10, or --tfds"),
