@@ -8,7 +8,6 @@ with the arrays of the PyTorch state dict.
 
 import argparse
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,25 +60,12 @@ def with_new_stats(network: Network, training: Images) -> Network:
     return resnet20.with_new_stats(network, images, jax.random.key(training.random.integers(1 << 31)))
 
 
-def loss_of_batch(params: optax.Params, batch) -> jax.Array:
-    """The loss of images, labels, and batch statistics, which stand beside each image."""
-    images, labels, stats = batch
-    return resnet20.loss(params, jax.tree.map(lambda s: s[0], stats), images, labels)
-
-
 def gradients(network: Network, training: Images, num_grads: int, *, per_example: bool) -> optax.Params:
     """Gradients of single images or of batches of `CHUNK`, other ones at each call."""
     images, labels = training.draw(num_grads if per_example else num_grads * CHUNK)
-    # Part of the batch, not of the loss function: that would be compiled anew for new statistics.
-    stats = jax.tree.map(lambda s: jnp.broadcast_to(s, (len(images), *s.shape)), network.stats)
-
-    def batches():
-        for start in range(0, len(images), CHUNK):
-            yield jax.tree.map(operator.itemgetter(slice(start, start + CHUNK)), (images, labels, stats))
-
-    return mfac_jax.collect_gradients(
-        loss_of_batch, network.params, batches(), num_grads, per_example=per_example
-    )
+    batches = ((images[i : i + CHUNK], labels[i : i + CHUNK]) for i in range(0, len(images), CHUNK))
+    loss_fn = jax.tree_util.Partial(resnet20.loss, network.stats)  # new statistics compile nothing anew
+    return mfac_jax.collect_gradients(loss_fn, network.params, batches, num_grads, per_example=per_example)
 
 
 Pruned = tuple[optax.Params, Any]
@@ -91,16 +77,14 @@ def by_magnitude(network, masks, sparsity, *, training, num_grads, num_steps=1, 
     return pruning.by_magnitude(network.params, sparsity, masks=masks, **options)
 
 
-def by_mfac(network, masks, sparsity, *, training, num_grads, num_steps=8, **options: Any) -> Pruned:
+def by_mfac(network, masks, sparsity, *, training, num_grads, **options: Any) -> Pruned:
     """The package's default; before each step the batch statistics are estimated anew."""
 
     def new_gradients(params):
         current = with_new_stats(network._replace(params=params), training)
         return gradients(current, training, num_grads, per_example=True)
 
-    return mfac_jax.prune(
-        network.params, new_gradients, sparsity, masks=masks, num_steps=num_steps, **options
-    )
+    return mfac_jax.prune(network.params, new_gradients, sparsity, masks=masks, **options)
 
 
 def as_published(network, masks, sparsity, *, training, num_grads, num_steps=16, **options: Any) -> Pruned:
