@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, masks = prune_in_all_ways(workload, args, tuning, accuracy)
     ticks = [f"{sparsity:g}" for sparsity in args.sparsity]
     pruning.print_table(f"Validation accuracy; {before:.4f} before pruning:", ticks, rows)
-    print("M-FAC is eight steps, with new gradients for each; in one step it has the first ones alone.")
+    print("M-FAC is sixteen steps, with new gradients for each; in one step it has the first ones alone.")
     print(f"\nThe last network:\n{mfac_jax.pruning_report(masks)}")
     labels = {"xlabel": "sparsity of the kernels", "title": f"{workload.name}, pruned"}
     pruning.plot_accuracy(rows, ticks, before, labels, args.out / "accuracy.png")

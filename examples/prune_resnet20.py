@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import comparison
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax

@@ -173,7 +173,7 @@ def test_gradients_of_the_resnet_20_are_those_of_its_loss_with_the_statistics_it
     again = training._replace(random=np.random.default_rng(3))
     found = prune_resnet20.gradients(network, training, 2, per_example=True)
     images, labels = again.draw(2)
-    expected = jax.grad(resnet20.loss)(network.params, network.stats, images, labels)
+    expected = jax.grad(resnet20.loss, 1)(network.stats, network.params, (images, labels))
     for rows, mean in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert rows.shape == (2, *mean.shape)
         np.testing.assert_allclose(rows.mean(0), mean, rtol=1e-3, atol=1e-4 * float(jnp.abs(mean).max()))
