@@ -23,7 +23,7 @@ compare_optimizers, optimizers, report_comparison, comparison_results = map(
 compiled_update, pod, tpu_tables, weak_scaling = map(
     importlib.import_module, ("compiled_update", "pod_transformer", "tpu_tables", "weak_scaling")
 )
-static_algorithm = importlib.import_module("static_algorithm")
+static_algorithm, compare_pruning = map(importlib.import_module, ("static_algorithm", "compare_pruning"))
 
 
 @pytest.mark.parametrize("name", optimizers.IDEAS)
@@ -426,3 +426,36 @@ def test_what_is_not_the_inverse_is_not_timed(monkeypatch):
     monkeypatch.setattr(static_algorithm, "in_jax", lambda damping: wrong)
     with pytest.raises(ValueError, match="recursion in JAX is not the inverse"):
         static_algorithm.main(["--num-grads", "40", "--parameters", "300"])
+
+
+def test_the_table_of_pruning_has_means_and_deviations_and_is_drawn(tmp_path, capsys):
+    lines = [
+        {"method": method, "sparsity": sparsity, "pattern": pattern, "accuracy_kept": 0.5 + seed / 10}
+        | {"accuracy_estimated": 0.25, "seed": seed}
+        for method in ("magnitude", "mfac_jax")
+        for sparsity, pattern in ((0.5, None), (0.75, None), (0.5, "2:4"))
+        for seed in (0, 1)
+    ]
+    results, picture = tmp_path / "pruning.jsonl", tmp_path / "pruning.png"
+    results.write_text("\n".join(map(json.dumps, lines)))
+    compare_pruning.main(["--results", str(results), "--picture", str(picture)])
+    printed = capsys.readouterr().out
+    assert "| batch statistics kept | 50.0% | 75.0% | 50.0% 2:4 |" in printed
+    assert printed.count("| magnitude | 55.0 ± 5.0 (2) | 55.0 ± 5.0 (2) | 55.0 ± 5.0 (2) |") == 1
+    assert printed.count("| mfac_jax | 25.0 ± 0.0 (2) |") == 1
+    assert "published" not in printed
+    with Image.open(picture) as image:
+        assert image.size[0] > 500
+
+
+def test_published_pruning_moves_kernels_alone():
+    params = {"Conv_0": {"kernel": jax.numpy.ones((3, 3, 3, 2))}, "Dense_0": {"bias": jax.numpy.ones(2)}}
+    masks = {"Conv_0": {"kernel": params["Conv_0"]["kernel"] > 0}, "Dense_0": {"bias": None}}
+    moving, fixed = compare_pruning._split(params, masks, kernels_only=True)
+    assert moving["Dense_0"]["bias"] is None
+    assert fixed["Conv_0"]["kernel"] is None
+    joined = compare_pruning._joined(moving, fixed)
+    jax.tree.map(np.testing.assert_array_equal, joined, params)
+    moving, fixed = compare_pruning._split(params, masks, kernels_only=False)
+    assert not jax.tree.leaves(fixed)
+    assert jax.tree.structure(moving) == jax.tree.structure(params)
