@@ -64,31 +64,53 @@ def at_leaves(masks: Any, params: optax.Params) -> list[jax.Array | None]:
     return [mask for mask, w in zip(*pairs, strict=True) if not _masks.is_absent(w)]
 
 
-@jax.jit
 def _root(rows: Sequence[jax.Array], masks: Sequence[jax.Array | None], damping: jax.Array) -> jax.Array:
     """A `(m, m)` with A^T A = (G G^T + m damping I)^-1, of what the masks keep."""
-    kept = (_masks.zero_pruned(mask, g) for mask, g in zip(masks, rows, strict=True))
-    gram = functools.reduce(jnp.add, [_tree.gram(g, damping.dtype) for g in kept])
-    return _gram.inverse_root(gram[None], len(rows[0]) * damping)[0]
+    gram = functools.reduce(
+        jnp.add, (_gram_of_kept(g, mask, damping) for g, mask in zip(rows, masks, strict=True))
+    )
+    return _inverse_root(gram, len(rows[0]) * damping)
+
+
+# Compiled leaf by leaf: in one program XLA would hold the products of all leaves at once, as large as G.
+@jax.jit
+def _gram_of_kept(g: jax.Array, mask: jax.Array | None, damping: jax.Array) -> jax.Array:
+    return _tree.gram(_masks.zero_pruned(mask, g), damping.dtype)
+
+
+@jax.jit
+def _inverse_root(gram: jax.Array, shift: jax.Array) -> jax.Array:
+    return _gram.inverse_root(gram[None], shift)[0]
+
+
+def costs(model: Model, size: int, choices: jax.Array | np.ndarray) -> list[jax.Array]:
+    """What pruning the choices would cost, `(groups, choices)` of each leaf that takes part."""
+    return [
+        _costs_of_leaf(w, g, mask, model.root, model.damping, size, choices)
+        for w, g, mask in zip(model.weights, model.rows, model.masks, strict=True)
+        if mask is not None
+    ]
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def costs(model: Model, size: int, choices: jax.Array | np.ndarray) -> list[jax.Array]:
-    """What pruning the choices would cost, `(groups, choices)` of each leaf that takes part."""
-    found = []
-    for w, g, mask in zip(model.weights, model.rows, model.masks, strict=True):
-        if mask is None:
-            continue
-        w = _patterns.groups(w.astype(model.damping.dtype), size)
-        if size == 1:
-            diagonal = _diagonal(g, mask, model.root) / model.damping
-            found.append(jnp.square(w) / (2 * _patterns.groups(diagonal, 1)))
-        else:
-            inverse = _diagonal_blocks(g, mask, model.root, size) / model.damping
-            found.append(_costs_of_choices(w, inverse, jnp.asarray(choices)))
-    return found
+def _costs_of_leaf(
+    w: jax.Array,
+    g: jax.Array,
+    mask: jax.Array,
+    root: jax.Array,
+    damping: jax.Array,
+    size: int,
+    choices: jax.Array | np.ndarray,
+) -> jax.Array:
+    w = _patterns.groups(w.astype(damping.dtype), size)
+    if size == 1:
+        diagonal = _diagonal(g, mask, root) / damping
+        return jnp.square(w) / (2 * _patterns.groups(diagonal, 1))
+    inverse = _diagonal_blocks(g, mask, root, size) / damping
+    return _costs_of_choices(w, inverse, jnp.asarray(choices))
 
 
+@jax.jit
 def _diagonal(g: jax.Array, mask: jax.Array, root: jax.Array) -> jax.Array:
     """That of damping F^-1 `(*shape)`, at least the rounding noise."""
     inside = _tree.column_squares(_tree.mix(root, _masks.zero_pruned(mask, g)))
@@ -117,7 +139,6 @@ def _costs_of_choices(w: jax.Array, inverse: jax.Array, choices: jax.Array) -> j
     return jax.lax.map(cost, choices).T
 
 
-@functools.partial(jax.jit, static_argnames="update")
 def follow(
     model: Model, new: Sequence[jax.Array | None], update: Update, gradient_term, step_limit
 ) -> list[jax.Array]:
@@ -136,22 +157,40 @@ def follow(
             for w, g, mask in zip(removed, rows, old, strict=True)
         ]
     inner = functools.reduce(
-        jnp.add, [_tree.dots(g, w, damping.dtype) for g, w in zip(rows, alone, strict=True)]
+        jnp.add, (_tree.dots(g, w, damping.dtype) for g, w in zip(rows, alone, strict=True))
     )
-    coefficients = root.T @ (root @ (inner - gradient_term))
-    moves = [
-        _masks.zero_pruned(mask, _tree.combine(coefficients, g)) for g, mask in zip(rows, new, strict=True)
-    ]
-    if step_limit is not None:
-        length = optax.tree.norm(moves)
-        share = jnp.minimum(1, step_limit * optax.tree.norm(removed) / jnp.where(length > 0, length, 1))
-        moves = [share * move for move in moves]
-    return [
-        _tree.narrow(_masks.zero_pruned(mask, w.astype(damping.dtype) + move), w.dtype)
-        for w, mask, move in zip(weights, new, moves, strict=True)
-    ]
+    coefficients = _coefficients(root, inner - gradient_term)
+    moves = [_move(coefficients, g, mask) for g, mask in zip(rows, new, strict=True)]
+    share = _share(removed, moves, step_limit)
+    return [_after(w, move, mask, share) for w, move, mask in zip(weights, moves, new, strict=True)]
 
 
 def _removed(w: jax.Array, old: jax.Array | None, new: jax.Array | None) -> jax.Array:
     """The weights that go, zeros elsewhere."""
-    return jnp.zeros_like(w) if old is None or new is None else jnp.where(old & ~new, w, jnp.zeros_like(w))
+    return jnp.zeros_like(w) if old is None or new is None else _masks.zero_pruned(old & ~new, w)
+
+
+@jax.jit
+def _coefficients(root: jax.Array, inner: jax.Array) -> jax.Array:
+    half = jnp.matmul(root, inner, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(root.T, half, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _move(coefficients: jax.Array, g: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return _masks.zero_pruned(mask, _tree.combine(coefficients, g))
+
+
+@jax.jit
+def _share(removed: Sequence[jax.Array], moves: Sequence[jax.Array], step_limit) -> jax.Array | float:
+    """How much of the moves is made."""
+    if step_limit is None:
+        return 1.0
+    length = optax.tree.norm(moves)
+    return jnp.minimum(1, step_limit * optax.tree.norm(removed) / jnp.where(length > 0, length, 1))
+
+
+@jax.jit
+def _after(w: jax.Array, move: jax.Array, mask: jax.Array | None, share: jax.Array) -> jax.Array:
+    moved = w.astype(move.dtype) + share * move
+    return _tree.narrow(_masks.zero_pruned(mask, moved), w.dtype)
