@@ -177,6 +177,7 @@ def gradually(args, problem: wl.Workload, training: Images, accuracy) -> tuple[d
                 if not int(state.step) % steps:
                     network = Network(state.params, state.model_state["batch_stats"])
                     rows.setdefault(name, []).append(accuracy(network))
+                    bar.set_postfix(accuracy=rows[name][-1])
 
             bar.set_description(name)
             prune_at = {epoch * steps: sparsity for epoch, sparsity in enumerate(sparsities)}
@@ -288,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         labels = {"xlabel": f"sparsity of the kernels; batch {KINDS[1]}"}
     print(f"\n{args.methods[-1]}, the last network:\n{mfac_jax.pruning_report(masks)}")
     path = args.out / f"{args.mode}.png"
-    title = f"ResNet-20, pruned {args.mode}"
+    title = f"Pruning of a ResNet-20, {args.mode}"
     pruning.plot_accuracy(rows, ticks, before, labels | {"title": title}, path)
     print(f"\nThe picture is {path}")
 
