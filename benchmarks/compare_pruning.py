@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import prune_resnet20
 import resnet20
 from provenance import provenance
 from resnet20 import Network
@@ -117,16 +118,10 @@ class Request(NamedTuple):
     seed: int
 
 
-def initial_masks(params: Any, pattern: str | None) -> Any:
-    """Masks that keep everything; with a pattern not of the first layer, whose inputs are three."""
-    masks = resnet20.masks_of_main_path(params)
-    return masks if pattern is None else {**masks, "Conv_0": {"kernel": None}}
-
-
 def pruned(network: Network, data: Data, request: Request) -> Network:
     """The pruned network, with the statistics that its last gradients were taken with."""
     method, random, stats = METHODS[request.method], np.random.default_rng(request.seed), network.stats
-    masks = initial_masks(network.params, request.pattern)
+    masks = prune_resnet20.prunable(network.params, request.pattern)
     moving, fixed = _split(network.params, masks, method.kernels_only)
 
     def gradients(moving):

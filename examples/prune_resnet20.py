@@ -203,7 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--mode",
         choices=["one-shot", "recomputed", "gradual"],
         default="recomputed",
-        help="one step; several, 8 of M-FAC and 16 as published; or one at the start of each of the first "
+        help="one step; 16 steps; or one at the start of each of the first "
         "two thirds of the epochs of training, up to the last of --sparsity on a cubic curve",
     )
     add(

@@ -77,8 +77,9 @@ def prune(
       per_leaf: whether each leaf is pruned to the sparsity, or those that cost least, wherever they are.
       update: how the survivors follow, `'joint'` or `'independent'`.
       gradient_term: :math:`\eta` >= 0. Default: with gradients 0, as for a network at a minimum of its
-        loss; with a function 0.3, since a network that is pruned in part is at none. On the ResNet-20 no
-        other choice is worth as much; 1 overshoots there.
+        loss; with a function 0.3, since a network that is pruned in part is at none. Pruning 75 % of a
+        ResNet-20, it won 3 points with batch statistics estimated again, and lost 2 to 3 with old ones; 1
+        overshoots there.
       step_limit: the longest move of the survivors, as a multiple of the norm of the weights that go, for
         small dampings with which the model leads too far. Default: none.
       num_steps: recomputations of the gradients. Default: 8 with a function; 1 with gradients.
