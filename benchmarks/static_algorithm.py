@@ -35,7 +35,7 @@ from mfac_jax import FisherInverse
 SHORTCUTS = [(1, 1, 16, 32), (32,), (32,), (1, 1, 32, 64), (64,), (64,)]  # projections of ResNet-20
 OURS, TREE, RECURSION = "mfac_jax", "mfac_jax, leaves of ResNet-20", "recursion in JAX"
 BATCH_SIZE = 64
-ROWS_AT_A_TIME = 32  # of the recursion in JAX
+GROUP = 32  # rows in a buffer of the recursion that is written with care
 QUICK_REPEATS = 5  # in a round, of what takes milliseconds
 TOLERANCE = 1e-2  # relative, beside float64: what is timed has to be the inverse
 
@@ -91,16 +91,16 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.jit, static_argnames="damping")
-def recursion(grads: jax.Array, damping: float) -> list[tuple[jax.Array, jax.Array]]:
+@functools.partial(jax.jit, static_argnames=("damping", "length"))
+def recursion(grads: jax.Array, damping: float, length: int) -> list[tuple[jax.Array, jax.Array]]:
     """The published recursion: v_i = F_{i-1}^-1 g_i and q_i = m + g_i v_i, in groups `(v, q)` of rows.
 
-    The rows of one group are written into a buffer of their own, in place. In one buffer for all of them,
-    XLA either copies it at every step (six times slower) or reads the rows not yet known too (twice).
+    The `length` rows of one group are written into a buffer of their own, in place, and all of the buffer is
+    read at every step, with the rows not yet known: twice what is needed where one buffer has all of them.
     """
     m, groups = len(grads), []
-    for start in range(0, m, ROWS_AT_A_TIME):
-        own = grads[start : start + ROWS_AT_A_TIME]
+    for start in range(0, m, length):
+        own = grads[start : start + length]
 
         def step(group, numbered, known=tuple(groups)):
             (vectors, scales), (i, g) = group, numbered
@@ -114,8 +114,8 @@ def recursion(grads: jax.Array, damping: float) -> list[tuple[jax.Array, jax.Arr
     return groups
 
 
-def in_jax(damping: float) -> Method:
-    """The recursion, and what follows from its vectors."""
+def in_jax(damping: float, length: int) -> Method:
+    """The recursion with `length` rows in a buffer, and what follows from its vectors."""
 
     @jax.jit
     def product(groups, x):
@@ -134,7 +134,7 @@ def in_jax(damping: float) -> Method:
 
     return Method(
         prepare=lambda grads: grads,
-        precompute=lambda grads: recursion(grads, damping),
+        precompute=lambda grads: recursion(grads, damping, length),
         vector=lambda x: x,
         product=product,
         products=jax.jit(jax.vmap(product, (None, 0))),
@@ -361,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods, blocked = {OURS: ours(args.damping, None, None)}, {OURS: ours(args.damping, args.block, None)}
     if args.parameters == of_resnet:
         methods[TREE] = ours(args.damping, None, shapes)
-    methods[RECURSION] = in_jax(args.damping)
+    methods[RECURSION] = in_jax(args.damping, args.num_grads)
+    methods[f"{RECURSION}, {GROUP} rows a buffer"] = in_jax(args.damping, GROUP)
     if modules is not None:
         torch, prun = modules
         methods["original, HInvFastSwap"] = original(

@@ -413,7 +413,8 @@ def test_the_static_algorithm_is_checked_and_timed_and_what_is_missing_is_named(
     printed = capsys.readouterr().out
     assert "has no prun.py" in printed
     (row,) = read(out)
-    assert set(row["one_block"]) == {static_algorithm.OURS, static_algorithm.RECURSION}
+    recursion = static_algorithm.RECURSION
+    assert set(row["one_block"]) == {static_algorithm.OURS, recursion, f"{recursion}, 32 rows a buffer"}
     for method in (*row["one_block"].values(), *row["blocks"].values()):
         assert max(method["errors"].values()) < 1e-3
         assert set(method["seconds"]) == {"precompute", "diagonal", "product", "entry", "64 products"}
@@ -422,8 +423,8 @@ def test_the_static_algorithm_is_checked_and_timed_and_what_is_missing_is_named(
 
 
 def test_what_is_not_the_inverse_is_not_timed(monkeypatch):
-    wrong = static_algorithm.in_jax(1e-5)._replace(diagonal=lambda groups: jax.numpy.ones(300))
-    monkeypatch.setattr(static_algorithm, "in_jax", lambda damping: wrong)
+    wrong = static_algorithm.in_jax(1e-5, 40)._replace(diagonal=lambda groups: jax.numpy.ones(300))
+    monkeypatch.setattr(static_algorithm, "in_jax", lambda damping, length: wrong)
     with pytest.raises(ValueError, match="recursion in JAX is not the inverse"):
         static_algorithm.main(["--num-grads", "40", "--parameters", "300"])
 
