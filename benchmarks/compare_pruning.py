@@ -14,6 +14,7 @@ docs/pruning.png; without --data-dir it only prints and draws.
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -56,10 +57,9 @@ class Method(NamedTuple):
     stats_along: bool = False
 
 
-PUBLISHED = {"damping": 1e-5, "update": "independent", "gradient_term": 0.0, "num_steps": 16}
 METHODS = {
     "magnitude": Method({"num_steps": 1}),
-    "published": Method(PUBLISHED, per_example=False, kernels_only=True),
+    "published": Method(prune_resnet20.PUBLISHED, per_example=False, kernels_only=True),
     "mfac_jax": Method({}),
     "mfac_jax, statistics along the way": Method({}, stats_along=True),
     # What makes the difference: the default with one thing changed.
@@ -74,6 +74,7 @@ METHODS = {
     "gradient term 1": Method({"gradient_term": 1.0}),
     "linear steps": Method({"spacing": "linear"}),
     "per leaf": Method({"per_leaf": True}),
+    "without step limit": Method({"step_limit": math.inf}),
     "step limit 0.1": Method({"step_limit": 0.1}),
 }
 TABLE = ("magnitude", "published", "mfac_jax", "mfac_jax, statistics along the way")
@@ -86,27 +87,6 @@ class Data(NamedTuple):
     labels: jax.Array
     test_images: jax.Array
     test_labels: jax.Array
-
-
-def loss(stats: Any, fixed: Any, moving: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The loss as a function of some of the parameters; trees with None where the other has a leaf."""
-    return resnet20.loss(stats, _joined(moving, fixed), batch)
-
-
-def _joined(first: Any, second: Any) -> Any:
-    return jax.tree.map(lambda x, y: y if x is None else x, first, second, is_leaf=lambda x: x is None)
-
-
-def _split(params: Any, masks: Any, kernels_only: bool) -> tuple[Any, Any]:
-    """The parameters that move, and the others."""
-
-    def part(wanted: bool) -> Any:
-        def pick(mask, w):
-            return w if (not kernels_only or mask is not None) == wanted else None
-
-        return jax.tree.map(pick, masks, params, is_leaf=lambda x: x is None)
-
-    return part(True), part(False)
 
 
 class Request(NamedTuple):
@@ -122,29 +102,29 @@ def pruned(network: Network, data: Data, request: Request) -> Network:
     """The pruned network, with the statistics that its last gradients were taken with."""
     method, random, stats = METHODS[request.method], np.random.default_rng(request.seed), network.stats
     masks = prune_resnet20.prunable(network.params, request.pattern)
-    moving, fixed = _split(network.params, masks, method.kernels_only)
 
-    def gradients(moving):
+    def gradients(params):
         nonlocal stats
         if request.method == "magnitude":  # zeros: F is a multiple of the identity, and nothing moves
-            return jax.tree.map(lambda w: jnp.zeros((1, *w.shape)), moving)
+            return jax.tree.map(lambda w: jnp.zeros((1, *w.shape)), params)
         chosen = random.permutation(len(data.images))[:IMAGES]
         images, labels = data.images[chosen], data.labels[chosen]
         if method.stats_along:
             key = jax.random.key(random.integers(2**31))
-            stats = resnet20.with_new_stats(Network(_joined(moving, fixed), stats), images, key).stats
-        return mfac_jax.collect_gradients(
-            jax.tree_util.Partial(loss, stats, fixed),
-            moving,
+            stats = resnet20.with_new_stats(Network(params, stats), images, key).stats
+        grads = mfac_jax.collect_gradients(
+            jax.tree_util.Partial(resnet20.loss, stats),
+            params,
             ((images[i : i + BATCH], labels[i : i + BATCH]) for i in range(0, IMAGES, BATCH)),
             EXAMPLES if method.per_example else IMAGES // BATCH,
             per_example=method.per_example,
         )
+        return prune_resnet20.of_kernels(grads, masks) if method.kernels_only else grads
 
-    moving, _ = mfac_jax.prune(
-        moving, gradients, request.sparsity, masks=masks, pattern=request.pattern, **method.options
+    params, _ = mfac_jax.prune(
+        network.params, gradients, request.sparsity, masks=masks, pattern=request.pattern, **method.options
     )
-    return Network(_joined(moving, fixed), stats)
+    return Network(params, stats)
 
 
 def measure(network: Network, data: Data, request: Request) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 def recursion(grads: jax.Array, damping: float, length: int) -> list[tuple[jax.Array, jax.Array]]:
     """The published recursion: v_i = F_{i-1}^-1 g_i and q_i = m + g_i v_i, in groups `(v, q)` of rows.
 
-    The `length` rows of one group are written into a buffer of their own, in place, and all of the buffer is
-    read at every step, with the rows not yet known: twice what is needed where one buffer has all of them.
+    The `length` rows of one group are written into a buffer of their own, in place, and all of the buffer
+    is read at every step, with the rows not yet known: of one buffer for all, twice what is needed.
     """
     m, groups = len(grads), []
     for start in range(0, m, length):

@@ -1,8 +1,8 @@
 """Train a small Flax network on scikit-learn's handwritten digits with M-FAC, then prune it.
 
-By magnitude, by M-FAC in one step, by M-FAC in eight steps with new gradients for each, and with some
+By magnitude, by M-FAC in one step, by M-FAC in sixteen steps with new gradients for each, and with some
 fine-tuning that keeps pruned weights at zero. At the end of this training the gradients are so small that
-one step does as magnitude does; after the first of eight the gradients tell more. Takes less than a minute.
+one step does as magnitude does; after the first of sixteen they tell more. Takes less than a minute.
 """
 
 import argparse

@@ -8,12 +8,14 @@ with the arrays of the PyTorch state dict.
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import comparison
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -32,6 +34,7 @@ STATS_IMAGES = 2048  # that batch statistics are estimated from
 RATE = 0.02  # of SGD, at the start of the training between prunings
 CHUNK = 32  # images in a batch that gradients are taken of
 PUBLISHED_GRADS = 64  # of such batches
+PUBLISHED = {"damping": 1e-5, "update": "independent", "gradient_term": 0.0, "step_limit": math.inf}
 KINDS = ("statistics as they are", "statistics estimated anew")
 
 
@@ -86,32 +89,25 @@ def by_mfac(network, masks, sparsity, *, training, num_grads, **options: Any) ->
     return mfac_jax.prune(network.params, new_gradients, sparsity, masks=masks, **options)
 
 
+def of_kernels(grads: optax.Params, masks: Any) -> optax.Params:
+    """The gradients, zeros where nothing is pruned: there F is diagonal, and no weight moves."""
+
+    def kept(mask, g):
+        return jnp.zeros_like(g) if mask is None else g
+
+    return jax.tree.map(kept, masks, grads, is_leaf=lambda mask: mask is None)
+
+
 def as_published(network, masks, sparsity, *, training, num_grads, num_steps=16, **options: Any) -> Pruned:
     """The procedure of M-FAC's authors: gradients of batches, of the kernels that are pruned alone."""
     del num_grads
-    masked = functools.partial(jax.tree.map, is_leaf=lambda mask: mask is None)
 
-    def merged(kernels):
-        return masked(lambda k, w: w if k is None else k, kernels, network.params)
+    def new_gradients(params):
+        current = network._replace(params=params)
+        return of_kernels(gradients(current, training, PUBLISHED_GRADS, per_example=False), masks)
 
-    def new_gradients(kernels):
-        grads = gradients(
-            network._replace(params=merged(kernels)), training, PUBLISHED_GRADS, per_example=False
-        )
-        return masked(lambda mask, g: None if mask is None else g, masks, grads)
-
-    kernels, masks = mfac_jax.prune(
-        masked(lambda mask, w: None if mask is None else w, masks, network.params),
-        new_gradients,
-        sparsity,
-        masks=masks,
-        num_steps=num_steps,
-        damping=1e-5,
-        update="independent",
-        gradient_term=0.0,
-        **options,
-    )
-    return merged(kernels), masks
+    published = PUBLISHED | {"num_steps": num_steps}
+    return mfac_jax.prune(network.params, new_gradients, sparsity, masks=masks, **published, **options)
 
 
 METHODS: dict[str, Callable[..., Pruned]] = {

@@ -182,12 +182,10 @@ def _move(coefficients: jax.Array, g: jax.Array, mask: jax.Array | None) -> jax.
 
 
 @jax.jit
-def _share(removed: Sequence[jax.Array], moves: Sequence[jax.Array], step_limit) -> jax.Array | float:
+def _share(removed: Sequence[jax.Array], moves: Sequence[jax.Array], step_limit) -> jax.Array:
     """How much of the moves is made."""
-    if step_limit is None:
-        return 1.0
-    length = optax.tree.norm(moves)
-    return jnp.minimum(1, step_limit * optax.tree.norm(removed) / jnp.where(length > 0, length, 1))
+    length, limit = optax.tree.norm(moves), step_limit * optax.tree.norm(removed)
+    return jnp.where(length > limit, limit / length, 1)  # infinity times zero is no limit either
 
 
 @jax.jit

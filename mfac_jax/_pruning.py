@@ -1,5 +1,6 @@
 """Pruning by the Optimal Brain Surgeon: `prune`, and the two halves of its steps."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from mfac_jax._validation import leaf_name
 
 _DAMPING = 1e-2
 _GRADIENT_TERM = 0.3
+_STEP_LIMIT = 0.5
 _NUM_STEPS = 16
 
 
@@ -80,9 +82,11 @@ def prune(
         loss; with a function 0.3, since a network that is pruned in part is at none. Pruning 75 % of a
         ResNet-20, it won 3 points with batch statistics estimated again, and lost 2 to 3 with old ones; 1
         overshoots there.
-      step_limit: the longest move of the survivors, as a multiple of the norm of the weights that go, for
-        small dampings with which the model leads too far. Default: none.
-      num_steps: recomputations of the gradients. Default: 8 with a function; 1 with gradients.
+      step_limit: the longest move of the survivors, as a multiple of the norm of the weights that go.
+        Default: with gradients math.inf, no limit; with a function 0.5, which a step with the default
+        damping does not come near. With a damping of 1e-5 a network for digits, pruned of 75 %, kept an
+        accuracy of 0.95 with that limit and 0.44 without.
+      num_steps: recomputations of the gradients. Default: 16 with a function; 1 with gradients.
       spacing: `'geometric'`: each step prunes the same share of the survivors. `'linear'`: the same number.
 
     Returns:
@@ -113,6 +117,8 @@ def prune(
     found = _patterns.parse_pattern(pattern)
     if gradient_term is None:
         gradient_term = _GRADIENT_TERM if callable(grads_or_fn) else 0.0
+    if step_limit is None:
+        step_limit = _STEP_LIMIT if callable(grads_or_fn) else math.inf
     _check_options(damping, update, gradient_term, step_limit)
     _validation.check_choice("spacing", spacing, ("geometric", "linear"))
     _validation.check_bool("per_leaf", per_leaf)
@@ -172,7 +178,7 @@ def obs_update(
     masks_before: Any = None,
     update: Update = "joint",
     gradient_term: float | jax.Array = 0.0,
-    step_limit: float | jax.Array | None = None,
+    step_limit: float | jax.Array = math.inf,
 ) -> optax.Params:
     r"""Prune what masks say, and move the other weights to make up for it: a step of `prune`.
 
@@ -185,7 +191,7 @@ def obs_update(
         all.
       update: as for `prune`.
       gradient_term: as for `prune`.
-      step_limit: as for `prune`.
+      step_limit: as for `prune`. Default: no limit.
 
     Returns:
       Parameters, zero where they are pruned.
@@ -255,8 +261,7 @@ def _check_options(damping, update, gradient_term, step_limit) -> None:
     _validation.check_positive("damping", damping, str(_DAMPING))
     _validation.check_choice("update", update, ("joint", "independent"))
     _validation.check_not_negative("gradient_term", gradient_term, str(_GRADIENT_TERM))
-    if step_limit is not None:
-        _validation.check_positive("step_limit", step_limit, "1.0")
+    _validation.check_limit("step_limit", step_limit, str(_STEP_LIMIT))
 
 
 def _check_steps(num_steps: int | None, is_function: bool) -> int:

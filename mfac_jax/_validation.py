@@ -41,6 +41,11 @@ def check_positive(name: str, value, example: str) -> None:
     _check_number(name, value, "a finite number > 0", lambda x: 0 < x < math.inf, example)
 
 
+def check_limit(name: str, value, example: str) -> None:
+    """Refuse what is not a number > 0; infinity is one."""
+    _check_number(name, value, "a number > 0, or math.inf", lambda x: x > 0, example)
+
+
 def check_not_negative(name: str, value, example: str) -> None:
     """Refuse what is not a finite number >= 0."""
     _check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf, example)

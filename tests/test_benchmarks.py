@@ -14,6 +14,8 @@ import optax
 import pytest
 from PIL import Image
 
+import mfac_jax
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 MODULES = ("compare_optimizers", "optimizers", "report_comparison", "comparison_results")
@@ -450,13 +452,13 @@ def test_the_table_of_pruning_has_means_and_deviations_and_is_drawn(tmp_path, ca
 
 
 def test_published_pruning_moves_kernels_alone():
-    params = {"Conv_0": {"kernel": jax.numpy.ones((3, 3, 3, 2))}, "Dense_0": {"bias": jax.numpy.ones(2)}}
-    masks = {"Conv_0": {"kernel": params["Conv_0"]["kernel"] > 0}, "Dense_0": {"bias": None}}
-    moving, fixed = compare_pruning._split(params, masks, kernels_only=True)
-    assert moving["Dense_0"]["bias"] is None
-    assert fixed["Conv_0"]["kernel"] is None
-    joined = compare_pruning._joined(moving, fixed)
-    jax.tree.map(np.testing.assert_array_equal, joined, params)
-    moving, fixed = compare_pruning._split(params, masks, kernels_only=False)
-    assert not jax.tree.leaves(fixed)
-    assert jax.tree.structure(moving) == jax.tree.structure(params)
+    kernel, bias = np.ones((3, 3, 3, 2), np.float32), np.ones(2, np.float32)
+    params: Any = {"Conv_0": {"kernel": kernel}, "Dense_0": {"bias": bias}}
+    masks = {"Conv_0": {"kernel": kernel > 0}, "Dense_0": {"bias": None}}
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda w: rng.standard_normal((4, *w.shape)).astype(np.float32), params)
+    grads = compare_pruning.prune_resnet20.of_kernels(grads, masks)
+    pruned: Any = mfac_jax.prune(params, grads, 0.5, masks=masks, gradient_term=1.0)[0]
+    np.testing.assert_array_equal(pruned["Dense_0"]["bias"], bias)
+    moved = np.asarray(pruned["Conv_0"]["kernel"])
+    assert not np.any(moved[moved != 0] == 1)

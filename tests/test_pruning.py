@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def test_the_longest_move_is_a_multiple_of_what_goes():
         options: Any = {"damping": DAMPING, "gradient_term": 0.0}
         free, short, long = (
             as_flat(obs_update(as_tree(W), as_tree(G), as_masks(AFTER), **options, step_limit=limit))
-            for limit in (None, 0.1, 1e3)
+            for limit in (math.inf, 0.1, 1e3)
         )
     kept = AFTER | ~MASKED
     np.testing.assert_allclose(np.linalg.norm((short - W)[kept]), 0.1 * np.linalg.norm(W[~kept]))
@@ -322,11 +323,12 @@ def test_the_steps_are_those_of_scores_and_update():
     w, amount = as_tree(W.astype(np.float32)), 0.5
     params, masks = pruned(w, gradients_at, amount, num_steps=2, spacing="linear")
     expected, kept = w, as_masks(ALL)
+    defaults: Any = {"gradient_term": 0.3, "step_limit": 0.5}
     for target in (16, 32):
         grads, before = gradients_at(expected), kept
         scores = np.where(as_flat(before), as_flat(obs_scores(expected, grads, DAMPING, masks=before)), -1)
         kept = as_masks(np.r_[[True] * 3, np.argsort(np.argsort(scores, kind="stable")) >= target])
-        expected = obs_update(expected, grads, kept, DAMPING, masks_before=before, gradient_term=0.3)
+        expected = obs_update(expected, grads, kept, DAMPING, masks_before=before, **defaults)
     np.testing.assert_array_equal(as_flat((params, masks)), as_flat((expected, kept)))
 
 
@@ -536,6 +538,7 @@ def other(tree, **leaves) -> Any:
             "gradient_term must be .* >= 0, got -1.0",
         ),
         "step_limit": ((PARAMS, GIVEN, 0.5), {"step_limit": 0.0}, ValueError, "step_limit must be .* > 0"),
+        "NaN": ((PARAMS, GIVEN, 0.5), {"step_limit": math.nan}, ValueError, "step_limit must be .* > 0"),
         "spacing": (
             (PARAMS, GIVEN, 0.5),
             {"spacing": "cubic"},
