@@ -32,6 +32,7 @@ SPARSITIES = (0.5, 0.75, 0.875, 0.9)
 WEIGHTS = "resnet20_cifar10_torch.npz"
 STATS_IMAGES = 2048  # that batch statistics are estimated from
 RATE = 0.02  # of SGD, at the start of the training between prunings
+STEPS = 4  # of M-FAC at each pruning between epochs: one does less, and 16 do no more
 CHUNK = 32  # images in a batch that gradients are taken of
 PUBLISHED_GRADS = 64  # of such batches
 PUBLISHED = {"damping": 1e-5, "update": "independent", "gradient_term": 0.0, "step_limit": math.inf}
@@ -166,7 +167,7 @@ def gradually(args, problem: wl.Workload, training: Images, accuracy) -> tuple[d
 
             def prune(state, masks, sparsity, method=method):
                 network = Network(state.params, state.model_state["batch_stats"])
-                return method(network, masks, sparsity, num_steps=1, pattern=args.pattern)
+                return method(network, masks, sparsity, num_steps=STEPS, pattern=args.pattern)
 
             def callback(state, name=name):
                 bar.update()
@@ -199,7 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--mode",
         choices=["one-shot", "recomputed", "gradual"],
         default="recomputed",
-        help="one step; 16 steps; or one at the start of each of the first "
+        help="one step; 16 steps; or 4 at the start of each of the first "
         "two thirds of the epochs of training, up to the last of --sparsity on a cubic curve",
     )
     add(
