@@ -9,7 +9,6 @@ out where one of them is missing.
 
 import argparse
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -24,6 +23,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin wher
 import jax
 import jax.numpy as jnp
 import numpy as np
+import original
 import tpu_tables
 from jax import lax
 from provenance import provenance
@@ -144,27 +144,7 @@ def in_jax(damping: float, length: int) -> Method:
     )
 
 
-def original_modules(folder: Path | None, threads: int) -> tuple[Any, Any] | None:
-    """PyTorch, with this number of threads, and `prun` of the checkout; or a message on what is missing."""
-    if folder is None or not (folder / "prun.py").is_file():
-        reason = "pass --original" if folder is None else f"{folder} has no prun.py: pass --original"
-        print(f"Without the original: {reason} with a checkout of github.com/IST-DASLab/M-FAC.")
-        return None
-    try:
-        torch = importlib.import_module("torch")
-    except (ImportError, OSError) as error:
-        print(f"Without the original: it needs PyTorch (pip install torch), which is not there: {error}")
-        return None
-    torch.set_num_threads(threads)
-    spec = importlib.util.spec_from_file_location("prun", folder / "prun.py")
-    assert spec is not None
-    assert spec.loader is not None
-    prun = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prun)
-    return torch, prun
-
-
-def original(torch: Any, build: Callable[[Any], Any]) -> Method:
+def of_original(torch: Any, build: Callable[[Any], Any]) -> Method:
     """One of the original's classes for the whole Fisher matrix, on flat vectors."""
 
     def tensor(x: jax.Array) -> Any:
@@ -354,9 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--original", type=Path, metavar="DIR", help="a checkout of the original")
     add("--out", type=Path, help="file to add a line of JSON to")
     args = parser.parse_args(argv)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert cores is not None
-    modules = original_modules(args.original, cores)
+    cores, modules = original.cores(), original.load(args.original, "prun")
 
     methods, blocked = {OURS: ours(args.damping, None, None)}, {OURS: ours(args.damping, args.block, None)}
     if args.parameters == of_resnet:
@@ -365,10 +343,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods[f"{RECURSION}, {GROUP} rows a buffer"] = in_jax(args.damping, GROUP)
     if modules is not None:
         torch, prun = modules
-        methods["original, HInvFastSwap"] = original(
+        methods["original, HInvFastSwap"] = of_original(
             torch, lambda grads: prun.HInvFastSwap(grads, damp=args.damping, cpu="cpu", gpu="cpu")
         )
-        methods["original, HInvFastBatch"] = original(
+        methods["original, HInvFastBatch"] = of_original(
             torch, lambda grads: prun.HInvFastBatch(grads[None], damp=args.damping)
         )
         blocked["original, HInvFastBatch"] = original_blocked(torch, prun, args.damping, args.block)

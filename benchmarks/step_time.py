@@ -1,24 +1,65 @@
-"""Time of one `scale_by_mfac` step beside the time of reading its window twice, on this machine.
+"""Time of a step of `scale_by_mfac` beside its floor: the time of reading the window twice.
 
-Two windows of about the same size: one flat vector of 272,474 parameters, and a tree of 59 leaves
-shaped like a ResNet-20. Everything is timed interleaved in one process; medians are printed.
+Two readings are the least there is: all products of the rows with the new gradient have to be known
+before the rows are combined. For each case, everything is timed in turn in one process, with a new
+gradient at every round; the table has medians. The update is compared with float64 first.
+
+    python benchmarks/step_time.py --original DIR --out benchmarks/results/steps.jsonl
+
+DIR is a checkout of https://github.com/IST-DASLab/M-FAC; with PyTorch, its optimizer is timed in turn
+with ours (`original.py` says what is replaced to run it on CPU). `--grid` times flat windows of many
+sizes.
 """
 
 import argparse
-import importlib.metadata
+import contextlib
+import json
 import math
 import os
-import platform
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import original
+import tpu_tables
+from provenance import provenance
 from tqdm import tqdm
 
 import mfac_jax
+from mfac_jax import _gram, _layout, _window
+
+DAMPING = 1e-3  # of gradients whose squared norm is about one
+TOLERANCE = 1e-3  # relative, of F u = g in float64
+COLUMNS = 2**16  # that are float64 at a time
+OURS, PARTS = "mfac_jax", ("first_pass", "solve", "second_pass")
+GRID = tuple(
+    (m, d) for d in (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000) for m in (32, 128, 512, 1024, 2048)
+)
+
+
+class Case(NamedTuple):
+    """A window.
+
+    Attributes:
+      name: of the tree of parameters.
+      num_grads: rows.
+      shapes: of the leaves.
+    """
+
+    name: str
+    num_grads: int
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def parameters(self) -> int:
+        """d."""
+        return sum(map(math.prod, self.shapes))
 
 
 def resnet20_shapes() -> list[tuple[int, ...]]:
@@ -32,66 +73,199 @@ def resnet20_shapes() -> list[tuple[int, ...]]:
     return [*shapes, (64, 10), (10,)]
 
 
-def full_state(num_grads: int, params, transform):
-    """A state whose window and Gram matrix are those of random gradients: as after many steps."""
-    keys = iter(jax.random.split(jax.random.key(0), len(params)))
-    window = [jax.random.normal(next(keys), (num_grads, *p.shape)) for p in params]
-    rows = [leaf.reshape(num_grads, -1) for leaf in window]
-    gram = sum(np.asarray(leaf) @ np.asarray(leaf).T for leaf in rows)
-    seen = jnp.asarray(num_grads, jnp.int32)
-    return transform.init(params)._replace(window=window, gram=jnp.asarray(gram)[None], grads_seen=seen)
+def transformer_shapes(width: int = 176, layers: int = 12, heads: int = 8, tokens: int = 256) -> list:
+    """A decoder as Flax has it: attention with biases, two dense layers four times as wide, two norms."""
+    head = (heads, width // heads)
+    attention = [(width, *head), head] * 3 + [(*head, width), (width,)]
+    dense = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    layer = attention + dense + [(width,)] * 4
+    return [(tokens, width), (tokens, width), *layer * layers, (width,), (width,)]
+
+
+CASES = (
+    Case("one leaf", 1024, ((272_474,),)),
+    Case("ResNet-20", 1024, tuple(resnet20_shapes())),
+    Case("1,000 leaves", 1024, ((272,),) * 1000),
+    Case("one leaf", 1024, ((1_000_000,),)),
+    Case("one leaf", 128, ((4_400_000,),)),
+    Case("transformer", 128, tuple(transformer_shapes())),
+)
+
+Window = list[jax.Array]
+Timed = Callable[[Window], Any]  # from the new gradient to whatever has to be waited for
+
+
+def draw(case: Case) -> tuple[Callable[[jax.Array], Window], Callable[[jax.Array], Window]]:
+    """Functions of a key that draw rows, and a gradient; half of each is common to all, as in training."""
+    common = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(case.shapes)]
+    scale = 1 / math.sqrt(2 * case.parameters)
+
+    def leaves(key, *leading):
+        keys = jax.random.split(key, len(case.shapes))
+        noise = [jax.random.normal(k, (*leading, *x.shape)) for k, x in zip(keys, common, strict=True)]
+        return [scale * (x + y) for x, y in zip(common, noise, strict=True)]
+
+    return jax.jit(lambda key: leaves(key, case.num_grads)), jax.jit(leaves)
+
+
+class Step:
+    """`scale_by_mfac` with a full window, its parts, and the reading of it; each call makes a step."""
+
+    def __init__(self, case: Case, window: Window):
+        transform = mfac_jax.scale_by_mfac(case.num_grads, DAMPING)
+        block_of_leaf = [0] * len(window)
+        gram = jax.jit(lambda window, like: _window.gram(window, block_of_leaf, like))
+        state: Any = transform.init([rows[0] for rows in window])
+        seen = jnp.asarray(case.num_grads, jnp.int32)
+        self.state = state._replace(window=window, gram=gram(window, state.gram), grads_seen=seen)
+        layouts = [_layout.Layout.local(len(shape)) for shape in case.shapes]
+
+        def first_pass(window, row, like, newest):
+            return _window.products(window, row, block_of_leaf, layouts, like, newest)
+
+        def solve(gram, newest):
+            m = jnp.asarray(case.num_grads, gram.dtype)
+            weights = jnp.zeros(gram.shape[:-1], gram.dtype).at[:, newest].set(1)
+            return _gram.inverse_power(gram, jnp.asarray(DAMPING, gram.dtype), m, 1.0, weights)
+
+        self._update = jax.jit(transform.update, donate_argnums=1)
+        self._first_pass, self._solve = jax.jit(first_pass), jax.jit(solve)
+        self._second_pass = jax.jit(lambda c, window: _window.combine(c, window, block_of_leaf))
+
+    def step(self, gradient: Window) -> Window:
+        """The update; the state is changed."""
+        updates, self.state = self._update(gradient, self.state)
+        return updates
+
+    def first_pass(self, gradient: Window) -> jax.Array:
+        """Products of the rows with the gradient."""
+        return self._first_pass(self.state.window, gradient, self.state.coefficients, self.state.next_row)
+
+    def solve(self, _: Window) -> jax.Array:
+        """Coefficients of the rows."""
+        return self._solve(self.state.gram, self.state.next_row)
+
+    def second_pass(self, _: Window) -> Window:
+        """The combination of the rows."""
+        return self._second_pass(self.state.coefficients, self.state.window)
 
 
 @jax.jit
-def draw(key, params):
-    """A new gradient: one that repeats would take the slower path of a singular Gram matrix."""
-    keys = jax.random.split(key, len(params) + 1)
-    gradient = [jax.random.normal(k, p.shape) for k, p in zip(keys[1:], params, strict=True)]
-    return keys[0], gradient
+def _sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--num-grads", type=int, default=1024, help="rows of the window (default 1024)")
-    parser.add_argument("--repeats", type=int, default=31, help="steps timed (default 31)")
-    args = parser.parse_args()
+def relative_error(window: Window, newest: int, update: np.ndarray) -> float:
+    """Of F u = g, in float64; u flat, and g the newest row."""
+    m, square, residual = len(window[0]), 0.0, 0.0
+    rows = [np.asarray(leaf).reshape(m, -1) for leaf in window]
 
-    transform = mfac_jax.scale_by_mfac(args.num_grads, 1e-3)
-    update = jax.jit(transform.update, donate_argnums=1)
-    read = jax.jit(lambda window: [jnp.sum(leaf) for leaf in window])
-    trees = {"flat vector": [(272_474,)], "59 leaves": resnet20_shapes()}
-    grads = {name: [jnp.ones(shape) for shape in shapes] for name, shapes in trees.items()}
-    states = {name: full_state(args.num_grads, grads[name], transform) for name in trees}
-    seconds = {(name, what): [] for name in trees for what in ("step", "read")}
+    def chunks():
+        first = 0
+        for leaf in rows:
+            for start in range(0, leaf.shape[1], COLUMNS):
+                part = leaf[:, start : start + COLUMNS].astype(np.float64)
+                yield part, update[first : first + part.shape[1]].astype(np.float64)
+                first += part.shape[1]
 
-    def timed(key, function, *inputs):
-        start = time.perf_counter()
-        result = jax.block_until_ready(function(*inputs))
-        seconds[key].append(time.perf_counter() - start)
-        return result
+    products = sum(part @ u for part, u in chunks()) / m
+    for part, u in chunks():
+        residual += np.sum((DAMPING * u + products @ part - part[newest]) ** 2)
+        square += np.sum(part[newest] ** 2)
+    return math.sqrt(residual / square)
 
-    key = jax.random.key(1)
-    for _ in tqdm(range(args.repeats + 1), desc="timing", unit="round"):
-        for name in trees:
-            timed((name, "read"), read, states[name].window)
-            key, gradient = jax.block_until_ready(draw(key, grads[name]))
-            _, states[name] = timed((name, "step"), update, gradient, states[name])
-            timed((name, "read"), read, states[name].window)
 
-    median = {key: np.median(values[2:]) for key, values in seconds.items()}
-    device = jax.devices()[0]
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "optax")
+def check(step: Step, originals: Mapping[str, Timed], gradient: Window) -> dict[str, float]:
+    """Relative errors of the first step of each; refused where one is large."""
+    newest = int(step.state.next_row)
+    updates = {OURS: np.concatenate([np.ravel(u) for u in step.step(gradient)])}
+    updates |= {name: np.asarray(function(gradient)) for name, function in originals.items()}
+    errors = {name: relative_error(step.state.window, newest, u) for name, u in updates.items()}
+    for name, error in errors.items():
+        if not error < TOLERANCE:
+            raise ValueError(f"{name} is no inverse: relative error {error:.1e} of F u = g.")
+    return errors
+
+
+def reading(case: Case, step: Step) -> Timed:
+    """One reading of as many numbers as the window has, in one array."""
+    if len(case.shapes) == 1:
+        return lambda _: _sum(step.state.window[0])
+    flat = jnp.ones((case.num_grads, case.parameters))
+    return lambda _: _sum(flat)
+
+
+def time_in_turn(timed: dict[str, Timed], gradients: Iterable[Window], rounds: int) -> dict[str, dict]:
+    """Median and extremes of each, in seconds, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for gradient in tqdm(gradients, total=rounds + 1, unit="round", leave=False):
+        for name, function in timed.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(gradient))
+            seconds[name].append(time.perf_counter() - start)
+    values = {name: np.asarray(all_rounds[1:]) for name, all_rounds in seconds.items()}
+    return {
+        name: {"median": float(np.median(x)), "min": float(x.min()), "max": float(x.max())}
+        for name, x in values.items()
+    }
+
+
+def measure(case: Case, rounds: int, folder: Path | None) -> dict[str, Any]:
+    """A line of results."""
+    rows, gradient = draw(case)
+    step = Step(case, rows(jax.random.key(8)))
+    originals = {} if folder is None else original.steps(folder, step.state.window, DAMPING)
+    errors = check(step, originals, gradient(jax.random.key(9)))
+    timed: dict[str, Timed] = {OURS: step.step, "read": reading(case, step)}
+    timed |= {part: getattr(step, part) for part in PARTS} | originals
+    keys = jax.random.split(jax.random.key(10), rounds + 1)
+    gradients = (jax.block_until_ready(gradient(key)) for key in keys)
+    line = {"case": case.name, "num_grads": case.num_grads, "parameters": case.parameters}
+    line |= {"leaves": len(case.shapes), "relative_errors": errors}
+    return line | {"seconds": time_in_turn(timed, gradients, rounds)}
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds, and ratios, in Markdown."""
+    others = sorted({name for line in lines for name in line["seconds"]} - {OURS, "read", *PARTS})
+    cells = []
+    for line in lines:
+        median = {name: 1e3 * values["median"] for name, values in line["seconds"].items()}
+        row = [line["case"], f"{line['num_grads']:,}", f"{line['parameters']:,}", f"{median[OURS]:,.3g}"]
+        row += [f"{2 * median['read']:,.3g}", f"{median[OURS] / median['read'] / 2:.2f}"]
+        row += [f"{median[name]:,.3g}" for name in PARTS]
+        row += [f"{median[name] / median[OURS]:.2f}" if name in median else "" for name in others]
+        cells.append(row)
+    head = ["parameters", "m", "d", "step, ms", "two readings, ms", "step / floor"]
+    head += ["first pass, ms", "solve, ms", "second pass, ms", *(f"{name} / ours" for name in others)]
+    return tpu_tables.markdown(head, cells)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print; `argv` is the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(f"{device.device_kind}, {os.cpu_count()} cores, {platform.machine()}; {versions}")
-    print(f"{'window':<12} {'parameters':>10} {'step ms':>8} {'read ms':>8} {'step / 2 reads':>15}")
-    for name, shapes in trees.items():
-        step, once = median[name, "step"], median[name, "read"]
-        size = sum(math.prod(shape) for shape in shapes)
-        print(f"{name:<12} {size:>10,} {step * 1e3:>8.1f} {once * 1e3:>8.1f} {step / 2 / once:>15.2f}")
-    ratio = median["59 leaves", "step"] / median["flat vector", "step"]
-    print(f"59 leaves / flat vector: {ratio:.2f}")
+    add = parser.add_argument
+    add("--grid", action="store_true", help="flat windows of many sizes")
+    add("--gigabytes", type=float, default=4.5, help="largest window (default: %(default)s)")
+    add("--rounds", type=int, default=15, help="timed, after one to warm up (default: %(default)s)")
+    add("--original", type=Path, metavar="DIR", help="a checkout of the original")
+    add("--out", type=Path, help="file to add lines of JSON to")
+    args = parser.parse_args(argv)
+    cases = [Case("one leaf", m, ((d,),)) for m, d in GRID] if args.grid else CASES
+    lines = []
+    with contextlib.ExitStack() as stack:
+        out = None if args.out is None else stack.enter_context(args.out.open("a"))
+        for case in cases:
+            if 4e-9 * case.num_grads * case.parameters > args.gigabytes:
+                continue
+            lines.append(measure(case, args.rounds, args.original))
+            if out is not None:
+                line = lines[-1] | provenance(("mfac_jax", "jax", "jaxlib", "torch"))
+                print(json.dumps(line), file=out, flush=True)
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; medians of {args.rounds} rounds\n")
+    print(table(lines))
 
 
 if __name__ == "__main__":

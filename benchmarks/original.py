@@ -1,0 +1,107 @@
+"""The original PyTorch implementation of M-FAC, from a checkout of https://github.com/IST-DASLab/M-FAC.
+
+Its optimizer was written for CUDA. On CPU it runs with what this file replaces, in memory, when it is
+loaded: `torch.lu` without pivots, which PyTorch has for CUDA alone, by the Cholesky decomposition of the
+same matrix; and `nn.parallel.parallel_apply`, which finds no device of an int, by a loop.
+`with_triangular_solves` replaces its loops over gradients too, as the CUDA extension of the checkout
+does.
+"""
+
+import importlib
+import importlib.util
+import os
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def load(folder: Path | None, name: str) -> tuple[Any, Any] | None:
+    """PyTorch, a thread for each core, and a module of the checkout; or a message on what is missing."""
+    if folder is None or not (folder / f"{name}.py").is_file():
+        reason = "pass --original" if folder is None else f"{folder} has no {name}.py: pass --original"
+        print(f"Without the original: {reason} with a checkout of github.com/IST-DASLab/M-FAC.")
+        return None
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        print(f"Without the original: it needs PyTorch (pip install torch), which is not there: {error}")
+        return None
+    torch.set_num_threads(cores())
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return torch, module
+
+
+def cores() -> int:
+    """How many this process may use."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert count is not None
+    return count
+
+
+def steps(
+    folder: Path, window: Sequence[jax.Array], damping: float
+) -> dict[str, Callable[[Sequence[jax.Array]], Any]]:
+    """Steps of its dynamic algorithm on CPU, from this window on, as it is and with triangular solves."""
+    loaded = load(folder, "optim")
+    if loaded is None:
+        return {}
+    torch, optim = loaded
+    torch.lu = lambda matrix, pivot: (_upper_factor(torch, matrix),)
+    optim.nn = types.SimpleNamespace(parallel=types.SimpleNamespace(parallel_apply=_in_a_loop))
+
+    def flat(leaves):
+        return torch.cat([torch.from_numpy(np.array(x)).reshape(-1) for x in leaves])
+
+    def step(kind):
+        rows = [torch.from_numpy(np.array(rows)).reshape(len(rows), -1) for rows in window]
+        state = kind(torch.cat(rows, dim=1), dev="cpu", gpus=["cpu"], damp=damping)
+        return lambda gradient: state.update_mul(flat(gradient))
+
+    kinds = {
+        "original": optim.HInvFastUpMulti,
+        "original, triangular solves": with_triangular_solves(torch, optim.HInvFastUpMulti),
+    }
+    return {name: step(kind) for name, kind in kinds.items()}
+
+
+def _in_a_loop(functions, inputs):
+    return [function(x) for function, x in zip(functions, inputs, strict=True)]
+
+
+def _upper_factor(torch, matrix):
+    """U of A = L U with ones on the diagonal of L, for a symmetric and positive definite matrix."""
+    factor = torch.linalg.cholesky(matrix)
+    return torch.diagonal(factor)[:, None] * factor.T
+
+
+def with_triangular_solves(torch: Any, kind: type) -> type:
+    """The class, with a triangular solve for each of its two loops over the gradients."""
+
+    class TriangularSolves(kind):
+        def setup(self):
+            diagonal = self.m * torch.eye(self.m)
+            self.giHig = torch.triu(torch.lu(self.lambd * self.dots + diagonal, pivot=False)[0] - diagonal)
+            self.denom = self.m + torch.diagonal(self.giHig)
+            self.coef = self.lambd * torch.linalg.solve_triangular(
+                self._unit_lower(), torch.eye(self.m), upper=False, unitriangular=True
+            )
+
+        def mul(self, x, dots=None):
+            dots = self.grads_matmul(x) if dots is None else dots
+            half = torch.linalg.solve_triangular(
+                self._unit_lower(), self.lambd * dots[:, None], upper=False, unitriangular=True
+            )
+            return self.lambd * x - self.matmul_grads((half[:, 0] / self.denom).matmul(self.coef))
+
+        def _unit_lower(self):
+            return (self.giHig / self.denom[:, None]).T
+
+    return TriangularSolves
