@@ -25,7 +25,9 @@ compare_optimizers, optimizers, report_comparison, comparison_results = map(
 compiled_update, pod, tpu_tables, weak_scaling = map(
     importlib.import_module, ("compiled_update", "pod_transformer", "tpu_tables", "weak_scaling")
 )
-static_algorithm, compare_pruning = map(importlib.import_module, ("static_algorithm", "compare_pruning"))
+static_algorithm, compare_pruning, step_time = map(
+    importlib.import_module, ("static_algorithm", "compare_pruning", "step_time")
+)
 
 
 @pytest.mark.parametrize("name", optimizers.IDEAS)
@@ -403,6 +405,34 @@ def test_what_a_device_holds_moves_and_sends_does_not_grow_with_the_devices():
     seconds = weak_scaling.time_steps(runs, repeats=1)
     rows = [run.row | {"seconds": s} for run, s in zip(runs, seconds, strict=True)]
     assert len(weak_scaling.table(rows).splitlines()) == 4
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+def test_steps_are_checked_and_timed_beside_two_readings(tmp_path, capsys, monkeypatch):
+    shapes = ((300,),), ((20, 5), (3,), ())
+    cases = tuple(map(step_time.Case, ("one leaf", "three leaves"), (8, 8), shapes))
+    monkeypatch.setattr(step_time, "CASES", cases)
+    out = tmp_path / "steps.jsonl"
+    step_time.main(["--rounds", "2", "--original", str(tmp_path), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "has no optim.py" in printed
+    assert "| three leaves | 8 | 104 |" in printed
+    for line, case in zip(read(out), cases, strict=True):
+        assert line["parameters"] == case.parameters
+        assert line["relative_errors"][step_time.OURS] < 1e-4
+        assert set(line["seconds"]) == {step_time.OURS, "read", *step_time.PARTS}
+        assert all(0 < s["min"] <= s["median"] <= s["max"] for s in line["seconds"].values())
+    step_time.main(["--grid", "--gigabytes", "0"])
+    assert "one leaf" not in capsys.readouterr().out
+
+
+def test_a_step_that_is_wrong_is_not_timed():
+    rows, gradient = step_time.draw(step_time.Case("one leaf", 8, ((300,),)))
+    step = step_time.Step(step_time.Case("one leaf", 8, ((300,),)), rows(jax.random.key(0)))
+    with pytest.raises(ValueError, match=r"zeros is no inverse: relative error 1\.0e\+00"):
+        step_time.check(step, {"zeros": lambda _: np.zeros(300)}, gradient(jax.random.key(1)))
 
 
 # --------------------------------------------------------------------------------- the static algorithm
