@@ -54,9 +54,9 @@ def prune(
     - `'independent'`: by the sum of what each pruned weight alone would ask for, as published:
       :math:`\delta = -F^{-1} (v + \eta g), v_i = w_i / [F^{-1}]_{ii}` on Q.
 
-    The model is local: several steps with new gradients do better than one. Gradients of single
-    examples tell more than those of batches, whose mean they lose: `collect_gradients(...,
-    per_example=True)`. Batch statistics fit the pruned network better when they are estimated again.
+    The model is local: several steps with new gradients do better than one. On a ResNet-20, 64 gradients
+    of batches of 32 did as well as 512 of single images (`collect_gradients(..., per_example=True)`), in an
+    eighth of the memory. Batch statistics fit the pruned network better when they are estimated again.
 
     Where gradients are zero F is a multiple of the identity, and magnitudes decide. `params` are never
     changed in place; with an error there is no result.
@@ -79,9 +79,9 @@ def prune(
       per_leaf: whether each leaf is pruned to the sparsity, or those that cost least, wherever they are.
       update: how the survivors follow, `'joint'` or `'independent'`.
       gradient_term: :math:`\eta` >= 0. Default: with gradients 0, as for a network at a minimum of its
-        loss; with a function 0.3, since a network that is pruned in part is at none. Pruning 75 % of a
-        ResNet-20, it won 3 points with batch statistics estimated again, and lost 2 to 3 with old ones; 1
-        overshoots there.
+        loss; with a function 0.3, since a network that is pruned in part is at none: the survivors then
+        learn from the data that the gradients are of. Pruning 75 % of a ResNet-20 it won 10 points of
+        accuracy with batch statistics as they were, 5 with statistics estimated again.
       step_limit: the longest move of the survivors, as a multiple of the norm of the weights that go.
         Default: with gradients math.inf, no limit; with a function 0.5, which a step with the default
         damping does not come near. With a damping of 1e-5 a network for digits, pruned of 75 %, kept an
