@@ -2,7 +2,7 @@
 
 By magnitude, by M-FAC in one step, by M-FAC in sixteen steps with new gradients for each, and with some
 fine-tuning that keeps pruned weights at zero. At the end of this training the gradients are so small that
-one step does as magnitude does; after the first of sixteen they tell more. Takes less than a minute.
+one step does as magnitude does; after the first of sixteen they tell more. Takes a minute or two.
 """
 
 import argparse
@@ -30,6 +30,7 @@ SPARSITIES = (0.5, 0.75, 0.875, 0.9, 0.95, 0.98)
 def make_parser() -> argparse.ArgumentParser:
     """Every option, with its default."""
     parser = pruning.make_parser("prune_digits", __doc__, SPARSITIES)
+    parser.set_defaults(num_grads=128)
     add, count = parser.add_argument, comparison.count
     add(
         "--model",

@@ -139,6 +139,7 @@ def combine(coefficients: jax.Array, rows: jax.Array, host_chunk: int | None = N
     return lax.platform_dependent(coefficients, rows, cpu=cpu, tpu=summed, default=contracted)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")  # a bare loop would be compiled at every call
 def gram(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`(m, m)` inner products of the rows `(m, *shape)` with each other."""
 
