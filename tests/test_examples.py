@@ -138,7 +138,13 @@ def tiny_workload(name: str):
 
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [("mlp", "mfac"), ("mlp", "nadamw"), ("cnn", "sgd"), ("text", "muon"), ("cifar10", "mfac")],
+    [
+        ("mlp", "mfac"),
+        ("mlp", "nadamw"),
+        pytest.param("cnn", "sgd", marks=pytest.mark.slow),
+        pytest.param("text", "muon", marks=pytest.mark.slow),
+        ("cifar10", "mfac"),
+    ],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_path):
     problem = tiny_workload(name)

@@ -93,7 +93,10 @@ def test_the_digits_are_pruned_in_five_ways_and_m_fac_beats_magnitude(tmp_path, 
     "options",
     [
         pytest.param("--mode recomputed --sparsity 0.9", marks=pytest.mark.slow),
-        "--mode one-shot --sparsity 0.5 --pattern 2:4 --methods magnitude published M-FAC",
+        pytest.param(
+            "--mode one-shot --sparsity 0.5 --pattern 2:4 --methods magnitude published M-FAC",
+            marks=pytest.mark.slow,
+        ),
         "--mode gradual --sparsity 0.9 --epochs 2 --batch-size 64",
     ],
 )

@@ -166,7 +166,13 @@ def optax_with_mfac(monkeypatch):
 
 
 @pytest.mark.usefixtures("optax_with_mfac")
-@pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if "-default" not in name else [])
+        for name, case in _CASES.items()
+    ],
+)
 def test_every_case_of_the_batteries_passes_and_none_is_skipped(case):
     try:
         case.run()
