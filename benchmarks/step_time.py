@@ -32,7 +32,7 @@ from provenance import provenance
 from tqdm import tqdm
 
 import mfac_jax
-from mfac_jax import _gram, _layout, _window
+from mfac_jax import _gram, _inverse, _layout, _window
 
 DAMPING = 1e-3  # of gradients whose squared norm is about one
 TOLERANCE = 1e-3  # relative, of F u = g in float64
@@ -111,8 +111,8 @@ def draw(case: Case) -> tuple[Callable[[jax.Array], Window], Callable[[jax.Array
 class Step:
     """`scale_by_mfac` with a full window, its parts, and the reading of it; each call makes a step."""
 
-    def __init__(self, case: Case, window: Window):
-        transform = mfac_jax.scale_by_mfac(case.num_grads, DAMPING)
+    def __init__(self, case: Case, window: Window, solver: Any = "cholesky"):
+        transform = mfac_jax.scale_by_mfac(case.num_grads, DAMPING, solver=solver)
         block_of_leaf = [0] * len(window)
         gram = jax.jit(lambda window, like: _window.gram(window, block_of_leaf, like))
         state: Any = transform.init([rows[0] for rows in window])
@@ -123,10 +123,13 @@ class Step:
         def first_pass(window, row, like, newest):
             return _window.products(window, row, block_of_leaf, layouts, like, newest)
 
-        def solve(gram, newest):
-            m = jnp.asarray(case.num_grads, gram.dtype)
+        def solve(gram, inverse, newest):
             weights = jnp.zeros(gram.shape[:-1], gram.dtype).at[:, newest].set(1)
-            return _gram.inverse_power(gram, jnp.asarray(DAMPING, gram.dtype), m, 1.0, weights)
+            shift = jnp.full((len(gram), 1), case.num_grads * DAMPING, gram.dtype)
+            if solver == "cholesky":
+                return _gram.solve(gram, shift, weights)
+            inverse = _inverse.replace_row(inverse, gram[:, newest], newest)  # the same row once more
+            return _inverse.solve(inverse, gram, shift[:, 0], weights)
 
         self._update = jax.jit(transform.update, donate_argnums=1)
         self._first_pass, self._solve = jax.jit(first_pass), jax.jit(solve)
@@ -143,7 +146,7 @@ class Step:
 
     def solve(self, _: Window) -> jax.Array:
         """Coefficients of the rows."""
-        return self._solve(self.state.gram, self.state.next_row)
+        return self._solve(self.state.gram, self.state.inverse, self.state.next_row)
 
     def second_pass(self, _: Window) -> Window:
         """The combination of the rows."""
@@ -210,10 +213,10 @@ def time_in_turn(timed: dict[str, Timed], gradients: Iterable[Window], rounds: i
     }
 
 
-def measure(case: Case, rounds: int, folder: Path | None) -> dict[str, Any]:
+def measure(case: Case, solver: str, rounds: int, folder: Path | None) -> dict[str, Any]:
     """A line of results."""
     rows, gradient = draw(case)
-    step = Step(case, rows(jax.random.key(8)))
+    step = Step(case, rows(jax.random.key(8)), solver)
     originals = {} if folder is None else original.steps(folder, step.state.window, DAMPING)
     errors = check(step, originals, gradient(jax.random.key(9)))
     timed: dict[str, Timed] = {OURS: step.step, "read": reading(case, step)}
@@ -221,7 +224,7 @@ def measure(case: Case, rounds: int, folder: Path | None) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(10), rounds + 1)
     gradients = (jax.block_until_ready(gradient(key)) for key in keys)
     line = {"case": case.name, "num_grads": case.num_grads, "parameters": case.parameters}
-    line |= {"leaves": len(case.shapes), "relative_errors": errors}
+    line |= {"leaves": len(case.shapes), "solver": solver, "relative_errors": errors}
     return line | {"seconds": time_in_turn(timed, gradients, rounds)}
 
 
@@ -249,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--grid", action="store_true", help="flat windows of many sizes")
     add("--gigabytes", type=float, default=4.5, help="largest window (default: %(default)s)")
+    add("--solver", choices=["cholesky", "inverse"], default="cholesky")
     add("--rounds", type=int, default=15, help="timed, after one to warm up (default: %(default)s)")
     add("--original", type=Path, metavar="DIR", help="a checkout of the original")
     add("--out", type=Path, help="file to add lines of JSON to")
@@ -260,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for case in cases:
             if 4e-9 * case.num_grads * case.parameters > args.gigabytes:
                 continue
-            lines.append(measure(case, args.rounds, args.original))
+            lines.append(measure(case, args.solver, args.rounds, args.original))
             if out is not None:
                 line = lines[-1] | provenance(("mfac_jax", "jax", "jaxlib", "torch"))
                 print(json.dumps(line), file=out, flush=True)

@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from mfac_jax import _tree, _validation
 from mfac_jax._layout import AxisName
-from mfac_jax._transform import Metric, Normalization, scale_by_mfac
+from mfac_jax._transform import Metric, Normalization, Solver, scale_by_mfac
 from mfac_jax._window import Blocks
 
 
@@ -29,6 +29,7 @@ def mfac(
     normalize_by: Normalization = "window",
     power: float = 1.0,
     blocks: Blocks = None,
+    solver: Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
     host_chunk: int | None = None,
@@ -82,6 +83,7 @@ def mfac(
       normalize_by: see `scale_by_mfac`.
       power: see `scale_by_mfac`.
       blocks: see `scale_by_mfac`.
+      solver: see `scale_by_mfac`.
       storage: see `scale_by_mfac`.
       axis_name: see `scale_by_mfac`.
       host_chunk: see `scale_by_mfac`.
@@ -139,6 +141,7 @@ def mfac(
         step_adaptation=_resting_while_rising(step_adaptation, learning_rate),
         blocks=blocks,
         metric=metric,
+        solver=solver,
         storage=storage,
         axis_name=axis_name,
         host_chunk=host_chunk,

@@ -194,7 +194,8 @@ def _with_gram_of_window(state: ScaleByMFACState, blocks: Blocks) -> ScaleByMFAC
     blocks = "leaf" if blocks is None and 1 < leaves == len(state.gram) else blocks
     block_of_leaf = _window.blocks_of_state(state.gram, state.window, blocks)
     gram = _window.gram(state.window, block_of_leaf, state.gram)
-    return state._replace(gram=_masks.placed(gram, state.gram))
+    none = jax.tree.map(jnp.zeros_like, state.inverse)  # made anew by the next step
+    return state._replace(gram=_masks.placed(gram, state.gram), inverse=none)
 
 
 def _replaced(old: Any, new: Any) -> Any:

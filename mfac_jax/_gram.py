@@ -36,7 +36,7 @@ def cosine_to_row(gram: jax.Array, index: jax.Array, coefficients: jax.Array) ->
     unit = coefficients / jnp.where(scale > 0, scale, 1)
     gram = _with_largest_one(gram)
     product = jnp.sum(gram[:, index] * unit)
-    squares = jnp.sum(gram[:, index, index]) * jnp.sum(unit * _matvec(gram, unit))
+    squares = jnp.sum(gram[:, index, index]) * jnp.sum(unit * matvec(gram, unit))
     cosine = product * lax.rsqrt(jnp.where(squares > 0, squares, 1))
     return jnp.clip(jnp.where(squares > 0, cosine, 0), -1, 1)
 
@@ -92,7 +92,7 @@ def inverse_power(
     damping = jnp.broadcast_to(damping, gram.shape[:1])[:, None]
 
     def inverse():
-        return count * _solve(gram, count * damping, w)
+        return count * solve(gram, count * damping, w)
 
     def fractional():
         return _apply_function(gram, lambda s: (damping + s / count) ** -power, w)
@@ -111,7 +111,7 @@ def outside_inverse_power(
     damping = jnp.broadcast_to(damping, gram.shape[:1])[:, None]
 
     def inverse():
-        return -_solve(gram, count * damping, gx) / damping
+        return -solve(gram, count * damping, gx) / damping
 
     def slope(s):
         safe = jnp.where(s > 0, s, 1)
@@ -129,7 +129,7 @@ def _by_power(power, inverse, fractional) -> jax.Array:
 
 
 @jax.jit  # outside of a user's jit, the conditional would be compiled at every call
-def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
+def solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     """(K + shift I)^-1 rhs, finite for any finite Gram matrix.
 
     When gradients repeat and the shift is small against their squared norm, Cholesky breaks down, or
@@ -140,9 +140,9 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     # The solve stands outside of the conditional: inside, XLA copies the factor into both branches.
     solution = _cholesky_solve(factor, scale * rhs)
     if gram.shape[-1] <= _MAX_REFINED:
-        solution += _cholesky_solve(factor, scale * rhs - _matvec(system, solution))
+        solution += _cholesky_solve(factor, scale * rhs - matvec(system, solution))
     solution *= scale
-    good = _is_sound(factor) & _keeps_digits(gram, rhs, solution)
+    good = _is_sound(factor) & keeps_digits(gram, rhs, solution)
 
     def with_jitter():
         jittered = scale * _cholesky_solve(_jittered_cholesky(system), scale * rhs)
@@ -174,13 +174,13 @@ def _balanced(gram: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     return system * scale[..., :, None] * scale[..., None, :], scale
 
 
-def _keeps_digits(gram: jax.Array, rhs: jax.Array, solution: jax.Array) -> jax.Array:
+def keeps_digits(gram: jax.Array, rhs: jax.Array, solution: jax.Array) -> jax.Array:
     """Whether a solution's rows do not cancel to noise, for each block, `(blocks, 1)`.
 
     rhs^T K c is g.u / n of the update, and positive. With repeated gradients it is a small sum of large
     terms: rounding of some 10 eps of their magnitude can turn the sign of the whole update.
     """
-    terms = _matvec(gram, rhs) * solution
+    terms = matvec(gram, rhs) * solution
     magnitude = jnp.sum(jnp.abs(terms), axis=-1, keepdims=True)
     return jnp.sum(terms, axis=-1, keepdims=True) >= 50 * _eps(gram) * magnitude
 
@@ -224,12 +224,12 @@ def _cholesky(matrix: jax.Array) -> jax.Array:
 
 
 def _cholesky_solve(factor: jax.Array, rhs: jax.Array) -> jax.Array:
-    def solve(L, b):
+    def solve_block(L, b):
         return jax.scipy.linalg.cho_solve((L, True), b)
 
     if factor.shape[0] == 1:  # half the time of a batch of one on CPU
-        return solve(factor[0], rhs[0])[None]
-    return jax.vmap(solve)(factor, rhs)
+        return solve_block(factor[0], rhs[0])[None]
+    return jax.vmap(solve_block)(factor, rhs)
 
 
 def _apply_function(gram: jax.Array, function, w: jax.Array) -> jax.Array:
@@ -240,8 +240,8 @@ def _apply_function(gram: jax.Array, function, w: jax.Array) -> jax.Array:
     s, v = jnp.linalg.eigh(gram * scale[..., None], symmetrize_input=False)
     noise = 8 * math.sqrt(gram.shape[-1]) * _eps(gram)
     s = jnp.maximum(s, noise * s[..., -1:]) / scale
-    return _matvec(v, function(s) * _matvec(v.mT, w))
+    return matvec(v, function(s) * matvec(v.mT, w))
 
 
-def _matvec(matrix: jax.Array, x: jax.Array) -> jax.Array:
+def matvec(matrix: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.einsum("bij,bj->bi", matrix, x, precision=lax.Precision.HIGHEST)

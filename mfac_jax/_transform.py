@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mfac_jax import _gram, _layout, _metric, _sharding, _step_length, _tree, _validation, _window
+from mfac_jax import _gram, _inverse, _layout, _metric, _sharding, _step_length, _tree, _validation, _window
 from mfac_jax._layout import AxisName
 from mfac_jax._window import Blocks
 
 Normalization = Literal["window", "count"]
 Metric = Literal["identity", "diagonal"]
+Solver = Literal["cholesky", "inverse"]
 
 
 class ScaleByMFACState(NamedTuple):
@@ -26,6 +27,7 @@ class ScaleByMFACState(NamedTuple):
       second_moment: running mean of the squared gradients of the diagonal metric, without its bias
         correction; without leaves in the identity metric.
       gram: inner products of the rows of the window, one matrix a block.
+      inverse: of the damped Gram matrices, as the solver keeps it; without leaves where that is Cholesky.
       coefficients: c of the last update G^T c, before the step factor.
       shift: what the last step added to the diagonal of each Gram matrix, n times the damping; zero
         before the first.
@@ -39,6 +41,7 @@ class ScaleByMFACState(NamedTuple):
     window: optax.Params  # leaves (num_grads, *leaf.shape), of the dtype `storage`
     second_moment: optax.Params | optax.EmptyState  # leaves like the parameters', of the dtype of gram
     gram: jax.Array  # (blocks, num_grads, num_grads) float32, float64 with a float64 leaf
+    inverse: _inverse.KeptInverse | optax.EmptyState
     coefficients: jax.Array  # (blocks, num_grads), of the dtype of gram
     shift: jax.Array  # (blocks,), of the dtype of gram
     mean_cosine: jax.Array  # (), of the dtype of gram
@@ -57,6 +60,7 @@ def scale_by_mfac(
     step_adaptation: optax.ScalarOrSchedule = 0.0,
     blocks: Blocks = None,
     metric: Metric = "identity",
+    solver: Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
     host_chunk: int | None = None,
@@ -128,6 +132,11 @@ def scale_by_mfac(
         is right also for networks whose layers differ in scale. A row keeps the scale it entered with: v
         moves slowly against the window, and to scale all rows anew would be one more pass. One more copy of
         the parameters in the state. `'identity'`: as in the paper.
+      solver: `'cholesky'`: m^3 / 3 operations a step. `'inverse'`: the inverse of the damped Gram matrix is
+        kept in the state, one more m x m matrix a block, and corrected as rows are replaced: about ten
+        readings of it. Each solution is refined until its residual is that of rounding; where it is not,
+        since gradients are nearly parallel or the damping has moved by much, Cholesky solves and the
+        inverse is made anew, for five times what Cholesky alone takes. For power 1.
       storage: dtype of the window, `jnp.float32` or `jnp.bfloat16`, which halves it; None: the
         parameters'. The Gram matrix is that of the window as stored, in float32, so the system solved is
         that of the stored gradients.
@@ -196,6 +205,7 @@ def scale_by_mfac(
     _validation.check_bool("relative_damping", relative_damping)
     _validation.check_bool("nesterov", nesterov)
     _validation.check_choice("metric", metric, ("identity", "diagonal"))
+    _validation.check_solver(solver, power)
     storage = _validation.check_storage(storage)
     _validation.check_axis_name(axis_name)
 
@@ -213,25 +223,37 @@ def scale_by_mfac(
             window=window,
             second_moment=second_moment,
             gram=zeros((num_blocks, num_grads, num_grads), dtype),
+            inverse=_inverse.KeptInverse(
+                zeros((num_blocks, num_grads, num_grads), dtype), zeros((num_blocks,), dtype)
+            )
+            if solver == "inverse"
+            else optax.EmptyState(),
             coefficients=zeros((num_blocks, num_grads), dtype),
             shift=zeros((num_blocks,), dtype),
             mean_cosine=zeros((), dtype),
             log_step=zeros((), dtype),
         )
 
-    def precondition(gram, newest, seen):
-        """Coefficients of the update, and the shift they were computed with."""
+    def solve(gram, inverse, rho, n, weights):
+        """Coefficients, and the inverse."""
+        if isinstance(inverse, optax.EmptyState):
+            return _gram.inverse_power(gram, rho, n, power, weights), inverse
+        c, inverse = _inverse.solve(inverse, gram, n * rho, weights)
+        return n * c, inverse
+
+    def precondition(gram, inverse, newest, seen):
+        """Coefficients of the update, the shift they were computed with, and the inverse."""
         rho = _damping_at(damping, seen - 1, gram.dtype)
         weights = _window.weights_by_age(newest, seen, num_grads, window_momentum, nesterov, gram.dtype)
         weights = jnp.broadcast_to(weights, gram.shape[:-1])
         if not relative_damping:
             n = _normalizer(normalize_by, seen, num_grads, gram.dtype)
-            c = _gram.inverse_power(gram, rho, n, power, weights)
-            return c, jnp.broadcast_to(n * rho, gram.shape[:1])
+            c, inverse = solve(gram, inverse, rho, n, weights)
+            return c, jnp.broadcast_to(n * rho, gram.shape[:1]), inverse
         energy = _gram.mean_square(gram, jnp.clip(seen, 1, num_grads))
         rho = jnp.minimum(rho, 2.0**126 / jnp.maximum(energy, 1))  # their product must not overflow
-        c = _gram.inverse_power(gram, rho * energy, jnp.ones((), gram.dtype), power, weights)
-        return c * ((1 + rho) * energy)[:, None] ** power, rho * energy
+        c, inverse = solve(gram, inverse, rho * energy, jnp.ones((), gram.dtype), weights)
+        return c * ((1 + rho) * energy)[:, None] ** power, rho * energy, inverse
 
     def adapted(state, gram, newest):
         """The mean cosine and the logarithm of the step factor, with the newest gradient in them."""
@@ -255,7 +277,10 @@ def scale_by_mfac(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        _validation.check_metric(metric, state.second_moment)
+        is_identity = isinstance(state.second_moment, optax.EmptyState)
+        _validation.check_made_with("metric", metric, "identity" if is_identity else "diagonal")
+        is_cholesky = isinstance(state.inverse, optax.EmptyState)
+        _validation.check_made_with("solver", solver, "cholesky" if is_cholesky else "inverse")
         layouts = _window.layouts("updates", updates, state.window, axis_name)
         _layout.check_named(updates, state.gram, axis_name)
         _validation.check_memory(state.window, host_chunk)
@@ -278,7 +303,10 @@ def scale_by_mfac(
         window = _tree.write_row(state.window, row, newest, finite)
         gram = jnp.where(finite, _gram.replace_row(state.gram, products, newest), state.gram)
 
-        coefficients, shift = precondition(gram, newest, seen)
+        inverse = state.inverse
+        if solver == "inverse":
+            inverse = _inverse.replace_row(inverse, products, newest)
+        coefficients, shift, inverse = precondition(gram, inverse, newest, seen)
         mean_cosine, log_step = adapted(state, gram, newest)
         preconditioned = _window.combine(
             coefficients * jnp.exp(log_step), window, block_of_leaf, host_chunk
@@ -295,6 +323,7 @@ def scale_by_mfac(
             window=None,
             second_moment=second_moment,
             gram=gram,
+            inverse=inverse,
             coefficients=coefficients,
             shift=shift,
             mean_cosine=mean_cosine,

@@ -143,13 +143,22 @@ def check_shapes(name: str, tree: optax.Updates, window: optax.Params) -> None:
             )
 
 
-def check_metric(metric: str, second_moment: optax.Params | optax.EmptyState) -> None:
-    """Refuse a state that was made in another metric."""
-    made = "identity" if isinstance(second_moment, optax.EmptyState) else "diagonal"
-    if made != metric:
+def check_made_with(name: str, value: str, made: str) -> None:
+    """Refuse a state that was made with another option."""
+    if made != value:
         raise ValueError(
-            f"state must be that of a transform with metric={metric!r}, got metric={made!r}. After "
+            f"state must be that of a transform with {name}={value!r}, got {name}={made!r}. After "
             "changing it call init again."
+        )
+
+
+def check_solver(solver: str, power) -> None:
+    """Refuse what is no solver, and a power that it does not solve for."""
+    check_choice("solver", solver, ("cholesky", "inverse"))
+    if solver == "inverse" and (isinstance(power, jax.Array) or power != 1):
+        raise ValueError(
+            f"solver='inverse' needs the power 1, known before tracing, got {power!r}. Pass "
+            "solver='cholesky'."
         )
 
 

@@ -296,7 +296,8 @@ def kernel_or_not(path) -> bool:
     [("diagonal", None), ("identity", "leaf"), ("diagonal", kernel_or_not)],
 )
 def test_the_window_is_that_of_one_who_only_saw_the_survivors(metric, blocks):
-    inner = scale_by_mfac(M, 0.5, metric=metric, blocks=blocks, relative_damping=True, window_momentum=0.5)
+    options: Any = {"metric": metric, "blocks": blocks, "relative_damping": True, "window_momentum": 0.5}
+    inner = scale_by_mfac(M, 0.5, **options, solver="inverse")
     tx, given = keep_pruned(inner, ALL_KEPT), blocks if callable(blocks) else None
     start = tx.init(PARAMS)
     _, _, late = train(tx, PARAMS, start)

@@ -55,7 +55,7 @@ PLACEMENTS = pytest.mark.parametrize("placement", SPECS)
 TRANSFORMS = {
     "default": functools.partial(mfac, 0.01, NUM_GRADS, weight_decay=1e-3),
     "plain": functools.partial(
-        mfac, 0.01, NUM_GRADS, metric="identity", momentum=None, step_adaptation=0.0
+        mfac, 0.01, NUM_GRADS, metric="identity", momentum=None, step_adaptation=0.0, solver="inverse"
     ),
     "half, a block a leaf": functools.partial(mfac, 0.01, NUM_GRADS, blocks="leaf", storage=jnp.bfloat16),
 }

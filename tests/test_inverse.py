@@ -1,0 +1,130 @@
+"""The inverse that is kept from step to step, beside Cholesky and float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training_runs import correlated_gradients, relative_error
+
+import mfac_jax
+from mfac_jax import _gram, _inverse
+
+M, D = 16, 80
+
+
+def gradients(number: int, noise: float = 1.0, seed: int = 0) -> jax.Array:
+    """With a direction in common, of squared norms near one."""
+    random = np.random.default_rng(seed)
+    rows = random.standard_normal(D) + noise * random.standard_normal((number, D))
+    return jnp.asarray(rows / np.sqrt((1 + noise**2) * D), jnp.float32)
+
+
+def replace_and_solve(shift):
+    """A step of G, K and P with gradient t; its result has c, and whether P was made anew."""
+
+    def step(carry, t_and_gradient):
+        (G, K, kept), (t, g) = carry, t_and_gradient
+        index = t % M
+        G = G.at[index].set(g)
+        row = jnp.matmul(G, g, precision="highest")
+        K = _gram.replace_row(K, row[None], index)
+        corrected = _inverse.replace_row(kept, row[None], index)
+        newest = (jnp.arange(M) == index).astype(K.dtype)[None]
+        c, kept = _inverse.solve(corrected, K, jnp.full(1, shift, K.dtype), newest)
+        return (G, K, kept), (G, c[0], jnp.any(kept.matrix != corrected.matrix))
+
+    return step
+
+
+def errors_and_renewals(grads: jax.Array, shift: float, every: int) -> tuple[np.ndarray, int]:
+    """Relative errors of G^T c beside float64 at every so many steps, and how often P was made anew."""
+    empty = _inverse.KeptInverse(jnp.zeros((1, M, M)), jnp.zeros(1))
+    start = (jnp.zeros((M, D)), jnp.zeros((1, M, M)), empty)
+    numbered = (jnp.arange(len(grads)), grads)
+    _, (G, c, anew) = jax.jit(lambda xs: jax.lax.scan(replace_and_solve(shift), start, xs))(numbered)
+    errors = []
+    for t in range(every - 1, len(grads), every):
+        rows = np.asarray(G[t], np.float64)
+        expected = rows.T @ np.linalg.solve(rows @ rows.T + shift * np.eye(M), np.eye(M)[t % M])
+        found = rows.T @ np.asarray(c[t], np.float64)
+        errors.append(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return np.asarray(errors), int(jnp.sum(anew))
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-6])
+def test_ten_thousand_replacements_keep_the_digits(damping):
+    errors, renewals = errors_and_renewals(gradients(10_000), M * damping, every=97)
+    assert np.max(errors) < 1e-4
+    assert renewals == 1  # the first
+
+
+def test_nearly_parallel_gradients_are_solved_by_cholesky():
+    grads = gradients(3 * M, noise=1e-3)
+    errors, renewals = errors_and_renewals(grads, 1e-7, every=1)
+    assert renewals > M
+    assert np.all(np.isfinite(errors))
+    G = grads[-M:]
+    K = jnp.matmul(G, G.T, precision="highest")[None]
+    kept = _inverse.KeptInverse(jnp.eye(M)[None], jnp.full(1, 1e-7))
+    newest = jnp.eye(M)[:1]
+    found, anew = _inverse.solve(kept, K, jnp.full(1, 1e-7), newest)
+    np.testing.assert_array_equal(found, _gram.solve(K, jnp.full((1, 1), 1e-7), newest))
+    assert jnp.all(anew.matrix != kept.matrix)
+
+
+def test_a_shift_that_moves_is_met_by_refinement_and_then_by_a_new_inverse():
+    G = gradients(M)
+    K, newest = jnp.matmul(G, G.T, precision="highest")[None], jnp.eye(M)[:1]
+    _, kept = _inverse.solve(_inverse.KeptInverse(0 * K, jnp.zeros(1)), K, jnp.full(1, 0.1), newest)
+    for shift, is_anew in ((0.11, False), (0.13, False), (0.9, True)):
+        found, after = _inverse.solve(kept, K, jnp.full(1, shift), newest)
+        expected = np.linalg.solve(np.asarray(K[0], np.float64) + shift * np.eye(M), np.eye(M)[0])
+        np.testing.assert_allclose(found[0], expected, rtol=2e-5, atol=2e-6)
+        assert bool(jnp.any(after.matrix != kept.matrix)) == is_anew
+
+
+OPTIONS = {
+    "absolute": {"damping": 1.0},
+    "count": {"damping": 1.0, "normalize_by": "count"},
+    "blocks": {"damping": 1.0, "blocks": "leaf"},
+    "mfac": {
+        "damping": 0.2,
+        "relative_damping": True,
+        "window_momentum": 0.9,
+        "nesterov": True,
+        "step_adaptation": 0.3,
+        "metric": "diagonal",
+    },
+    "schedule": {"damping": optax.exponential_decay(30.0, 10, 0.3)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_updates_are_those_of_cholesky(options):
+    shapes = {"w": (9, 5), "b": (5,)}
+    stream = correlated_gradients(shapes, 40, refused="w")
+    stream[20] = stream[19]  # a repeat
+    stream[30] = jax.tree.map(np.zeros_like, stream[30])
+    params = jax.tree.map(lambda shape: jnp.zeros(shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    transforms = [mfac_jax.scale_by_mfac(8, **options, solver=s) for s in ("cholesky", "inverse")]
+    states, updates = [tx.init(params) for tx in transforms], [jax.jit(tx.update) for tx in transforms]
+    for t, grads in enumerate(stream):
+        (expected, states[0]), (found, states[1]) = (
+            update(grads, state) for update, state in zip(updates, states, strict=True)
+        )
+        if t not in (4, 30):
+            assert relative_error(found, expected) < 2e-5
+    assert states[1].grads_rejected == 1
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.all(jnp.isfinite(x))), states[1]))
+    assert not jax.tree.leaves(states[0].inverse)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="solver must be one of 'cholesky', 'inverse', got 'lu'"):
+        mfac_jax.mfac(solver="lu")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"solver='inverse' needs the power 1, .* got 0\.5"):
+        mfac_jax.scale_by_mfac(4, power=0.5, solver="inverse")
+    state = mfac_jax.scale_by_mfac(4).init(jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"with solver='inverse', got solver='cholesky'.*init again"):
+        mfac_jax.scale_by_mfac(4, solver="inverse").update(jnp.ones(3), state)
