@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = OPENBLAS_NUM_THREADS=1 $(VENV)/bin/python
 JOBS ?= 2
 
-.PHONY: demo test slow lint format clean
+.PHONY: demo test slow benchmark lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/train_digits.py
@@ -14,6 +14,20 @@ test: $(VENV)/installed
 
 slow: $(VENV)/installed-tpu
 	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
+
+# Speed, an hour; ORIGINAL is a checkout of github.com/IST-DASLab/M-FAC, GIGABYTES the largest window.
+GIGABYTES ?= 4.5
+OUT ?= out/speed
+STEP_TIME = $(RUN) benchmarks/step_time.py --gigabytes $(GIGABYTES) --out $(OUT)/steps.jsonl
+benchmark: $(VENV)/installed
+	mkdir -p $(OUT)
+	$(STEP_TIME) --solver inverse $(addprefix --original ,$(ORIGINAL))
+	$(STEP_TIME) --solver cholesky
+	$(STEP_TIME) --grid --solver inverse
+	$(STEP_TIME) --grid --solver cholesky
+	$(RUN) benchmarks/static_algorithm.py --out $(OUT)/static.jsonl $(addprefix --original ,$(ORIGINAL))
+	$(RUN) benchmarks/training_share.py --out $(OUT)/training.jsonl
+	$(RUN) benchmarks/speed_report.py --results $(OUT) --pictures $(OUT)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

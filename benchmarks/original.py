@@ -10,13 +10,13 @@ does.
 import importlib
 import importlib.util
 import os
+import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 
 def load(folder: Path | None, name: str) -> tuple[Any, Any] | None:
@@ -49,27 +49,56 @@ def cores() -> int:
 def steps(
     folder: Path, window: Sequence[jax.Array], damping: float
 ) -> dict[str, Callable[[Sequence[jax.Array]], Any]]:
-    """Steps of its dynamic algorithm on CPU, from this window on, as it is and with triangular solves."""
+    """Steps of its dynamic algorithm, from this window on, as it is and with triangular solves.
+
+    They run where JAX runs. On a GPU that needs a PyTorch for it; with a compiler of CUDA at hand, the
+    extension of the checkout is compiled, and is what the original then takes for its loops.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    compiled = on_gpu and _compile_extension(folder)
     loaded = load(folder, "optim")
     if loaded is None:
         return {}
     torch, optim = loaded
-    torch.lu = lambda matrix, pivot: (_upper_factor(torch, matrix),)
+    device = "cuda" if on_gpu else "cpu"
+    if not on_gpu:
+        torch.lu = lambda matrix, pivot: (_upper_factor(torch, matrix),)
     optim.nn = types.SimpleNamespace(parallel=types.SimpleNamespace(parallel_apply=_in_a_loop))
 
     def flat(leaves):
-        return torch.cat([torch.from_numpy(np.array(x)).reshape(-1) for x in leaves])
+        return torch.cat([torch.from_dlpack(x).reshape(-1) for x in leaves])
 
     def step(kind):
-        rows = [torch.from_numpy(np.array(rows)).reshape(len(rows), -1) for rows in window]
-        state = kind(torch.cat(rows, dim=1), dev="cpu", gpus=["cpu"], damp=damping)
-        return lambda gradient: state.update_mul(flat(gradient))
+        rows = [torch.from_dlpack(rows).reshape(len(rows), -1) for rows in window]
+        state = kind(torch.cat(rows, dim=1), dev=device, gpus=[device], damp=damping)
 
+        def timed(gradient):
+            update = state.update_mul(flat(gradient))
+            if on_gpu:
+                torch.cuda.synchronize()
+            return update
+
+        return timed
+
+    if compiled:
+        return {"original, CUDA": step(optim.HInvFastUpMulti)}
     kinds = {
         "original": optim.HInvFastUpMulti,
         "original, triangular solves": with_triangular_solves(torch, optim.HInvFastUpMulti),
     }
     return {name: step(kind) for name, kind in kinds.items()}
+
+
+def _compile_extension(folder: Path) -> bool:
+    """Whether the checkout's extension for CUDA is there to be imported; compiled, if it was not."""
+    try:
+        extension = importlib.import_module("torch.utils.cpp_extension")
+        sources = [str(folder / name) for name in ("hinv_cuda.cpp", "hinv_cuda_kernel.cu")]
+        sys.modules["hinv_cuda"] = extension.load(name="hinv_cuda", sources=sources)
+    except Exception as error:  # whatever a compiler, or none, may raise
+        print(f"Without the CUDA extension of the original: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def _in_a_loop(functions, inputs):
@@ -87,11 +116,12 @@ def with_triangular_solves(torch: Any, kind: type) -> type:
 
     class TriangularSolves(kind):
         def setup(self):
-            diagonal = self.m * torch.eye(self.m)
+            identity = torch.eye(self.m, device=self.dev)
+            diagonal = self.m * identity
             self.giHig = torch.triu(torch.lu(self.lambd * self.dots + diagonal, pivot=False)[0] - diagonal)
             self.denom = self.m + torch.diagonal(self.giHig)
             self.coef = self.lambd * torch.linalg.solve_triangular(
-                self._unit_lower(), torch.eye(self.m), upper=False, unitriangular=True
+                self._unit_lower(), identity, upper=False, unitriangular=True
             )
 
         def mul(self, x, dots=None):

@@ -1,14 +1,10 @@
-"""How the time of a step grows: a fit of a d m + b m^2 + c m^3 + e to the stored times of flat windows.
+"""How the time of a step grows: a fit of a d m + b m^2 + c m^3 + e to the times of flat windows.
 
-    python benchmarks/scaling_law.py
-
-reads benchmarks/results/steps.jsonl, prints the fit of each solver with its residuals, and draws
-docs/scaling_law.png. The paper gives O(d m + m^3). No term may be negative; residuals are relative.
+The paper gives O(d m + m^3). No term may be negative; residuals are relative. `speed_report.py` prints the
+fit of each solver, with the share of each term at every point, and draws it.
 """
 
-import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +13,6 @@ import numpy as np
 import scipy.optimize
 import tpu_tables
 
-RESULTS = Path(__file__).parent / "results" / "steps.jsonl"
-PICTURE = Path(__file__).parents[1] / "docs" / "scaling_law.png"
 TERMS = ("d m", "m^2", "m^3", "1")
 
 
@@ -43,14 +37,19 @@ def fit(m: np.ndarray, d: np.ndarray, seconds: np.ndarray) -> Fit:
     return Fit(found / scale, relative @ (found / scale) - 1)
 
 
-def report(solver: str, lines: Sequence[dict[str, Any]]) -> str:
-    """The fit, and every point beside it with the shares of the terms."""
+def points(lines: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """m, d and the median seconds of each line."""
     m, d = (np.array([line[key] for line in lines]) for key in ("num_grads", "parameters"))
-    seconds = np.array([line["seconds"]["mfac_jax"]["median"] for line in lines])
+    return m, d, np.array([line["seconds"]["mfac_jax"]["median"] for line in lines])
+
+
+def report(solver: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    """The fit, and every point beside it with the shares of the terms."""
+    m, d, seconds = points(lines)
     found = fit(m, d, seconds)
     law = " + ".join(f"{s:.3g} s x {term}" for s, term in zip(found.seconds, TERMS, strict=True))
     rows = []
-    for point, parts in zip(range(len(m)), terms(m, d) * found.seconds, strict=True):
+    for point, parts in enumerate(terms(m, d) * found.seconds):
         shares = [f"{part / parts.sum():.0%}" for part in parts]
         row = [f"{m[point]:,}", f"{d[point]:,}", f"{1e3 * seconds[point]:.3g}", f"{1e3 * parts.sum():.3g}"]
         rows.append([*row, f"{found.residuals[point]:+.0%}", *shares])
@@ -60,42 +59,28 @@ def report(solver: str, lines: Sequence[dict[str, Any]]) -> str:
     return f"{solver}: {law}; {root}, {largest}\n\n{tpu_tables.markdown(head, rows)}"
 
 
-def draw(of_solver: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw(of_solver: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Time over m, a line for each d: points as measured, lines as fitted."""
-    size = {"figsize": (4.5 * len(of_solver), 4), "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(of_solver), sharey=True, squeeze=False, **size)
+    figure, axes = plt.subplots(
+        1,
+        len(of_solver),
+        figsize=(4.5 * len(of_solver), 4),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
     for axis, (solver, lines) in zip(axes[0], of_solver.items(), strict=True):
-        m, d = (np.array([line[key] for line in lines]) for key in ("num_grads", "parameters"))
-        seconds = np.array([line["seconds"]["mfac_jax"]["median"] for line in lines])
+        m, d, seconds = points(lines)
         found = fit(m, d, seconds)
         for index, size in enumerate(sorted(set(d))):
             own = d == size
             smooth = np.geomspace(m[own].min(), m[own].max(), 50)
-            axis.loglog(smooth, 1e3 * terms(smooth, size + 0 * smooth) @ found.seconds, color=f"C{index}")
+            fitted = terms(smooth, np.full_like(smooth, size)) @ found.seconds
+            axis.loglog(smooth, 1e3 * fitted, color=f"C{index}")
             axis.loglog(m[own], 1e3 * seconds[own], "o", color=f"C{index}", label=f"d = {size:,}")
-        axis.set(title=solver, xlabel="m")
+        axis.set(title=f"solver='{solver}'", xlabel="m")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("milliseconds for a step")
     axes[0, 0].legend()
-    figure.savefig(path, dpi=100)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print and draw; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--picture", type=Path, default=PICTURE)
-    args = parser.parse_args(argv)
-    of_solver: dict[str, list[dict[str, Any]]] = {}
-    for line in map(json.loads, args.results.read_text().splitlines()):
-        if line["leaves"] == 1:
-            of_solver.setdefault(line["solver"], []).append(line)
-    for solver, lines in of_solver.items():
-        print(report(solver, lines))
-    draw(of_solver, args.picture)
-
-
-if __name__ == "__main__":
-    main()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

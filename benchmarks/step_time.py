@@ -8,7 +8,7 @@ gradient at every round; the table has medians. The update is compared with floa
 
 DIR is a checkout of https://github.com/IST-DASLab/M-FAC; with PyTorch, its optimizer is timed in turn
 with ours (`original.py` says what is replaced to run it on CPU). `--grid` times flat windows of many
-sizes.
+sizes. On a GPU the same commands run there, the original too; products are in float32, without TF32.
 """
 
 import argparse
@@ -16,12 +16,14 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU PyTorch needs memory too
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,7 @@ from mfac_jax import _gram, _inverse, _layout, _window
 DAMPING = 1e-3  # of gradients whose squared norm is about one
 TOLERANCE = 1e-3  # relative, of F u = g in float64
 COLUMNS = 2**16  # that are float64 at a time
+COPIED = 2**28  # entries at most: of a larger window as many are copied as tell the bandwidth
 OURS, PARTS = "mfac_jax", ("first_pass", "solve", "second_pass")
 GRID = tuple(
     (m, d) for d in (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000) for m in (32, 128, 512, 1024, 2048)
@@ -97,13 +100,13 @@ Timed = Callable[[Window], Any]  # from the new gradient to whatever has to be w
 
 def draw(case: Case) -> tuple[Callable[[jax.Array], Window], Callable[[jax.Array], Window]]:
     """Functions of a key that draw rows, and a gradient; half of each is common to all, as in training."""
-    common = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(case.shapes)]
-    scale = 1 / math.sqrt(2 * case.parameters)
+    ends, scale = np.cumsum(list(map(math.prod, case.shapes)))[:-1], 1 / math.sqrt(2 * case.parameters)
 
     def leaves(key, *leading):
-        keys = jax.random.split(key, len(case.shapes))
-        noise = [jax.random.normal(k, (*leading, *x.shape)) for k, x in zip(keys, common, strict=True)]
-        return [scale * (x + y) for x, y in zip(common, noise, strict=True)]
+        common, noise = jax.random.key(0), jax.random.normal(key, (*leading, case.parameters))
+        flat = scale * (jax.random.normal(common, noise.shape[-1:]) + noise)
+        parts = zip(jnp.split(flat, ends, axis=-1), case.shapes, strict=True)
+        return [part.reshape(*leading, *shape) for part, shape in parts]
 
     return jax.jit(lambda key: leaves(key, case.num_grads)), jax.jit(leaves)
 
@@ -128,12 +131,23 @@ class Step:
             shift = jnp.full((len(gram), 1), case.num_grads * DAMPING, gram.dtype)
             if solver == "cholesky":
                 return _gram.solve(gram, shift, weights)
-            inverse = _inverse.replace_row(inverse, gram[:, newest], newest)  # the same row once more
+            same = gram[:, newest]  # once more
+            inverse = _inverse.replace_row(inverse, same, newest, jnp.array(True))
             return _inverse.solve(inverse, gram, shift[:, 0], weights)
 
-        self._update = jax.jit(transform.update, donate_argnums=1)
+        gradient = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in case.shapes]
+        start = time.perf_counter()
+        compiled: Any = jax.jit(transform.update, donate_argnums=1).lower(gradient, self.state).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+        self._update: Any = jax.jit(transform.update, donate_argnums=1)
         self._first_pass, self._solve = jax.jit(first_pass), jax.jit(solve)
         self._second_pass = jax.jit(lambda c, window: _window.combine(c, window, block_of_leaf))
+
+    @property
+    def compilations(self) -> int:
+        """Of the step, since the start."""
+        return self._update._cache_size()
 
     def step(self, gradient: Window) -> Window:
         """The update; the state is changed."""
@@ -156,6 +170,11 @@ class Step:
 @jax.jit
 def _sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x)
+
+
+@jax.jit
+def _copy(x: jax.Array) -> jax.Array:
+    return jnp.negative(x)
 
 
 def relative_error(window: Window, newest: int, update: np.ndarray) -> float:
@@ -182,7 +201,8 @@ def check(step: Step, originals: Mapping[str, Timed], gradient: Window) -> dict[
     """Relative errors of the first step of each; refused where one is large."""
     newest = int(step.state.next_row)
     updates = {OURS: np.concatenate([np.ravel(u) for u in step.step(gradient)])}
-    updates |= {name: np.asarray(function(gradient)) for name, function in originals.items()}
+    for name, function in originals.items():
+        updates[name] = np.asarray(jnp.from_dlpack(function(gradient)))
     errors = {name: relative_error(step.state.window, newest, u) for name, u in updates.items()}
     for name, error in errors.items():
         if not error < TOLERANCE:
@@ -190,12 +210,14 @@ def check(step: Step, originals: Mapping[str, Timed], gradient: Window) -> dict[
     return errors
 
 
-def reading(case: Case, step: Step) -> Timed:
-    """One reading of as many numbers as the window has, in one array."""
-    if len(case.shapes) == 1:
-        return lambda _: _sum(step.state.window[0])
-    flat = jnp.ones((case.num_grads, case.parameters))
-    return lambda _: _sum(flat)
+def floors(case: Case, step: Step) -> dict[str, Timed]:
+    """One reading of as many numbers as the window has, in one array, and a copy of some of them."""
+    copied = jnp.ones(min(COPIED, case.num_grads * case.parameters))
+    flat = None if len(case.shapes) == 1 else jnp.ones((case.num_grads, case.parameters))
+    return {
+        "read": lambda _: _sum(step.state.window[0] if flat is None else flat),
+        "copy": lambda _: _copy(copied),
+    }
 
 
 def time_in_turn(timed: dict[str, Timed], gradients: Iterable[Window], rounds: int) -> dict[str, dict]:
@@ -219,28 +241,46 @@ def measure(case: Case, solver: str, rounds: int, folder: Path | None) -> dict[s
     step = Step(case, rows(jax.random.key(8)), solver)
     originals = {} if folder is None else original.steps(folder, step.state.window, DAMPING)
     errors = check(step, originals, gradient(jax.random.key(9)))
-    timed: dict[str, Timed] = {OURS: step.step, "read": reading(case, step)}
+    timed: dict[str, Timed] = {OURS: step.step} | floors(case, step)
     timed |= {part: getattr(step, part) for part in PARTS} | originals
     keys = jax.random.split(jax.random.key(10), rounds + 1)
     gradients = (jax.block_until_ready(gradient(key)) for key in keys)
     line = {"case": case.name, "num_grads": case.num_grads, "parameters": case.parameters}
     line |= {"leaves": len(case.shapes), "solver": solver, "relative_errors": errors}
-    return line | {"seconds": time_in_turn(timed, gradients, rounds)}
+    line |= {"compile_seconds": step.compile_seconds, "temporary_bytes": step.temporary_bytes}
+    line |= {"seconds": time_in_turn(timed, gradients, rounds), "compilations": step.compilations}
+    return line | {"device": jax.devices()[0].device_kind}
+
+
+def of_copy(line: dict[str, Any]) -> str:
+    """The rate of the two readings in a step over that of a copy, which reads and writes.
+
+    Left out on CPU, where a copy takes as long for the new memory it is given.
+    """
+    if line["device"] == "cpu":
+        return ""
+    seconds, entries = line["seconds"], line["num_grads"] * line["parameters"]
+    copying = seconds["copy"]["median"] * entries / min(COPIED, entries)
+    return f"{copying / seconds[OURS]['median']:.0%}"
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Milliseconds, and ratios, in Markdown."""
-    others = sorted({name for line in lines for name in line["seconds"]} - {OURS, "read", *PARTS})
+    own = {OURS, "read", "copy", *PARTS}
+    others = sorted({name for line in lines for name in line["seconds"]} - own)
     cells = []
     for line in lines:
         median = {name: 1e3 * values["median"] for name, values in line["seconds"].items()}
-        row = [line["case"], f"{line['num_grads']:,}", f"{line['parameters']:,}", f"{median[OURS]:,.3g}"]
-        row += [f"{2 * median['read']:,.3g}", f"{median[OURS] / median['read'] / 2:.2f}"]
+        row = [line["case"], f"{line['num_grads']:,}", f"{line['parameters']:,}", line["solver"]]
+        row += [f"{median[OURS]:,.3g}", f"{2 * median['read']:,.3g}"]
+        row += [f"{median[OURS] / median['read'] / 2:.2f}", of_copy(line)]
         row += [f"{median[name]:,.3g}" for name in PARTS]
+        row += [f"{line['compile_seconds']:.2g}", f"{1e-6 * line['temporary_bytes']:,.3g}"]
         row += [f"{median[name] / median[OURS]:.2f}" if name in median else "" for name in others]
         cells.append(row)
-    head = ["parameters", "m", "d", "step, ms", "two readings, ms", "step / floor"]
-    head += ["first pass, ms", "solve, ms", "second pass, ms", *(f"{name} / ours" for name in others)]
+    head = ["parameters", "m", "d", "solver", "step, ms", "two readings, ms", "step / floor"]
+    head += ["of the rate of a copy", *(f"{part.replace('_', ' ')}, ms" for part in PARTS)]
+    head += ["compilation, s", "temporaries, MB", *(f"{name} / ours" for name in others)]
     return tpu_tables.markdown(head, cells)
 
 
@@ -263,10 +303,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = None if args.out is None else stack.enter_context(args.out.open("a"))
         for case in cases:
             if 4e-9 * case.num_grads * case.parameters > args.gigabytes:
+                left_out = f"{case.name}, m = {case.num_grads:,}, d = {case.parameters:,}"
+                tqdm.write(f"{left_out} is left out: --gigabytes is {args.gigabytes}", file=sys.stderr)
                 continue
             lines.append(measure(case, args.solver, args.rounds, args.original))
             if out is not None:
-                line = lines[-1] | provenance(("mfac_jax", "jax", "jaxlib", "torch"))
+                line = lines[-1] | {"grid": args.grid} | provenance(("mfac_jax", "jax", "jaxlib", "torch"))
                 print(json.dumps(line), file=out, flush=True)
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; medians of {args.rounds} rounds\n")
     print(table(lines))

@@ -28,9 +28,13 @@ class KeptInverse(NamedTuple):
     shift: jax.Array  # (blocks,)
 
 
-def replace_row(kept: KeptInverse, row: jax.Array, index: jax.Array) -> KeptInverse:
-    """The inverses after `row` `(blocks, m)` has become row and column `index` of the Gram matrices."""
-    return kept._replace(matrix=jax.vmap(_replace_row, (0, 0, 0, None))(*kept, row, index))
+def replace_row(kept: KeptInverse, row: jax.Array, index: jax.Array, accept: jax.Array) -> KeptInverse:
+    """The inverses after `row` `(blocks, m)` has become row and column `index` of the Gram matrices.
+
+    Unchanged where `accept` is false, in the same operation: one more would be one more m x m array.
+    """
+    replaced = jax.vmap(_replace_row, (0, 0, 0, None))(*kept, row, index)
+    return kept._replace(matrix=jnp.where(accept, replaced, kept.matrix))
 
 
 def _replace_row(P: jax.Array, shift: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
@@ -72,9 +76,10 @@ def solve(
     solution = found[0]
     good = jnp.all(is_good(found)) & jnp.all(_gram.keeps_digits(gram, rhs, solution))
 
-    def anew():
+    def anew(_):
         root = _gram.inverse_root(gram, shift[:, None])
         matrix = jnp.matmul(root.mT, root, precision=lax.Precision.HIGHEST)
-        return _gram.solve(gram, shift[:, None], rhs), KeptInverse(matrix, shift)
+        return _gram.solve(gram, shift[:, None], rhs), KeptInverse(matrix, shift), jnp.array(True)
 
-    return lax.cond(good, lambda: (solution, kept), anew)
+    # A loop of no or one turn, where a conditional would copy the inverse.
+    return lax.while_loop(lambda carry: ~carry[-1], anew, (solution, kept, good))[:2]

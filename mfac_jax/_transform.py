@@ -305,7 +305,7 @@ def scale_by_mfac(
 
         inverse = state.inverse
         if solver == "inverse":
-            inverse = _inverse.replace_row(inverse, products, newest)
+            inverse = _inverse.replace_row(inverse, products, newest, finite)
         coefficients, shift, inverse = precondition(gram, inverse, newest, seen)
         mean_cosine, log_step = adapted(state, gram, newest)
         preconditioned = _window.combine(
@@ -317,21 +317,24 @@ def scale_by_mfac(
         updates = jax.tree.map(
             lambda x, u: jnp.where(finite, _tree.narrow(u, x.dtype), x), updates, preconditioned
         )
-        changed = state._replace(
+        large = {
+            "window": window,
+            "gram": gram,
+            "inverse": inverse,
+        }  # refused: the old
+        before = state._replace(**dict.fromkeys(large))
+        changed = before._replace(
             grads_seen=seen,
             next_row=(newest + 1) % num_grads,
-            window=None,
             second_moment=second_moment,
-            gram=gram,
-            inverse=inverse,
             coefficients=coefficients,
             shift=shift,
             mean_cosine=mean_cosine,
             log_step=log_step,
         )
-        rejected = state._replace(grads_rejected=optax.safe_increment(state.grads_rejected), window=None)
+        rejected = before._replace(grads_rejected=optax.safe_increment(state.grads_rejected))
         settled = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, rejected)
-        return updates, settled._replace(window=window)
+        return updates, settled._replace(**large)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -73,19 +73,28 @@ def products(
 
     One sum over the mesh for all leaves that are spread over the same axes.
     """
-    partial: dict[tuple[str, ...], dict[int, jax.Array]] = {}
+    partial: dict[tuple[str, ...], dict[int, list[jax.Array]]] = {}
     leaves = (jax.tree.leaves(t) for t in (window, tree))
     for block, layout, rows, x in zip(block_of_leaf, layouts, *leaves, strict=True):
-        product = _tree.dots(rows, x, like.dtype, host_chunk)
-        if newest is not None:
-            product = jnp.where(jnp.arange(len(rows)) == newest, _tree.square(x, like.dtype), product)
-        group = partial.setdefault(layout.summed, {})
-        group[block] = group[block] + product if block in group else product
+        product, square = _tree.dots(rows, x, like.dtype, host_chunk), _tree.square(x, like.dtype)
+        partial.setdefault(layout.summed, {}).setdefault(block, []).append(jnp.append(product, square))
     total = jnp.zeros_like(like)
     for axes, group in partial.items():
-        stacked = jnp.stack(list(group.values()))
-        total = total.at[jnp.asarray(list(group))].add(lax.psum(stacked, axes) if axes else stacked)
+        stacked = jnp.stack(list(map(_sum, group.values())))
+        product, square = stacked[:, :-1], stacked[:, -1:]
+        if newest is not None:
+            product = jnp.where(jnp.arange(like.shape[-1]) == newest, square, product)
+        total = total.at[jnp.asarray(list(group))].add(lax.psum(product, axes) if axes else product)
     return total
+
+
+def _sum(leaves: Sequence[jax.Array]) -> jax.Array:
+    """The sum of vectors of one length, as one operation.
+
+    Additions XLA would repeat for every entry of the Gram matrix: with 1,000 leaves and m = 1024 a step
+    took 3.4 s in place of 0.1. It makes additions of the sum of a stack too, where it sees that it is one.
+    """
+    return jnp.sum(jnp.concatenate(leaves).reshape(len(leaves), -1), axis=0)
 
 
 def gram(window: optax.Params, block_of_leaf: Sequence[int], like: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ def replace_and_solve(shift):
         G = G.at[index].set(g)
         row = jnp.matmul(G, g, precision="highest")
         K = _gram.replace_row(K, row[None], index)
-        corrected = _inverse.replace_row(kept, row[None], index)
+        corrected = _inverse.replace_row(kept, row[None], index, jnp.array(True))
         newest = (jnp.arange(M) == index).astype(K.dtype)[None]
         c, kept = _inverse.solve(corrected, K, jnp.full(1, shift, K.dtype), newest)
         return (G, K, kept), (G, c[0], jnp.any(kept.matrix != corrected.matrix))

@@ -1,0 +1,109 @@
+"""The tables and pictures of speed, from stored results: steps, their growth, shares of training.
+
+    python benchmarks/speed_report.py
+
+reads benchmarks/results/steps.jsonl and training.jsonl and draws docs/speed_*.png. Where a case was
+measured more than once, the last line counts. `scaling_law.py` fits the growth.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import scaling_law
+import step_time
+import training_share
+
+RESULTS, PICTURES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs"
+Line = dict[str, Any]
+BARS = {
+    "read": ("two readings of the window", "#BBBBBB"),
+    "inverse": ("mfac_jax, solver='inverse'", "#0072B2"),
+    "cholesky": ("mfac_jax, solver='cholesky'", "#56B4E9"),
+    "original, CUDA": ("original, its CUDA extension", "#E69F00"),
+    "original, triangular solves": ("original, triangular solves", "#E69F00"),
+    "original": ("original", "#D55E00"),
+}
+
+
+def read(path: Path, *keys: str) -> list[Line]:
+    """The lines; of those with equal keys the last."""
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return list({tuple(line[key] for key in keys): line for line in lines}.values())
+
+
+def draw_steps(lines: Sequence[Line], path: Path) -> None:
+    """Milliseconds of a step: the floor, each solver, the original; a group of bars for each window."""
+    groups: dict[str, dict[str, float]] = {}
+    for line in lines:
+        name = f"{line['case']}\nm = {line['num_grads']:,}, d = {line['parameters']:,}"
+        median = {key: 1e3 * values["median"] for key, values in line["seconds"].items()}
+        bars = groups.setdefault(name, {})
+        bars |= {key: value for key, value in median.items() if key in BARS}
+        bars |= {"read": 2 * median["read"], line["solver"]: median[step_time.OURS]}
+    kinds = [kind for kind in BARS if any(kind in bars for bars in groups.values())]
+    figure, axes = plt.subplots(figsize=(8, 0.3 + 0.26 * len(kinds) * len(groups)), layout="constrained")
+    for index, kind in enumerate(kinds):
+        values = np.array([bars.get(kind, np.nan) for bars in groups.values()])
+        places = np.arange(len(groups)) + 0.8 * (index + 0.5) / len(kinds) - 0.4
+        drawn = axes.barh(places, values, 0.8 / len(kinds), label=BARS[kind][0], color=BARS[kind][1])
+        axes.bar_label(drawn, [f"{v:,.0f}" if v == v else "" for v in values], padding=3, fontsize=8)
+    axes.set_yticks(np.arange(len(groups)), list(groups))
+    axes.invert_yaxis()
+    axes.set(xlabel="milliseconds for a step", xscale="log")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_training(lines: Sequence[Line], path: Path) -> None:
+    """Milliseconds of a whole training step, the gradient's part of it in grey."""
+    figure, axes = plt.subplots(1, len(lines), figsize=(5 * len(lines), 3.4), layout="constrained")
+    for panel, line in zip(np.atleast_1d(axes), lines, strict=True):
+        median = {name: 1e3 * values["median"] for name, values in line["seconds"].items()}
+        gradient = median.pop(training_share.GRADIENT)
+        ours = ["#0072B2" if name.startswith("mfac") else "#E69F00" for name in median]
+        panel.barh(list(median), list(median.values()), color=ours)
+        panel.barh(list(median), [gradient] * len(median), color="#BBBBBB")
+        panel.invert_yaxis()
+        title = f"{line['workload']}, d = {line['parameters']:,}, batch {line['batch']}"
+        panel.set(xlabel="milliseconds for a step; grey: the gradient", title=title)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print and draw; `argv` is the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: %(default)s)")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    steps = read(args.results / "steps.jsonl", "case", "num_grads", "parameters", "solver", "grid")
+    training = read(args.results / "training.jsonl", "workload")
+    of_cases = [line for line in steps if not line["grid"]]
+    if of_cases:
+        print(f"{step_time.table(of_cases)}\n")
+        draw_steps(of_cases, args.pictures / "speed_steps.png")
+    of_grid: dict[str, list[Line]] = {}
+    for line in steps:
+        if line["grid"]:
+            of_grid.setdefault(line["solver"], []).append(line)
+    for solver, lines in of_grid.items():
+        print(f"{scaling_law.report(solver, lines)}\n")
+    if of_grid:
+        scaling_law.draw(of_grid, args.pictures / "speed_scaling.png")
+    if training:
+        print(training_share.table(training))
+        draw_training(training, args.pictures / "speed_training.png")
+    print(f"{os.linesep}Pictures: {args.pictures}/speed_*.png")
+
+
+if __name__ == "__main__":
+    main()
