@@ -28,6 +28,7 @@ TRANSFORMS = {
     "alone": preconditioner(),
     "a block a leaf": preconditioner(blocks="leaf"),
     "power 1/2": preconditioner(power=0.5),
+    "inverse kept": preconditioner(solver="inverse"),
     "chain": optax.chain(optax.clip_by_global_norm(1.0), preconditioner(), optax.scale(-0.1)),
     "named_chain": optax.named_chain(("mfac", preconditioner()), ("rate", optax.scale(-0.1))),
     "masked": optax.masked(preconditioner(), {"bias": False, "kernel": True, "conv": True}),
@@ -110,3 +111,11 @@ def test_a_scan_over_steps_never_copies_the_window():
     step = compile_training(TRANSFORMS["mfac"], steps=10)
     assert not copies_of_the_window(step)
     assert temporaries(step) < 0.1
+
+
+def test_many_leaves_take_hardly_more_operations_than_one():
+    def operations(leaves):
+        tx, params = preconditioner(), [jnp.ones(800 // leaves)] * leaves
+        return jax.jit(tx.update).lower(params, tx.init(params)).compile().cost_analysis()["flops"]
+
+    assert operations(200) < 1.5 * operations(1)
