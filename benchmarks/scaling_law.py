@@ -1,7 +1,8 @@
 """How the time of a step grows: a fit of a d m + b m^2 + c m^3 + e to the times of flat windows.
 
 The paper gives O(d m + m^3). No term may be negative; residuals are relative. `speed_report.py` prints the
-fit of each solver, with the share of each term at every point, and draws it.
+fit of each solver, with the share of each term at every point, and draws it. The solve, a small part of
+most steps, is fitted by itself too: there m^2 and m^3 can be told apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,34 +30,39 @@ def terms(m: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.stack([d * m, m**2, m**3, np.ones_like(m)], axis=-1)
 
 
-def fit(m: np.ndarray, d: np.ndarray, seconds: np.ndarray) -> Fit:
-    """Least squares of the relative residuals, no coefficient below zero."""
-    relative = terms(m, d) / np.asarray(seconds)[:, None]
+def fit(terms: np.ndarray, seconds: np.ndarray) -> Fit:
+    """Least squares of the relative residuals, no coefficient below zero; `terms` `(points, terms)`."""
+    relative = terms / np.asarray(seconds)[:, None]
     scale = np.linalg.norm(relative, axis=0)
     found, _ = scipy.optimize.nnls(relative / scale, np.ones(len(relative)))
     return Fit(found / scale, relative @ (found / scale) - 1)
 
 
-def points(lines: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def points(lines: Sequence[Mapping[str, Any]], part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """m, d and the median seconds of each line."""
     m, d = (np.array([line[key] for line in lines]) for key in ("num_grads", "parameters"))
-    return m, d, np.array([line["seconds"]["mfac_jax"]["median"] for line in lines])
+    return m, d, np.array([line["seconds"][part]["median"] for line in lines])
+
+
+def law(found: Fit, names: Sequence[str]) -> str:
+    """The terms with their coefficients, and how far they are off."""
+    total = " + ".join(f"{s:.3g} s x {term}" for s, term in zip(found.seconds, names, strict=True))
+    root = f"root mean square residual {np.sqrt(np.mean(found.residuals**2)):.1%}"
+    return f"{total}; {root}, largest {np.max(np.abs(found.residuals)):.0%}"
 
 
 def report(solver: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """The fit, and every point beside it with the shares of the terms."""
-    m, d, seconds = points(lines)
-    found = fit(m, d, seconds)
-    law = " + ".join(f"{s:.3g} s x {term}" for s, term in zip(found.seconds, TERMS, strict=True))
-    rows = []
+    m, d, seconds = points(lines, "mfac_jax")
+    found, rows = fit(terms(m, d), seconds), []
+    of_solve = fit(terms(m, d)[:, 1:], points(lines, "solve")[-1])
     for point, parts in enumerate(terms(m, d) * found.seconds):
         shares = [f"{part / parts.sum():.0%}" for part in parts]
         row = [f"{m[point]:,}", f"{d[point]:,}", f"{1e3 * seconds[point]:.3g}", f"{1e3 * parts.sum():.3g}"]
         rows.append([*row, f"{found.residuals[point]:+.0%}", *shares])
     head = ["m", "d", "measured, ms", "fit, ms", "residual", *TERMS]
-    largest = f"largest residual {np.max(np.abs(found.residuals)):.0%}"
-    root = f"root mean square {np.sqrt(np.mean(found.residuals**2)):.1%}"
-    return f"{solver}: {law}; {root}, {largest}\n\n{tpu_tables.markdown(head, rows)}"
+    laws = f"{solver}: {law(found, TERMS)}\n{solver}, the solve alone: {law(of_solve, TERMS[1:])}"
+    return f"{laws}\n\n{tpu_tables.markdown(head, rows)}"
 
 
 def draw(of_solver: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -70,8 +76,8 @@ def draw(of_solver: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
         squeeze=False,
     )
     for axis, (solver, lines) in zip(axes[0], of_solver.items(), strict=True):
-        m, d, seconds = points(lines)
-        found = fit(m, d, seconds)
+        m, d, seconds = points(lines, "mfac_jax")
+        found = fit(terms(m, d), seconds)
         for index, size in enumerate(sorted(set(d))):
             own = d == size
             smooth = np.geomspace(m[own].min(), m[own].max(), 50)

@@ -47,7 +47,7 @@ def draw_steps(lines: Sequence[Line], path: Path) -> None:
         bars |= {key: value for key, value in median.items() if key in BARS}
         bars |= {"read": 2 * median["read"], line["solver"]: median[step_time.OURS]}
     kinds = [kind for kind in BARS if any(kind in bars for bars in groups.values())]
-    figure, axes = plt.subplots(figsize=(8, 0.3 + 0.26 * len(kinds) * len(groups)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.2 * len(kinds) * len(groups)), layout="constrained")
     for index, kind in enumerate(kinds):
         values = np.array([bars.get(kind, np.nan) for bars in groups.values()])
         places = np.arange(len(groups)) + 0.8 * (index + 0.5) / len(kinds) - 0.4
@@ -55,24 +55,32 @@ def draw_steps(lines: Sequence[Line], path: Path) -> None:
         axes.bar_label(drawn, [f"{v:,.0f}" if v == v else "" for v in values], padding=3, fontsize=8)
     axes.set_yticks(np.arange(len(groups)), list(groups))
     axes.invert_yaxis()
-    axes.set(xlabel="milliseconds for a step", xscale="log")
+    axes.set(xlabel="milliseconds for a step")
+    axes.margins(x=0.08)
     figure.legend(loc="outside upper center", ncols=2, fontsize=9)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def draw_training(lines: Sequence[Line], path: Path) -> None:
-    """Milliseconds of a whole training step, the gradient's part of it in grey."""
+    """Milliseconds of the optimizer alone, with its share of the whole step."""
     figure, axes = plt.subplots(1, len(lines), figsize=(5 * len(lines), 3.4), layout="constrained")
     for panel, line in zip(np.atleast_1d(axes), lines, strict=True):
         median = {name: 1e3 * values["median"] for name, values in line["seconds"].items()}
-        gradient = median.pop(training_share.GRADIENT)
-        ours = ["#0072B2" if name.startswith("mfac") else "#E69F00" for name in median]
-        panel.barh(list(median), list(median.values()), color=ours)
-        panel.barh(list(median), [gradient] * len(median), color="#BBBBBB")
+        alone = {
+            name: median[name + training_share.ALONE]
+            for name in median
+            if name + training_share.ALONE in median
+        }
+        ours = ["#0072B2" if name.startswith("mfac") else "#E69F00" for name in alone]
+        drawn = panel.barh(list(alone), list(alone.values()), color=ours)
+        panel.bar_label(
+            drawn, [f"{v / median[name]:.1%}" for name, v in alone.items()], padding=3, fontsize=8
+        )
         panel.invert_yaxis()
+        panel.margins(x=0.15)
         title = f"{line['workload']}, d = {line['parameters']:,}, batch {line['batch']}"
-        panel.set(xlabel="milliseconds for a step; grey: the gradient", title=title)
+        panel.set(xlabel="milliseconds of the optimizer; share of the whole step", title=title)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

@@ -1,14 +1,14 @@
 """What an optimizer takes of a whole training step: a ResNet-20 (batch 128) and a small transformer.
 
-For each, the steps of all optimizers and the gradient alone are timed in turn in one process; the share
-of an optimizer is what its step takes beyond the gradient. With kfac-jax and soap_jax installed they
-are timed too.
+For each optimizer, whole steps and its update alone are timed, all in turn in one process. With kfac-jax,
+which has no update alone, and soap_jax installed they are timed too.
 
     python benchmarks/training_share.py --out benchmarks/results/training.jsonl
 """
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import sys
@@ -37,48 +37,87 @@ WORKLOADS: dict[str, Callable[[], wl.Workload]] = {
     "ResNet-20": functools.partial(train_cifar10.make_workload, epochs=200, batch_size=128, seed=0),
     "transformer": functools.partial(train_text.make_workload, seed=0),
 }
-OTHERS = ("sgd", "adamw", "muon", "soap", "kfac")
+OTHERS = ("sgd", "adamw", "muon", "lbfgs", "soap", "kfac")
 NUM_GRADS = (32, 128, 512)
-GRADIENT = "gradient alone"
+ALONE = ", alone"
 RATE = 1e-3
+
+
+def transform(name: str) -> optax.GradientTransformation:
+    """An optimizer of the comparison, or L-BFGS without its line search."""
+    if name == "lbfgs":
+        return optax.chain(optax.scale_by_lbfgs(), optax.scale(-RATE))
+    return optimizers.TRANSFORMS[name](RATE)
 
 
 @functools.partial(jax.jit, static_argnames="loss")
 def _gradient(loss, params, model_state, data, indices, key):
-    return jax.value_and_grad(loss, has_aux=True)(params, model_state, data, indices, key)
+    return jax.grad(loss, has_aux=True)(params, model_state, data, indices, key)[0]
 
 
-def start(workload: wl.Workload, tx: optax.GradientTransformation) -> optimizers.Start:
-    """The first state, and the step."""
+def gradients(workload: wl.Workload, number: int) -> list[Any]:
+    """At the first parameters, of the first batches."""
+    fixed = workload.loss, workload.params, workload.model_state, workload.data
+    return [_gradient(*fixed, indices, jax.random.key(0)) for indices in workload.batches[:number]]
+
+
+def start(workload: wl.Workload, tx: optax.GradientTransformation) -> wl.TrainState:
+    """A state of its own."""
     params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
-    state = wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
-    step = functools.partial(wl.train_step, workload.loss, tx)
-    return state, lambda state, indices: step(state, workload.data, indices, jax.random.key(0))
+    opt_state = jax.tree.map(jnp.copy, tx.init(params))  # some hold one array twice: no donation
+    return wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
 
 
-def steps(workload: wl.Workload) -> dict[str, step_time.Timed]:
-    """From indices of a batch to the loss, by name of the optimizer; each keeps its own state."""
-    params, model_state, data, key = workload.params, workload.model_state, workload.data, jax.random.key(0)
+def training(state: wl.TrainState, step: Callable[..., tuple[wl.TrainState, jax.Array]]) -> step_time.Timed:
+    """From indices of a batch to the loss, a step further at each call."""
 
-    def advancing(state, step):
-        def advance(indices):
-            nonlocal state
-            state, loss = step(state, indices)
-            return loss
+    def advance(indices):
+        nonlocal state
+        state, loss = step(state, indices)
+        return loss
 
-        return advance
+    return advance
 
-    found = {GRADIENT: lambda indices: _gradient(workload.loss, params, model_state, data, indices, key)}
+
+def updating(
+    workload: wl.Workload, tx: optax.GradientTransformation, grads: Sequence[Any]
+) -> step_time.Timed:
+    """The optimizer alone, on one of these gradients after the other."""
+    _, params, _, state = start(workload, tx)
+    following = itertools.cycle(grads)
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def update(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def advance(_):
+        nonlocal params, state
+        params, state = update(next(following), state, params)
+        return params
+
+    return advance
+
+
+def steps(workload: wl.Workload, rounds: int) -> dict[str, step_time.Timed]:
+    """Whole steps by name of the optimizer, and the optimizer alone."""
+    found, chosen = {}, {}
     for name in OTHERS:
         missing = optimizers.why_missing(name) or optimizers.UNSUPPORTED.get((name, workload.name))
         if missing:
             print(f"{workload.name} without {name}: {missing}")
         elif name == "kfac":
-            found[name] = advancing(*optimizers.start(workload, name, RATE, None, 0))
+            found[name] = training(*optimizers.start(workload, name, RATE, None, 0))
         else:
-            found[name] = advancing(*start(workload, optimizers.TRANSFORMS[name](RATE)))
-    for m in NUM_GRADS:
-        found[f"mfac, m = {m}"] = advancing(*start(workload, mfac_jax.mfac(RATE, m)))
+            chosen[name] = transform(name)
+    chosen |= {f"mfac, m = {m}": mfac_jax.mfac(RATE, m) for m in NUM_GRADS}
+    grads, key = gradients(workload, rounds + 1), jax.random.key(0)
+    for name, tx in chosen.items():
+        step = functools.partial(wl.train_step, workload.loss, tx)
+        found[name] = training(
+            start(workload, tx), lambda state, indices, step=step: step(state, workload.data, indices, key)
+        )
+        found[name + ALONE] = updating(workload, tx, grads)
     return found
 
 
@@ -88,11 +127,12 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     for line in lines:
         median = {name: 1e3 * values["median"] for name, values in line["seconds"].items()}
         for name, value in median.items():
-            share = "" if name == GRADIENT else f"{max(0, 1 - median[GRADIENT] / value):.0%}"
-            adam = f"{value / median['adamw']:.2f}"
-            rows.append([line["workload"], f"{line['parameters']:,}", name, f"{value:,.3g}", share, adam])
+            if not name.endswith(ALONE):
+                alone = median.get(name + ALONE)
+                cells = ["", ""] if alone is None else [f"{alone:,.3g}", f"{alone / value:.1%}"]
+                rows.append([line["workload"], f"{line['parameters']:,}", name, f"{value:,.3g}", *cells])
     return tpu_tables.markdown(
-        ["", "parameters", "", "step, ms", "optimizer's share", "step / AdamW's"], rows
+        ["", "parameters", "", "whole step, ms", "optimizer alone, ms", "its share"], rows
     )
 
 
@@ -108,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, make in WORKLOADS.items():
         workload = make()
         seconds = step_time.time_in_turn(
-            steps(workload), iter(workload.batches[: args.rounds + 1]), args.rounds
+            steps(workload, args.rounds), iter(workload.batches[: args.rounds + 1]), args.rounds
         )
         line = {"workload": name, "parameters": sum(x.size for x in jax.tree.leaves(workload.params))}
         lines.append(line | {"batch": workload.batches.shape[1], "seconds": seconds})

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ compare_optimizers, optimizers, report_comparison, comparison_results = map(
 compiled_update, pod, tpu_tables, weak_scaling = map(
     importlib.import_module, ("compiled_update", "pod_transformer", "tpu_tables", "weak_scaling")
 )
-static_algorithm, compare_pruning, step_time = map(
-    importlib.import_module, ("static_algorithm", "compare_pruning", "step_time")
+static_algorithm, compare_pruning, step_time, training_share, scaling_law, speed_report = map(
+    importlib.import_module,
+    ("static_algorithm", "compare_pruning", "step_time", "training_share", "scaling_law", "speed_report"),
 )
 
 
@@ -434,6 +436,44 @@ def test_a_step_that_is_wrong_is_not_timed():
     step = step_time.Step(step_time.Case("one leaf", 8, ((300,),)), rows(jax.random.key(0)))
     with pytest.raises(ValueError, match=r"zeros is no inverse: relative error 1\.0e\+00"):
         step_time.check(step, {"zeros": lambda _: np.zeros(300)}, gradient(jax.random.key(1)))
+
+
+def test_the_scaling_law_is_found_and_no_term_is_negative():
+    m, d = (x.ravel() for x in np.meshgrid([32, 128, 512, 2048], [1e5, 1e6, 1e7]))
+    law = np.array([3e-10, 0.0, 2e-12, 1e-4])  # without m^2
+    noisy = (scaling_law.terms(m, d) @ law) * np.random.default_rng(0).uniform(0.99, 1.01, len(m))
+    found = scaling_law.fit(scaling_law.terms(m, d), noisy)
+    np.testing.assert_allclose(found.seconds[[0, 2, 3]], law[[0, 2, 3]], rtol=0.1)
+    assert np.all(found.seconds >= 0)
+    assert np.max(np.abs(found.residuals)) < 0.05
+
+
+def test_training_steps_are_timed_and_speed_is_reported_in_tables_and_pictures(
+    tmp_path, capsys, monkeypatch
+):
+    small = functools.partial(training_share.train_text.make_workload, 4, 2, 1, 8, 2, 8, seed=0)
+    monkeypatch.setattr(training_share, "WORKLOADS", {"transformer": small})
+    monkeypatch.setattr(training_share, "OTHERS", ("adamw", "lbfgs", "soap"))
+    monkeypatch.setattr(training_share, "NUM_GRADS", (2,))
+    monkeypatch.setattr(training_share.optimizers, "why_missing", {"soap": "not installed"}.get)
+    training_share.main(["--rounds", "2", "--out", str(tmp_path / "training.jsonl")])
+    assert "text without soap: not installed" in capsys.readouterr().out
+    (line,) = read(tmp_path / "training.jsonl")
+    whole = {"adamw", "lbfgs", "mfac, m = 2"}
+    assert set(line["seconds"]) == whole | {name + training_share.ALONE for name in whole}
+
+    monkeypatch.setattr(step_time, "CASES", (step_time.Case("one leaf", 8, ((300,),)),))
+    monkeypatch.setattr(step_time, "GRID", ((4, 100), (8, 100), (4, 200), (8, 200)))
+    steps = ["--rounds", "1", "--out", str(tmp_path / "steps.jsonl")]
+    for options in ([], ["--grid"], ["--grid", "--solver", "inverse"]):
+        step_time.main([*steps, *options])
+    capsys.readouterr()
+    speed_report.main(["--results", str(tmp_path), "--pictures", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "| one leaf | 8 | 300 | cholesky |" in printed
+    assert len(re.findall("^(?:cholesky|inverse): .* s x m\\^3 .* residual", printed, re.MULTILINE)) == 2
+    for name in ("steps", "scaling", "training"):
+        assert (tmp_path / f"speed_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --------------------------------------------------------------------------------- the static algorithm

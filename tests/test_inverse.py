@@ -1,5 +1,7 @@
 """The inverse that is kept from step to step, beside Cholesky and float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +110,8 @@ def test_updates_are_those_of_cholesky(options):
     stream[30] = jax.tree.map(np.zeros_like, stream[30])
     params = jax.tree.map(lambda shape: jnp.zeros(shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
     transforms = [mfac_jax.scale_by_mfac(8, **options, solver=s) for s in ("cholesky", "inverse")]
-    states, updates = [tx.init(params) for tx in transforms], [jax.jit(tx.update) for tx in transforms]
+    states: list[Any] = [tx.init(params) for tx in transforms]
+    updates = [jax.jit(tx.update) for tx in transforms]
     for t, grads in enumerate(stream):
         (expected, states[0]), (found, states[1]) = (
             update(grads, state) for update, state in zip(updates, states, strict=True)

@@ -1,5 +1,6 @@
 """Contractions between window and parameters: values, dtypes, and leaves sharded over eight devices."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -67,13 +68,19 @@ def test_combine_is_the_weighted_sum_of_the_rows(dtype, shape):
     assert_close(combined, exact, combined.dtype)
 
 
-def test_long_leaves_have_the_same_dots_as_short_ones():
+@pytest.mark.parametrize("devices", [1, 8])
+def test_long_leaves_have_the_same_dots_as_short_ones(devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    dots: Any = inspect.unwrap(_tree.dots)  # what is compiled does not ask for the number of devices again
     size = _tree._MAX_DOT_COLUMNS
-    rows, x = normal((2, size + 1), jnp.float32), normal((size + 1,), jnp.float32)
-    for length in (size, size + 1):
+    rows, x = normal((2, size + 4), jnp.float32), normal((size + 4,), jnp.float32)
+    for length in range(size, size + 5):  # in four, three, two parts and one
         exact = np.asarray(rows[:, :length], np.float64) @ np.asarray(x[:length], np.float64)
-        error = np.abs(_tree.dots(rows[:, :length], x[:length], jnp.dtype(jnp.float32)) - exact)
+        found = dots(rows[:, :length], x[:length], jnp.dtype(jnp.float32))
+        error = np.abs(found - exact)
         assert np.max(error) < 1e-5 * np.linalg.norm(rows, axis=1).max() * np.linalg.norm(x)
+        bad = dots(rows[:, :length], x[:length].at[-1].set(jnp.nan), jnp.dtype(jnp.float32))
+        assert jnp.all(jnp.isnan(bad))
 
 
 @pytest.mark.parametrize("accept", [True, False])
