@@ -136,7 +136,9 @@ def scale_by_mfac(
         kept in the state, one more m x m matrix a block, and corrected as rows are replaced: about ten
         readings of it. Each solution is refined until its residual is that of rounding; where it is not,
         since gradients are nearly parallel or the damping has moved by much, Cholesky solves and the
-        inverse is made anew, for five times what Cholesky alone takes. For power 1.
+        inverse is made anew, for five times what Cholesky alone takes. For power 1. The default is simpler
+        and as fast for small windows: on 2 CPU cores the solve took 2.4 and 1.1 ms at `num_grads` = 512, 9
+        and 3 at 1,024, 55 and 10 at 2,048.
       storage: dtype of the window, `jnp.float32` or `jnp.bfloat16`, which halves it; None: the
         parameters'. The Gram matrix is that of the window as stored, in float32, so the system solved is
         that of the stored gradients.
