@@ -80,7 +80,7 @@ def draw_training(lines: Sequence[Line], path: Path) -> None:
         panel.invert_yaxis()
         panel.margins(x=0.15)
         title = f"{line['workload']}, d = {line['parameters']:,}, batch {line['batch']}"
-        panel.set(xlabel="milliseconds of the optimizer; share of the whole step", title=title)
+        panel.set(xlabel="ms of the optimizer; share of the whole step", title=title)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
