@@ -218,18 +218,16 @@ def scale_by_mfac(
         window = _layout.empty_rows(params, storage, axis_name, num_grads, host_chunk is not None)
         is_diagonal = metric == "diagonal"
         second_moment = _layout.empty_rows(params, dtype, axis_name) if is_diagonal else optax.EmptyState()
+        shape = (num_blocks, num_grads, num_grads)
+        none = _inverse.KeptInverse(zeros(shape, dtype), zeros((num_blocks,), dtype))
         return ScaleByMFACState(
             grads_seen=zeros((), jnp.int32),
             grads_rejected=zeros((), jnp.int32),
             next_row=zeros((), jnp.int32),
             window=window,
             second_moment=second_moment,
-            gram=zeros((num_blocks, num_grads, num_grads), dtype),
-            inverse=_inverse.KeptInverse(
-                zeros((num_blocks, num_grads, num_grads), dtype), zeros((num_blocks,), dtype)
-            )
-            if solver == "inverse"
-            else optax.EmptyState(),
+            gram=zeros(shape, dtype),
+            inverse=optax.EmptyState() if solver == "cholesky" else none,
             coefficients=zeros((num_blocks, num_grads), dtype),
             shift=zeros((num_blocks,), dtype),
             mean_cosine=zeros((), dtype),
@@ -319,11 +317,8 @@ def scale_by_mfac(
         updates = jax.tree.map(
             lambda x, u: jnp.where(finite, _tree.narrow(u, x.dtype), x), updates, preconditioned
         )
-        large = {
-            "window": window,
-            "gram": gram,
-            "inverse": inverse,
-        }  # refused: the old
+        # These are already what they were where the gradient is refused; to choose again takes passes.
+        large = {"window": window, "gram": gram, "inverse": inverse}
         before = state._replace(**dict.fromkeys(large))
         changed = before._replace(
             grads_seen=seen,

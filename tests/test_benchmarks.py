@@ -448,6 +448,7 @@ def test_the_scaling_law_is_found_and_no_term_is_negative():
     assert np.max(np.abs(found.residuals)) < 0.05
 
 
+@pytest.mark.slow
 def test_training_steps_are_timed_and_speed_is_reported_in_tables_and_pictures(
     tmp_path, capsys, monkeypatch
 ):
