@@ -360,8 +360,15 @@ def test_double_precision_of_the_parameters_survives_gradients_of_single_precisi
     np.testing.assert_array_equal(as_flat(params)[kept], (W + 1e-12)[kept])
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize(
+    ("axis_type", "pattern"),
+    [
+        (AxisType.Auto, "2:4"),
+        (AxisType.Explicit, None),
+        pytest.param(AxisType.Auto, None, marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, "2:4", marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_over_devices_it_is_the_same_and_stays_sharded(axis_type, pattern):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
     specs = {"conv": {"bias": (None,), "kernel": (None, "x", None)}, "out": ("x", None)}
