@@ -152,7 +152,7 @@ def solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
 
 
 def inverse_root(gram: jax.Array, shift: jax.Array) -> jax.Array:
-    """A `(blocks, m, m)` with A^T A = (K + shift I)^-1, as finite as `_solve`."""
+    """A `(blocks, m, m)` with A^T A = (K + shift I)^-1, as finite as `solve`."""
     system, scale = _balanced(gram, jnp.broadcast_to(shift, (len(gram), 1)))
     factor = _cholesky(system)
     good = _is_sound(factor)
