@@ -243,7 +243,7 @@ def scale_by_mfac(
 
     def precondition(gram, inverse, newest, seen):
         """Coefficients of the update, the shift they were computed with, and the inverse."""
-        rho = _damping_at(damping, seen - 1, gram.dtype)
+        rho = damping_at(damping, seen - 1, gram.dtype)
         weights = _window.weights_by_age(newest, seen, num_grads, window_momentum, nesterov, gram.dtype)
         weights = jnp.broadcast_to(weights, gram.shape[:-1])
         if not relative_damping:
@@ -394,7 +394,7 @@ def ihvp(
     layouts = _window.layouts("tree", tree, state.window, None)
     block_of_leaf = _window.blocks_of_state(state.gram, tree, blocks)
     gram = state.gram
-    damping = _damping_at(damping, state.grads_seen, gram.dtype)
+    damping = damping_at(damping, state.grads_seen, gram.dtype)
     x = _window.map_leaves(_layout.own_part, layouts, tree, state.window)
     coefficients = _gram.outside_inverse_power(
         gram,
@@ -425,7 +425,7 @@ def _check_options(normalize_by, power, blocks) -> None:
         _validation.check_choice("blocks", blocks, (None, "leaf"), ", or a function of a leaf's key path")
 
 
-def _damping_at(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
+def damping_at(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
     """The damping after `step` gradients, moved into what the dtype can hold; NaN becomes the upper end."""
     return jnp.fmax(jnp.fmin(_at(damping, step, dtype), 2.0**100), jnp.finfo(dtype).tiny)
 

@@ -143,7 +143,7 @@ def check_shapes(name: str, tree: optax.Updates, window: optax.Params) -> None:
             )
 
 
-def check_made_with(name: str, value: str, made: str) -> None:
+def check_made_with(name: str, value: str | bool, made: str | bool) -> None:
     """Refuse a state that was made with another option."""
     if made != value:
         raise ValueError(
@@ -211,3 +211,13 @@ def check_sizes(gram: jax.Array, num_blocks: int, num_grads: int) -> None:
 def leaf_name(path) -> str:
     """What messages call the leaf at a key path."""
     return f"leaf {jax.tree_util.keystr(path) or '()'}"
+
+
+def paths_and_leaves(tree: optax.Params) -> dict[str, Any]:
+    """Leaves by their paths, as in 'dense/kernel'; without the last entry that a variable of nnx adds."""
+
+    def name(path) -> str:
+        entries = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
+        return jax.tree_util.keystr(entries, simple=True, separator="/")
+
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
