@@ -324,7 +324,7 @@ def nnx_value_and_grad_with_factors(
         graph, params, others = nnx.split(model, nnx.Param, ...)
 
         def pure(params):
-            model = nnx.merge(graph, params, others)
+            model = nnx.merge(graph, params, others, copy=True)
             outputs = loss(model, *args, **kwargs)
             value, aux = outputs if has_aux else (outputs, None)
             return value, (aux, nnx.state(model, nnx.Not(nnx.Param)))

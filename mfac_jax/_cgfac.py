@@ -1,5 +1,6 @@
 """CG-FAC: the natural gradient of K-FAC by conjugate gradients, as an optax transform."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -17,14 +18,16 @@ _MEMORY = 0.99  # of the running mean of squares: about a hundred gradients
 
 
 class ScaleByCGFACState(NamedTuple):
-    """State of `scale_by_cgfac`. What it says of a layer stands at its kernel and at its bias.
+    """State of `scale_by_cgfac`.
+
+    Numbers `(leaves,)` are one for each leaf of the parameters, in the order of `jax.tree.leaves`; those
+    of a layer stand at its kernel and at its bias.
 
     Attributes:
       grads_seen: gradients accepted so far; stops at the largest int32.
       grads_rejected: gradients refused because an entry was NaN or Inf; stops there too.
       solution: of the last systems, where the next ones start; without leaves where they start from zero.
-      mean_squares: the running mean of the squared entries of each leaf's gradients, without its bias
-        correction.
+      mean_squares: the running mean of the squared entries of the gradients, without its bias correction.
       residuals: the norm of what was left of each system, over that of its right-hand side.
       iterations: products that each system took; 0 for a leaf without factors.
       indefinite: whether a system was seen not to be positive definite, or not to be finite.
@@ -33,10 +36,10 @@ class ScaleByCGFACState(NamedTuple):
     grads_seen: jax.Array  # () int32
     grads_rejected: jax.Array  # () int32
     solution: optax.Params | optax.EmptyState  # like the parameters, float32, float64 with a float64 leaf
-    mean_squares: optax.Params  # leaves (), of that dtype
-    residuals: optax.Params  # leaves (), of that dtype
-    iterations: optax.Params  # leaves () int32
-    indefinite: optax.Params  # leaves () bool
+    mean_squares: jax.Array  # (leaves,), of that dtype
+    residuals: jax.Array  # (leaves,), of that dtype
+    iterations: jax.Array  # (leaves,) int32
+    indefinite: jax.Array  # (leaves,) bool
 
 
 class _Solved(NamedTuple):
@@ -104,8 +107,8 @@ def scale_by_cgfac(
       tolerance: > 0, of the error of a solution relative to it: residuals are compared with the damping,
         below which there is no eigenvalue. 0.1: on digits 0.01 did no better, 0.5 took a third longer.
       max_iterations: an int >= 1, after which a solution is taken as it is. 20: systems took 8 on digits.
-      norm_constraint: > 0, or None. The largest :math:`\nabla^\top V` over all layers, which is the squared
-        norm of the update in the damped Fisher matrix; longer updates are shortened to it.
+      norm_constraint: > 0, or None. Bound on the squared norm of the update in the damped Fisher matrix, of
+        all layers together: an update with a larger :math:`\nabla^\top V` is shortened until its norm is it.
       warm_start: whether a system starts at the last solution, at its best length, which takes a copy of
         the parameters. Worth it where gradients change slowly: with full batches it took 37 to 45 % fewer
         iterations, with batches of 64 as many as without.
@@ -125,13 +128,13 @@ def scale_by_cgfac(
       >>> params = {'kernel': jnp.ones((3, 2)), 'bias': jnp.zeros(2)}
       >>> x = jax.random.normal(jax.random.key(0), (8, 3))
       >>> loss = lambda p: jnp.mean(jnp.sum((x @ p['kernel'] + p['bias']) ** 2, axis=1))
-      >>> tx = optax.chain(mfac_jax.scale_by_cgfac(damping=0.1), optax.scale(-0.5))
+      >>> tx = optax.chain(mfac_jax.scale_by_cgfac(damping=1.0), optax.scale(-0.5))
       >>> state = tx.init(params)
-      >>> for _ in range(20):
+      >>> for _ in range(40):
       ...   value, grads, factors = mfac_jax.value_and_grad_with_factors(loss)(params)
       ...   updates, state = tx.update(grads, state, params, curvature=factors)
       ...   params = optax.apply_updates(params, updates)
-      >>> bool(loss(params) < 1e-3)
+      >>> bool(value < 0.1)
       True
 
     References:
@@ -160,55 +163,53 @@ def scale_by_cgfac(
     def init(params: optax.Params) -> ScaleByCGFACState:
         _validation.check_params(params)
         dtype, zeros = _tree.accumulation_dtype(params), _sharding.zeros_like_params(params)
-
-        def scalars(dtype):
-            return jax.tree.map(lambda _: zeros((), dtype), params)
-
+        leaves = (len(jax.tree.leaves(params)),)
         return ScaleByCGFACState(
             grads_seen=zeros((), jnp.int32),
             grads_rejected=zeros((), jnp.int32),
             solution=optax.tree.zeros_like(params, dtype) if warm_start else optax.EmptyState(),
-            mean_squares=scalars(dtype),
-            residuals=scalars(dtype),
-            iterations=scalars(jnp.int32),
-            indefinite=scalars(bool),
+            mean_squares=zeros(leaves, dtype),
+            residuals=zeros(leaves, dtype),
+            iterations=zeros(leaves, jnp.int32),
+            indefinite=zeros(leaves, jnp.bool_),
         )
 
     def update(updates, state, params=None, *, curvature: Any = None, preconditioner=None, **extra_args):
         del params, extra_args
-        _validation.check_tree("updates", updates, state.mean_squares)
-        _check_curvature(curvature, preconditioner, updates)
         has_solution = not isinstance(state.solution, optax.EmptyState)
         _validation.check_made_with("warm_start", warm_start, has_solution)
+        _validation.check_params(updates)
+        _check_leaves(updates, state)
+        _check_curvature(curvature, preconditioner)
         finite, dtype = _tree.all_finite(updates), _tree.accumulation_dtype(updates)
         gradient = jax.tree.map(lambda g: _tree.bounded(jnp.where(finite, g, 0), dtype), updates)
         start = state.solution if warm_start else optax.tree.zeros_like(gradient)
-        mean_squares = jax.tree.map(
-            lambda s, g: _MEMORY * s + (1 - _MEMORY) * jnp.mean(jnp.square(g)), state.mean_squares, gradient
-        )
         seen = jnp.asarray(optax.safe_increment(state.grads_seen))
-        rho = _transform.damping_at(damping, state.grads_seen, dtype)
-        limits = (jnp.asarray(tolerance, dtype), max_iterations)
-        if not isinstance(curvature, Mapping):
-            solved = _solve_whole(curvature, preconditioner, rho, gradient, start, *limits)
-        else:
-            squares = optax.tree.scale(1 / (1 - _MEMORY ** seen.astype(dtype)), mean_squares)
-            solved = _solve_layers(curvature, rho, gradient, start, squares, *limits)
-        solution, residuals, iterations, indefinite = (
-            jax.tree.unflatten(jax.tree.structure(updates), column) for column in zip(*solved, strict=True)
+        mean_squares = _MEMORY * state.mean_squares + (1 - _MEMORY) * _mean_squares(gradient, dtype)
+        limits = (
+            _transform.damping_at(damping, state.grads_seen, dtype),
+            jnp.asarray(tolerance, dtype),
+            max_iterations,
         )
+        if isinstance(curvature, Mapping):
+            factors = _of_leaves(curvature, updates)
+            corrected = mean_squares / (1 - _MEMORY ** seen.astype(dtype))
+            solved = _solve_layers(factors, gradient, start, corrected, *limits)
+        else:
+            solved = _solve_whole(curvature, preconditioner, gradient, start, *limits)
+        solution = jax.tree.unflatten(jax.tree.structure(updates), [leaf.x for leaf in solved])
         factor = 1 if norm_constraint is None else _shortened(gradient, solution, norm_constraint)
         new = jax.tree.map(
             lambda g, x: jnp.where(finite, _tree.narrow(factor * x, g.dtype), g), updates, solution
         )
         accepted = ScaleByCGFACState(
-            seen,
-            state.grads_rejected,
-            solution if warm_start else optax.EmptyState(),
-            mean_squares,
-            residuals,
-            iterations,
-            indefinite,
+            grads_seen=seen,
+            grads_rejected=state.grads_rejected,
+            solution=solution if warm_start else optax.EmptyState(),
+            mean_squares=mean_squares,
+            residuals=jnp.stack([leaf.residual for leaf in solved]),
+            iterations=jnp.stack([leaf.iterations for leaf in solved]),
+            indefinite=jnp.stack([leaf.indefinite for leaf in solved]),
         )
         rejected = state._replace(grads_rejected=optax.safe_increment(state.grads_rejected))
         return new, jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, rejected)
@@ -216,12 +217,18 @@ def scale_by_cgfac(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _mean_squares(gradient: optax.Updates, dtype: jnp.dtype) -> jax.Array:
+    """Of the entries of each leaf, `(leaves,)`."""
+    squares = [_tree.square(g, dtype) / max(1, g.size) for g in jax.tree.leaves(gradient)]
+    return jnp.asarray(squares, dtype)
+
+
 def _solve_whole(
     operator: Operator,
     preconditioner: Operator | None,
-    damping: jax.Array,
     gradient: optax.Updates,
     start: optax.Updates,
+    damping: jax.Array,
     tolerance: jax.Array,
     max_iterations: int,
 ) -> list[_Solved]:
@@ -234,8 +241,8 @@ def _solve_whole(
         return product
 
     preconditioning = {} if preconditioner is None else {"precondition": on_block(preconditioner)}
-    limits = (tolerance, max_iterations)
-    found = _cg.solve(on_block(operator), [gradient], [start], damping, *limits, **preconditioning)
+    limits = (damping, tolerance, max_iterations)
+    found = _cg.solve(on_block(operator), [gradient], [start], *limits, **preconditioning)
     leaves = jax.tree.leaves(found.blocks[0])
     return [_Solved(x, found.residuals[0], found.iterations[0], found.indefinite[0]) for x in leaves]
 
@@ -243,19 +250,16 @@ def _solve_whole(
 @functools.partial(jax.jit, static_argnames="max_iterations")  # a bare loop is compiled at every call
 def _solve_layers(
     factors: Mapping[str, LayerFactors],
-    damping: jax.Array,
     gradient: optax.Updates,
     start: optax.Updates,
-    mean_squares: optax.Params,
+    mean_squares: jax.Array,
+    damping: jax.Array,
     tolerance: jax.Array,
     max_iterations: int,
 ) -> list[_Solved]:
     """A system for each layer; leaves without factors in closed form."""
-    grads = _validation.paths_and_leaves(gradient)
-    starts = _validation.paths_and_leaves(start)
-    squares = _validation.paths_and_leaves(mean_squares)
-    dtype = damping.dtype
-    layers = {kernel: LayerFisher.of(of_layer, dtype) for kernel, of_layer in factors.items()}
+    grads, starts = _validation.paths_and_leaves(gradient), _validation.paths_and_leaves(start)
+    layers = {kernel: LayerFisher.of(of_layer, damping.dtype) for kernel, of_layer in factors.items()}
     matrices = {kernel: _matrix(grads, kernel, factors[kernel]) for kernel in layers}
     coordinates = [layer.coordinates(matrices[kernel]) for kernel, layer in layers.items()]
     found = _cg.solve(
@@ -267,9 +271,9 @@ def _solve_layers(
         max_iterations,
     )
     solved = {}
-    num_examples = max((len(of_layer.inputs) for of_layer in factors.values()), default=1)
-    for path, g in grads.items():  # in the order of the tree; layers replace theirs below
-        x = g / (num_examples * squares[path] + damping)
+    num_examples = max(len(of_layer.inputs) for of_layer in factors.values())
+    for number, (path, g) in enumerate(grads.items()):  # in the order of the tree; layers replace theirs
+        x = g / (num_examples * mean_squares[number] + damping)
         solved[path] = _Solved(x, jnp.zeros_like(damping), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     for number, (kernel, layer) in enumerate(layers.items()):
         outside = layer.outside(matrices[kernel], coordinates[number])
@@ -294,53 +298,75 @@ def _matrix(leaves: Mapping[str, jax.Array], kernel: str, factors: LayerFactors)
 
 
 def _shortened(gradient: optax.Updates, solution: optax.Updates, limit) -> jax.Array:
-    """The factor that brings the product of both down to the limit."""
+    """The factor that brings the squared norm of the solution in the damped Fisher matrix to the limit."""
     squared = optax.tree.vdot(gradient, solution)
     return jnp.where(squared > limit, jnp.sqrt(limit / squared), 1)
 
 
-def _check_curvature(curvature: Any, preconditioner: Any, updates: optax.Updates) -> None:
-    """Refuse what is no curvature, or not that of the parameters."""
+def _of_leaves(curvature: Mapping[str, LayerFactors], updates: optax.Updates) -> dict[str, LayerFactors]:
+    """The factors of the leaves that `optax.masked` has not hidden, after a check that they fit."""
+    leaves, hidden = _validation.paths_and_leaves(updates), _validation.masked_paths(updates)
+
+    def is_hidden(path: str | None) -> bool:
+        return path is not None and any(f"{path}/".startswith(f"{other}/") for other in hidden)
+
+    factors = {
+        kernel: dataclasses.replace(of_layer, bias=None) if is_hidden(of_layer.bias) else of_layer
+        for kernel, of_layer in curvature.items()
+        if not is_hidden(kernel)
+    }
+    if not factors:
+        raise ValueError(
+            "curvature must have the factors of a layer, got none of those that are updated: no product of "
+            "such a kernel with something that has a batch axis was found in the loss. Make them by hand, "
+            "or pass a function such as mfac_jax.gauss_newton makes."
+        )
+    taken = [path for kernel, of_layer in factors.items() for path in (kernel, of_layer.bias) if path]
+    for path in taken:
+        if path not in leaves:
+            raise ValueError(
+                f"curvature must name parameters, but {path!r} is none of {', '.join(map(repr, leaves))}."
+            )
+        if taken.count(path) > 1:
+            raise ValueError(f"curvature must name a parameter once, but {path!r} is in two layers.")
+    for kernel, of_layer in factors.items():
+        _check_factors(kernel, of_layer, leaves)
+    return factors
+
+
+def _check_leaves(updates: optax.Updates, state: ScaleByCGFACState) -> None:
+    """Refuse updates with another number of leaves than the state was made for."""
+    found, made = len(jax.tree.leaves(updates)), len(state.mean_squares)
+    if found != made:
+        raise ValueError(
+            f"updates must have the tree of the parameters given to init, got {found} leaves in place of "
+            f"{made}. Call init again with the parameters that are trained now."
+        )
+
+
+def _check_curvature(curvature: Any, preconditioner: Any) -> None:
+    """Refuse what is no curvature, and a preconditioner that is not for it."""
     if curvature is None:
         raise ValueError(
             "curvature must be given, as in tx.update(grads, state, params, curvature=factors), got None. "
             "mfac_jax.value_and_grad_with_factors(loss) makes the factors beside the gradient."
         )
-    if preconditioner is not None and (not callable(curvature) or not callable(preconditioner)):
-        raise ValueError(
-            "preconditioner must be a function, for a curvature that is a function too, got "
-            f"{type(preconditioner).__name__} with a curvature that is a {type(curvature).__name__}."
-        )
-    if callable(curvature):
-        return
     is_mapping = isinstance(curvature, Mapping)
-    if not is_mapping or not all(isinstance(f, LayerFactors) for f in curvature.values()):
+    of_layers = is_mapping and all(isinstance(factors, LayerFactors) for factors in curvature.values())
+    if not of_layers and (is_mapping or not callable(curvature)):
         raise TypeError(
             "curvature must be a dict from paths of kernels to LayerFactors, or a function, got "
-            f"{type(curvature).__name__}. mfac_jax.value_and_grad_with_factors(loss) makes the dict."
+            f"{curvature!r}. mfac_jax.value_and_grad_with_factors(loss) makes the dict."
         )
-    if not curvature:
+    if preconditioner is not None and (is_mapping or not callable(preconditioner)):
         raise ValueError(
-            "curvature must have the factors of a layer, got an empty dict: no product of a kernel with "
-            "something that has a batch axis was found in the loss. Make LayerFactors by hand, or pass a "
-            "function such as mfac_jax.gauss_newton makes."
+            "preconditioner must be a function, for a curvature that is a function too, got "
+            f"{type(preconditioner).__name__} for a curvature that is a {type(curvature).__name__}."
         )
-    leaves, taken = _validation.paths_and_leaves(updates), set()
-    for kernel, factors in curvature.items():
-        _check_factors(kernel, factors, leaves)
-        for path in {kernel, factors.bias} - {None}:
-            if path in taken:
-                raise ValueError(f"curvature must name each parameter once, but {path!r} is in two layers.")
-            taken.add(path)
 
 
 def _check_factors(kernel: str, factors: LayerFactors, leaves: Mapping[str, Any]) -> None:
     """Refuse factors that are not those of the kernel and the bias."""
-    for path in (kernel, factors.bias):
-        if path is not None and path not in leaves:
-            raise ValueError(
-                f"curvature must name parameters, but {path!r} is none of {', '.join(map(repr, leaves))}."
-            )
     a, b, shape = factors.inputs, factors.output_grads, leaves[kernel].shape
     for name, x in (("inputs", a), ("output_grads", b)):
         if x.ndim < 2 or not len(x):

@@ -44,7 +44,7 @@ class LayerFactors:
       >>> params = {'kernel': jnp.ones((3, 2))}
       >>> updates, state = tx.update(params, tx.init(params), curvature={'kernel': layer})
       >>> print(updates['kernel'][0], state.iterations)  # F has the eigenvalue 6 here
-      [0.14285715 0.14285715] {'kernel': Array(1, dtype=int32)}
+      [0.14285715 0.14285715] [1]
     """
 
     inputs: jax.Array

@@ -217,7 +217,20 @@ def paths_and_leaves(tree: optax.Params) -> dict[str, Any]:
     """Leaves by their paths, as in 'dense/kernel'; without the last entry that a variable of nnx adds."""
 
     def name(path) -> str:
-        entries = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
-        return jax.tree_util.keystr(entries, simple=True, separator="/")
+        return _joined(path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path)
 
     return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def masked_paths(tree: optax.Params) -> list[str]:
+    """The paths that optax.masked has hidden."""
+
+    def is_masked(x) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+    return [_joined(path) for path, leaf in leaves if is_masked(leaf)]
+
+
+def _joined(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

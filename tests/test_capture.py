@@ -1,0 +1,237 @@
+"""The factors of layers, found in the programs of losses: that they give the gradient; what is a layer."""
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mfac_jax import nnx_value_and_grad_with_factors, value_and_grad_with_factors
+from mfac_jax._validation import paths_and_leaves
+
+IMAGES = jax.random.normal(jax.random.key(0), (6, 8, 8, 2))
+TEXT = jax.random.randint(jax.random.key(1), (6, 5), 0, 11)
+
+
+class Convolutions(nn.Module):
+    """Strides, dilation, padding, a batch normalisation; a Dense that is recomputed."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
+        x = nn.BatchNorm(use_running_average=False)(x)
+        x = nn.Conv(5, (2, 3), padding="VALID", kernel_dilation=(1, 1), use_bias=False)(x)
+        x = nn.Conv(3, (3, 3), padding="CIRCULAR", kernel_dilation=2)(nn.tanh(x))
+        return nn.remat(nn.Dense)(10)(x.reshape(len(x), -1))
+
+
+class Line(nn.Module):
+    """A convolution over one axis, another over none."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Conv(4, (3,))(x.reshape(len(x), 16, -1)))
+        return nn.Dense(10)(nn.tanh(nn.Conv(4, (1,))(x)).reshape(len(x), -1))
+
+
+class Transformer(nn.Module):
+    """Attention, kernels with several axes, a table that is used at both ends."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        table = nn.Embed(11, 8)
+        x = table(tokens)
+        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
+        return table.attend(x).mean(axis=1)
+
+
+class Shared(nn.Module):
+    """One layer used twice."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(8)
+        return nn.Dense(10)(layer(nn.tanh(layer(x[:, 0, :, 0]))))
+
+
+MODELS: dict[str, tuple[nn.Module, jax.Array, set[str]]] = {
+    "convolutions": (
+        Convolutions(),
+        IMAGES,
+        {"Conv_0/kernel", "Conv_1/kernel", "Conv_2/kernel", "CheckpointDense_0/kernel"},
+    ),
+    "line": (Line(), IMAGES, {"Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"}),
+    "transformer": (
+        Transformer(),
+        TEXT,
+        {
+            *(f"MultiHeadDotProductAttention_0/{name}/kernel" for name in ("query", "key", "value", "out")),
+            "Dense_0/kernel",
+            "Dense_1/kernel",
+        },
+    ),
+    "shared": (Shared(), IMAGES, {"Dense_0/kernel", "Dense_1/kernel"}),
+}
+
+
+def loss_of(model, x, labels=None):
+    labels = jnp.arange(6) % 10 if labels is None else labels
+
+    def loss(variables, rest=None):
+        out, changed = model.apply(variables | (rest or {}), x, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(out, labels).mean(), (out, changed)
+
+    return loss
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", MODELS)
+def test_inputs_and_output_gradients_multiply_to_the_gradient(name, jit):
+    """a^T b / N is the gradient of a kernel, the mean of b that of a bias: to rounding, for every layer."""
+    model, x, expected = MODELS[name]
+    variables = dict(model.init(jax.random.key(2), x))
+    params = {"params": variables.pop("params")}
+    loss = loss_of(model, x)
+    (value, (out, changed)), grads, factors = jit(value_and_grad_with_factors(loss, has_aux=True))(
+        params, variables
+    )
+    plain = jit(jax.value_and_grad(loss, has_aux=True))(params, variables)
+    chex.assert_trees_all_close(((value, (out, changed)), grads), plain, rtol=1e-4, atol=1e-6)
+    assert set(factors) == {f"params/{path}" for path in expected}
+    leaves = paths_and_leaves(grads)
+    for kernel, layer in factors.items():
+        a = layer.inputs.reshape(-1, layer.inputs.shape[-1])
+        b = layer.output_grads.reshape(-1, layer.output_grads.shape[-1])
+        g = leaves[kernel]
+        np.testing.assert_allclose((a.T @ b / 6).reshape(g.shape), g, rtol=1e-4, atol=2e-6)
+        has_bias = kernel.replace("kernel", "bias") in leaves
+        assert layer.bias == (kernel.replace("kernel", "bias") if has_bias else None)
+        if layer.bias is not None:
+            g = leaves[layer.bias]
+            np.testing.assert_allclose((b.sum(0) / 6).reshape(g.shape), g, rtol=1e-4, atol=2e-6)
+
+
+def found_in(function, params: Any, *args) -> dict[str, str | None]:
+    """The kernels and their biases."""
+    _, _, factors = value_and_grad_with_factors(function)(params, *args)
+    return {kernel: layer.bias for kernel, layer in factors.items()}
+
+
+W, B, X = jnp.ones((4, 3)), jnp.zeros(3), jnp.ones((6, 4))
+PROGRAMS: dict[str, tuple[Any, dict, dict[str, str | None]]] = {
+    "product and bias": (lambda p: (X @ p["w"] + p["b"]).sum(), {"w": W, "b": B}, {"w": "b"}),
+    "bias first": (lambda p: (p["b"] + X @ p["w"]).sum(), {"w": W, "b": B}, {"w": "b"}),
+    "kernel on the left": (lambda p: jnp.einsum("io,ni->on", p["w"], X).sum(), {"w": W}, {"w": None}),
+    "half precision": (
+        lambda p: (X.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).sum().astype(jnp.float32),
+        {"w": W},
+        {"w": None},
+    ),
+    "under jit": (
+        lambda p: jax.jit(lambda w: jax.jit(jnp.matmul)(X, w).sum())(p["w"]),
+        {"w": W},
+        {"w": None},
+    ),
+    "a scale that is no bias": (lambda p: (X @ p["w"] * p["s"]).sum(), {"w": W, "s": B + 1}, {"w": None}),
+    "a scalar is no bias": (
+        lambda p: (X @ p["w"] + p["s"]).sum(),
+        {"w": W, "s": jnp.ones(())},
+        {"w": None},
+    ),
+    "transposed": (lambda p: (X @ p["w"].T).sum(), {"w": W.T}, {}),
+    "in a loop": (
+        lambda p: jax.lax.fori_loop(0, 2, lambda _, x: x @ p["w"], X).sum(),
+        {"w": jnp.eye(4)},
+        {},
+    ),
+    "no batch": (lambda p: (X[0] @ p["w"]).sum(), {"w": W}, {}),
+    "changed before": (lambda p: (X @ (2 * p["w"])).sum(), {"w": W}, {}),
+    "with other examples": (
+        lambda p: (X @ p["w"]).sum() + (X[:2] @ p["w"]).sum(),
+        {"w": W},
+        {},
+    ),
+    "groups": (
+        lambda p: nn.Conv(4, (3, 3), feature_group_count=2).apply({"params": p}, IMAGES).sum(),
+        nn.Conv(4, (3, 3), feature_group_count=2).init(jax.random.key(0), IMAGES)["params"],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_is_a_layer(name):
+    function, params, expected = PROGRAMS[name]
+    assert found_in(function, params) == expected
+    chex.assert_trees_all_close(
+        value_and_grad_with_factors(function)(params)[:2], jax.value_and_grad(function)(params), rtol=1e-5
+    )
+
+
+def test_a_kernel_that_is_used_twice_has_the_rows_of_both():
+    model, x, _ = MODELS["shared"]
+    params = model.init(jax.random.key(0), x)
+    _, _, factors = value_and_grad_with_factors(lambda p: model.apply(p, x).sum())(params)
+    assert factors["params/Dense_0/kernel"].inputs.shape == (6, 2, 8)
+
+
+def test_custom_rules_and_random_numbers_stay():
+    @jax.custom_vjp
+    def clipped(x):
+        return x
+
+    clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+
+    def loss(p, key):
+        kept = jax.random.bernoulli(key, 0.5, (6, 3))
+        return jnp.sum(clipped(jax.nn.relu(X @ p["w"] + 0.1)) * kept)
+
+    found = value_and_grad_with_factors(loss)({"w": W}, jax.random.key(3))
+    chex.assert_trees_all_close(found[:2], jax.value_and_grad(loss)({"w": W}, jax.random.key(3)))
+    np.testing.assert_allclose(X.T @ found[2]["w"].output_grads / 6, found[1]["w"], rtol=1e-5)
+
+
+def test_what_is_no_array_may_be_an_argument():
+    def loss(p, x, kind, *, scale):
+        return scale * (x @ p["w"]).sum() if kind == "sum" else 0.0
+
+    value, _, factors = value_and_grad_with_factors(loss)({"w": W}, X, "sum", scale=2.0)
+    assert float(value) == 2 * 72
+    assert list(factors) == ["w"]
+
+
+def test_parameters_that_are_no_floats_are_refused():
+    with pytest.raises(TypeError, match="is int32"):
+        value_and_grad_with_factors(lambda p: p["w"].sum())({"w": jnp.ones(3, jnp.int32)})
+
+
+def test_a_module_of_nnx_has_the_gradient_of_nnx_and_the_layers_of_its_state():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Conv(2, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+    )
+
+    def loss(model, x):
+        out = model(x)
+        return jnp.mean(out**2), out
+
+    twin = nnx.clone(model)
+    (value, out), grads, factors = nnx_value_and_grad_with_factors(loss, has_aux=True)(model, IMAGES)
+    expected = nnx.value_and_grad(loss, has_aux=True)(twin, IMAGES)
+    chex.assert_trees_all_close(
+        ((value, out), nnx.to_pure_dict(grads)),
+        (expected[0], nnx.to_pure_dict(expected[1])),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert factors["layers/0/kernel"].bias == "layers/0/bias"
+    moved, also_moved = (nnx.to_pure_dict(nnx.state(m, nnx.BatchStat)) for m in (model, twin))
+    chex.assert_trees_all_close(moved, also_moved, rtol=1e-5)
+    counts = [nnx.state(m, nnx.RngCount) for m in (model, twin)]
+    chex.assert_trees_all_equal(*map(nnx.to_pure_dict, counts))
