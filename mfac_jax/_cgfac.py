@@ -108,7 +108,7 @@ def scale_by_cgfac(
         below which there is no eigenvalue. 0.1: on digits 0.01 did no better, 0.5 took a third longer.
       max_iterations: an int >= 1, after which a solution is taken as it is. 20: systems took 8 on digits.
       norm_constraint: > 0, or None. Bound on the squared norm of the update in the damped Fisher matrix, of
-        all layers together: an update with a larger :math:`\nabla^\top V` is shortened until its norm is it.
+        all layers together: with a larger :math:`\nabla^\top V` it is shortened until its norm is that.
       warm_start: whether a system starts at the last solution, at its best length, which takes a copy of
         the parameters. Worth it where gradients change slowly: with full batches it took 37 to 45 % fewer
         iterations, with batches of 64 as many as without.
