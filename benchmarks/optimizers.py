@@ -100,6 +100,7 @@ def _published(schedule: optax.Schedule) -> optax.GradientTransformation:
 IDEAS = {f"mfac, {name}": transform for name, transform in ideas.IDEAS.items()}
 TRANSFORMS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": functools.partial(optax.sgd, momentum=0.9, nesterov=True),
+    "adam": optax.adam,
     "adamw": optax.adamw,
     "nadamw": optax.nadamw,
     "muon": functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices),
@@ -107,6 +108,7 @@ TRANSFORMS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "mfac-published": _published,
     "mfac-published-tuned": _published,
     "mfac-default": mfac_jax.mfac,
+    "cgfac": mfac_jax.cgfac,
     **{name: functools.partial(mfac_jax.mfac, **options) for name, options in VARIANTS.items()},
     **IDEAS,
 }
@@ -140,7 +142,8 @@ def make_transform(optimizer: str, steps: int, sweeps_damping: bool) -> optax.Gr
         return TRANSFORMS[optimizer](lambda step: peak_rate * schedule(steps)(step), **options)
 
     hyperparameters = {"peak_rate": 1.0} | ({"swept_damping": 1.0} if sweeps_damping else {})
-    return optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(**hyperparameters)
+    tx = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(**hyperparameters)
+    return wl.NeedsFactors(*tx) if optimizer == "cgfac" else tx
 
 
 # A run's first state, and a step: `(state, indices) -> (state, loss)`.

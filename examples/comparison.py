@@ -23,6 +23,7 @@ import mfac_jax
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and line styles for print.
 STYLES = {
     "mfac": {"color": "#0072B2", "linestyle": "-"},
+    "cgfac": {"color": "#E69F00", "linestyle": (0, (3, 1))},
     "sgd": {"color": "#D55E00", "linestyle": "--"},
     "adamw": {"color": "#009E73", "linestyle": "-."},
     "nadamw": {"color": "#CC79A7", "linestyle": ":"},
@@ -82,7 +83,7 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """The options that all examples have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    add, known = parser.add_argument, list(wl.OPTIMIZERS)
+    add, known = parser.add_argument, list(wl.RATES[name])
     add(
         "--optimizers",
         nargs="+",

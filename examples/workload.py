@@ -73,9 +73,14 @@ def epoch_batches(samples: int, batch_size: int, epochs: int, seed: int) -> np.n
     return np.concatenate(orders).reshape(-1, batch_size).astype(np.int32)
 
 
+class NeedsFactors(optax.GradientTransformationExtraArgs):
+    """An optimizer that wants the factors of the layers, as `curvature`, beside the gradient."""
+
+
 # From a learning-rate schedule to an optimizer; what is not named here is the default of its library.
 OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] = {
     "mfac": mfac_jax.mfac,
+    "cgfac": lambda schedule: NeedsFactors(*mfac_jax.cgfac(schedule)),
     "sgd": functools.partial(optax.sgd, momentum=0.9),
     "adamw": optax.adamw,
     "nadamw": optax.nadamw,
@@ -83,7 +88,7 @@ OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] 
 }
 # Default peak learning rates of the examples.
 RATES = {
-    "digits": {"mfac": 3e-3, "sgd": 0.2, "adamw": 0.05, "nadamw": 0.05, "muon": 0.05},
+    "digits": {"mfac": 3e-3, "cgfac": 0.1, "sgd": 0.2, "adamw": 0.05, "nadamw": 0.05, "muon": 0.05},
     "cifar10": {"mfac": 3e-3, "sgd": 0.2, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
     "text": {"mfac": 3e-3, "sgd": 0.5, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
 }
@@ -124,10 +129,15 @@ class History(NamedTuple):
 def train_step(loss, tx, state: TrainState, data, indices, key) -> tuple[TrainState, jax.Array]:
     """The state after one step, and the loss before it. A step's key depends on its number alone."""
     key = jax.random.fold_in(key, state.step)
-    loss_and_grads = jax.value_and_grad(loss, has_aux=True)
-    (value, model_state), grads = loss_and_grads(state.params, state.model_state, data, indices, key)
+    arguments = (state.params, state.model_state, data, indices, key)
+    extra = {}
+    if isinstance(tx, NeedsFactors):
+        loss_and_factors = mfac_jax.value_and_grad_with_factors(loss, has_aux=True)
+        (value, model_state), grads, extra["curvature"] = loss_and_factors(*arguments)
+    else:
+        (value, model_state), grads = jax.value_and_grad(loss, has_aux=True)(*arguments)
     update = optax.with_extra_args_support(tx).update
-    updates, opt_state = update(grads, state.opt_state, state.params, value=value)
+    updates, opt_state = update(grads, state.opt_state, state.params, value=value, **extra)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, model_state, opt_state), value
 

@@ -1,0 +1,125 @@
+"""Steps and seconds that optimizers take to a validation accuracy of 97 % on scikit-learn's digits.
+
+The network and the schedule are those of examples/train_digits.py. Each optimizer's rate is the best of its
+grid on seeds that are not reported: the fewest steps, where a run that does not get there counts as a step
+more than it has. K-FAC is that of kfac-jax, where it is installed. Seconds are those of training steps alone.
+
+    python benchmarks/steps_to_accuracy.py --out benchmarks/results/accuracy.jsonl
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
+
+import jax
+import numpy as np
+import optimizers
+import tpu_tables
+import train_digits
+from provenance import provenance
+from tqdm import tqdm
+
+TARGET, EVERY = 0.97, 4  # steps between two evaluations
+SEEDS, SEEDS_FOR_RATES = range(5), range(10, 12)
+RATES = {
+    "cgfac": (0.03, 0.1, 0.3),
+    "mfac": (3e-3, 1e-2, 3e-2),
+    "kfac": (0.03, 0.1, 0.3),
+    "adam": (3e-3, 1e-2, 3e-2),
+}
+
+
+def run(model: str, optimizer: str, rate: float, seed: int) -> dict[str, Any]:
+    """One training; `steps` and `seconds` are None if it does not reach the target."""
+    workload = train_digits.make_workload(model, seed=seed)
+    state, step = optimizers.start(workload, optimizer, rate, None, seed)
+    evaluate, spent, accuracy = jax.jit(workload.evaluate), 0.0, 0.0
+    line = {
+        "model": model,
+        "optimizer": optimizer,
+        "rate": rate,
+        "seed": seed,
+        "steps": None,
+        "seconds": None,
+    }
+    for number, indices in enumerate(workload.batches, start=1):
+        begin = time.perf_counter()
+        state, loss = step(state, indices)
+        jax.block_until_ready((state, loss))
+        spent += time.perf_counter() - begin
+        if number % EVERY == 0:
+            accuracy = float(evaluate(state.params, state.model_state, workload.data)["valid_accuracy"])
+            if accuracy >= TARGET and line["steps"] is None:
+                line |= {"steps": number, "seconds": round(spent, 4)}
+    return line | {"of": len(workload.batches), "all_seconds": round(spent, 4), "final_accuracy": accuracy}
+
+
+def best_rate(model: str, optimizer: str) -> float:
+    """The rate of the grid with the fewest steps."""
+
+    def steps(rate):
+        found = [run(model, optimizer, rate, seed) for seed in SEEDS_FOR_RATES]
+        return sum(line["steps"] or line["of"] + 1 for line in found)
+
+    return min(tqdm(RATES[optimizer], desc=f"{model}, {optimizer}, rates", unit="rate"), key=steps)
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """One row an optimizer, as Markdown."""
+
+    def spread(values):
+        return f"{np.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else "-"
+
+    rows = []
+    for model, optimizer in dict.fromkeys((line["model"], line["optimizer"]) for line in lines):
+        runs = [line for line in lines if (line["model"], line["optimizer"]) == (model, optimizer)]
+        there = [line for line in runs if line["steps"] is not None]
+        per_step = [1e3 * line["all_seconds"] / line["of"] for line in runs]
+        rows.append(
+            [model, optimizer, f"{runs[0]['rate']:g}", f"{len(there)} of {len(runs)}"]
+            + [spread([line["steps"] for line in there]), spread([line["seconds"] for line in there])]
+            + [f"{np.median(per_step):.3g}", f"{np.mean([line['final_accuracy'] for line in runs]):.3f}"]
+        )
+    header = ["network", "optimizer", "rate", "runs that reach it", "steps", "seconds", "ms a step"]
+    return tpu_tables.markdown([*header, "accuracy at the end"], rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print; `argv` is the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(train_digits.MODELS), default=["mlp"])
+    parser.add_argument("--optimizers", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--out", type=Path, help="file to add lines of JSON to")
+    args = parser.parse_args(argv)
+    lines = []
+    with contextlib.ExitStack() as stack:
+        out = None if args.out is None else stack.enter_context(args.out.open("a"))
+        for model in args.models:
+            for optimizer in args.optimizers:
+                missing = optimizers.why_missing(optimizer)
+                if missing:
+                    print(f"without {optimizer}: {missing}")
+                    continue
+                rate = best_rate(model, optimizer)
+                for seed in tqdm(SEEDS, desc=f"{model}, {optimizer}, {rate:g}", unit="seed"):
+                    lines.append(run(model, optimizer, rate, seed))
+                    if out is not None:
+                        versions = provenance(("mfac_jax", "jax", "jaxlib", "optax", "kfac-jax"))
+                        print(json.dumps(lines[-1] | versions), file=out, flush=True)
+    print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; medians (least to most) of {len(SEEDS)} seeds\n"
+    )
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
