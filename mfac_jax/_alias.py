@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 from mfac_jax import _tree, _validation
 from mfac_jax._cgfac import scale_by_cgfac
+from mfac_jax._layer_fisher import Factors
 from mfac_jax._layout import AxisName
 from mfac_jax._transform import Metric, Normalization, Solver, scale_by_mfac
 from mfac_jax._window import Blocks
@@ -161,6 +162,8 @@ def cgfac(
     tolerance: float | jax.Array = 0.1,
     max_iterations: int = 20,
     norm_constraint: float | jax.Array | None = 1.0,
+    num_batches: int = 1,
+    factors: Factors | None = None,
     warm_start: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The CG-FAC optimizer: natural gradient descent on K-FAC's Fisher matrix, by conjugate gradients.
@@ -187,6 +190,8 @@ def cgfac(
       max_iterations: see `scale_by_cgfac`.
       norm_constraint: see `scale_by_cgfac`. 1.0 shortens the first steps; without, one of two seeds on
         digits took twice as long.
+      num_batches: see `scale_by_cgfac`.
+      factors: see `scale_by_cgfac`.
       warm_start: see `scale_by_cgfac`.
 
     Returns:
@@ -219,6 +224,8 @@ def cgfac(
         tolerance=tolerance,
         max_iterations=max_iterations,
         norm_constraint=norm_constraint,
+        num_batches=num_batches,
+        factors=factors,
         warm_start=warm_start,
     )
     return optax.chain(

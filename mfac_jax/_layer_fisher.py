@@ -11,6 +11,7 @@ meets the damping alone.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,9 @@ class LayerFactors:
     bias: str | None = None
 
 
+Factors = Mapping[str, LayerFactors]  # by the path of the kernel
+
+
 class LayerFisher(NamedTuple):
     """F in the coordinates of the spans of the rows, where there are fewer of them than columns.
 
@@ -62,7 +66,7 @@ class LayerFisher(NamedTuple):
       b: the output gradients; or L.
       span_in: Q of the inputs, or None.
       span_out: Q of the output gradients, or None.
-      scale: 1 / (N N T).
+      scale: 1 / (N N T), N with the examples of all batches.
       usable: whether all factors are finite; otherwise they are zeros.
     """
 
@@ -74,14 +78,14 @@ class LayerFisher(NamedTuple):
     usable: jax.Array
 
     @classmethod
-    def of(cls, factors: LayerFactors, dtype: jnp.dtype) -> "LayerFisher":
-        """The matrix of the factors, computed with in `dtype`."""
+    def of(cls, factors: LayerFactors, dtype: jnp.dtype, num_batches: int = 1) -> "LayerFisher":
+        """The matrix of the factors, computed with in `dtype`; batches are among the places."""
         rows = [x.reshape(-1, x.shape[-1]).astype(dtype) for x in (factors.inputs, factors.output_grads)]
         usable = _tree.all_finite(rows)
         a, b = (jnp.where(usable, x, 0) for x in rows)
         if factors.bias is not None:
             a = jnp.concatenate([a, jnp.ones((len(a), 1), dtype)], axis=1)
-        scale = 1 / (len(factors.inputs) * len(b))
+        scale = 1 / (len(factors.inputs) * num_batches * len(b))
         (a, span_in), (b, span_out) = _spanned(a), _spanned(b)
         return cls(a, b, span_in, span_out, scale, usable)
 
@@ -110,6 +114,39 @@ class LayerFisher(NamedTuple):
         rest = V - self.vectors(coordinates)
         noise = _NOISE * jnp.finfo(V.dtype).eps * jnp.max(jnp.abs(V))
         return jnp.where(jnp.max(jnp.abs(rest)) > noise, rest, 0)
+
+
+def empty_window(factors: Factors, num_batches: int) -> Factors:
+    """Zeros, `(N, num_batches, ...)` for each array of the factors, which may be shapes.
+
+    The batches are no leading axis, so that examples may be split over a mesh.
+    """
+
+    def zeros(x):
+        return jnp.zeros((x.shape[0], num_batches, *x.shape[1:]), x.dtype)
+
+    return jax.tree.map(zeros, dict(factors))
+
+
+def remember(window: Factors, factors: Factors, step: jax.Array) -> Factors:
+    """The window with the factors in the place of the oldest; the first stand for all that are to come.
+
+    Factors of a layer that are not finite are left out.
+    """
+
+    def of_layer(kept: LayerFactors, new: LayerFactors) -> LayerFactors:
+        usable = _tree.all_finite([new.inputs, new.output_grads])
+
+        def put(rows, x):
+            index = step % rows.shape[1]
+            old = lax.dynamic_index_in_dim(rows, index, 1, keepdims=False)
+            x = jnp.where(usable, x.astype(rows.dtype), old)
+            written = lax.dynamic_update_index_in_dim(rows, x, index, 1)
+            return jnp.where(step == 0, jnp.expand_dims(x, 1), written)
+
+        return jax.tree.map(put, kept, new)
+
+    return {kernel: of_layer(kept, factors[kernel]) for kernel, kept in window.items()}
 
 
 _NOISE = 50  # eps: what is left of a gradient in the spans had up to 12, in layers of up to 4096 x 4096

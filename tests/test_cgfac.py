@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -253,6 +254,46 @@ def test_blocks_do_not_wait_for_each_other_in_what_they_return():
         assert relative_error(together[name], alone[name]) < 1e-3
 
 
+STEP = value_and_grad_with_factors(loss)
+
+# Several batches.
+
+
+def test_the_window_is_one_batch_of_all_that_it_holds(x64):
+    """Three batches, two places each, remembered of four: F is that of the last three together."""
+    rng = np.random.default_rng(0)
+    batches = [(rng.standard_normal((5, 2, 6)), rng.standard_normal((5, 2, 4))) for _ in range(4)]
+    gradient = {"kernel": rng.standard_normal((6, 4)), "bias": rng.standard_normal(4)}
+    options = {"tolerance": 1e-10, "max_iterations": 3000}
+    factors = [{"kernel": LayerFactors(jnp.asarray(a), jnp.asarray(b), "bias")} for a, b in batches]
+    tx, state = tx_and_state(
+        gradient, 0.1, num_batches=3, factors=jax.eval_shape(lambda: factors[0]), **options
+    )
+    for number, curvature in enumerate(factors):
+        updates, state = tx.update(gradient, state, curvature=curvature)
+        kept = [
+            batches[max(0, k)] for k in range(number - 2, number + 1)
+        ]  # the first stands for those to come
+        inputs, output_grads = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
+        expected = kronecker_solution(gradient, inputs, output_grads, 0.1)
+        assert relative_error(as_matrix(updates, 4), expected) < 1e-9
+
+
+def test_a_batch_that_is_not_finite_is_left_out_of_the_window():
+    _, gradient, factors = STEP(PARAMS)
+    tx, state = tx_and_state(PARAMS, 0.1, num_batches=2, factors=factors)
+    _, state = tx.update(gradient, state, curvature=factors)
+    first = factors["layers_0/kernel"]
+    spoiled = {
+        **factors,
+        "layers_0/kernel": LayerFactors(first.inputs * NAN, first.output_grads, first.bias),
+    }
+    updates, new = tx.update(gradient, state, curvature=spoiled)
+    assert np.all(np.isfinite(flat(updates)))
+    assert np.any(flat(updates["layers_0"]))
+    chex.assert_trees_all_equal(new.window, state.window)
+
+
 # What a network has beside layers.
 
 
@@ -311,12 +352,17 @@ def test_the_norm_constraint_bounds_the_norm_in_the_fisher_matrix():
 
 # The optax world.
 
-STEP = value_and_grad_with_factors(loss)
+
+OPTIONS = {
+    "default": {},
+    "warm start": {"warm_start": True},
+    "window": {"num_batches": 3, "factors": jax.eval_shape(STEP, PARAMS)[2]},
+}
 
 
-@pytest.mark.parametrize("warm_start", [True, False])
-def test_training_under_jit_with_a_donated_state_is_that_without(warm_start):
-    tx = cgfac(0.3, warm_start=warm_start, weight_decay=1e-3)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_under_jit_with_a_donated_state_is_that_without(name):
+    tx = cgfac(0.3, weight_decay=1e-3, **OPTIONS[name])
 
     def step(params, state):
         _, gradient, factors = STEP(params)
@@ -339,7 +385,9 @@ def test_training_under_jit_with_a_donated_state_is_that_without(warm_start):
     {
         "chain": optax.chain(optax.identity(), cgfac(0.1)),
         "partition": optax.partition({"all": cgfac(0.1)}, "all"),
-        "inject_hyperparams": optax.inject_hyperparams(cgfac, static_args="max_iterations")(0.1),
+        "inject_hyperparams": optax.inject_hyperparams(
+            cgfac, static_args=("max_iterations", "num_batches")
+        )(0.1),
         "apply_if_finite": optax.apply_if_finite(cgfac(0.1), 3),
         "MultiSteps": optax.MultiSteps(cgfac(0.1), 1).gradient_transformation(),
     }.items(),
@@ -351,6 +399,24 @@ def test_a_wrapper_changes_nothing(wrapped):
     updates, _ = jax.jit(tx.update)(gradient, tx.init(PARAMS), PARAMS, curvature=factors)
     expected, _ = jax.jit(cgfac(0.1).update)(gradient, cgfac(0.1).init(PARAMS), PARAMS, curvature=factors)
     chex.assert_trees_all_close(updates, expected, rtol=AFTER_CG, atol=0.1 * AFTER_CG)
+
+
+def test_init_takes_shapes_in_the_place_of_arrays():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    for options in OPTIONS.values():
+        tx = cgfac(0.1, **options)
+        chex.assert_trees_all_equal(tx.init(shapes), tx.init(PARAMS))
+
+
+def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
+    tx = cgfac(0.1, **OPTIONS["window"])
+    step = jax.jit(lambda state: tx.update(STEP(PARAMS)[1], state, PARAMS, curvature=STEP(PARAMS)[2]))
+    _, state = step(tx.init(PARAMS))
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
+    chex.assert_trees_all_equal(step(restored), step(state))
 
 
 def test_map_params_reaches_the_solution_and_nothing_else():
@@ -591,6 +657,7 @@ def test_a_bad_curvature_is_refused_before_tracing(curvature, error, message):
         {"max_iterations": 0},
         {"norm_constraint": 0.0},
         {"norm_constraint": -1.0},
+        {"num_batches": 0},
     ],
     ids=str,
 )
@@ -601,9 +668,13 @@ def test_options_out_of_range_are_refused(factory, options):
         factory(**options)
 
 
-@pytest.mark.parametrize("options", [{"max_iterations": 1.5}, {"warm_start": 1}, {"damping": "1"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"max_iterations": 1.5}, {"warm_start": 1}, {"damping": "1"}, {"num_batches": 2, "factors": [GOOD]}],
+    ids=str,
+)
 def test_options_of_another_type_are_refused(options):
-    with pytest.raises(TypeError, match=next(iter(options))):
+    with pytest.raises(TypeError, match=list(options)[-1]):
         scale_by_cgfac(**options)
 
 
@@ -614,5 +685,11 @@ def test_a_state_of_another_transform_is_refused():
     with pytest.raises(ValueError, match="got 4 leaves in place of 1"):
         scale_by_cgfac().update(PARAMS, scale_by_cgfac().init(KERNEL), curvature=STEP(PARAMS)[2])
     tx, state = tx_and_state({"kernel": KERNEL}, 0.1)
+    of_three = {"kernel": LayerFactors(GOOD.inputs[:3], GOOD.output_grads[:3])}
+    window = scale_by_cgfac(num_batches=2, factors={"kernel": GOOD})
+    with pytest.raises(ValueError, match="must have the shapes of the factors"):
+        window.update({"kernel": KERNEL}, window.init({"kernel": KERNEL}), curvature=of_three)
+    with pytest.raises(ValueError, match="num_batches must be 1"):
+        window.update({"kernel": KERNEL}, window.init({"kernel": KERNEL}), curvature=lambda v: v)
     with pytest.raises(ValueError, match="preconditioner must be a function"):
         tx.update({"kernel": KERNEL}, state, curvature={"kernel": GOOD}, preconditioner=lambda v: v)
