@@ -179,7 +179,7 @@ def _use_in_convolution(params, inputs, origins, output) -> _Use | None:
 
 def value_and_grad_with_factors(
     loss: Callable[..., Any], has_aux: bool = False
-) -> Callable[..., tuple[Any, optax.Updates, dict[str, LayerFactors]]]:
+) -> Callable[..., tuple[Any, Any, dict[str, LayerFactors]]]:
     """As `jax.value_and_grad`, and the factors of K-FAC for each layer, from the same backward pass.
 
     A layer is a parameter that something with a batch axis is multiplied with, or convolved: Flax's

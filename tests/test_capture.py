@@ -123,8 +123,9 @@ def found_in(function, params: Any, *args) -> dict[str, str | None]:
     return {kernel: layer.bias for kernel, layer in factors.items()}
 
 
+GROUPED: Any = nn.Conv(4, (3, 3), feature_group_count=2)
 W, B, X = jnp.ones((4, 3)), jnp.zeros(3), jnp.ones((6, 4))
-PROGRAMS: dict[str, tuple[Any, dict, dict[str, str | None]]] = {
+PROGRAMS: dict[str, tuple[Any, Any, Any]] = {
     "product and bias": (lambda p: (X @ p["w"] + p["b"]).sum(), {"w": W, "b": B}, {"w": "b"}),
     "bias first": (lambda p: (p["b"] + X @ p["w"]).sum(), {"w": W, "b": B}, {"w": "b"}),
     "kernel on the left": (lambda p: jnp.einsum("io,ni->on", p["w"], X).sum(), {"w": W}, {"w": None}),
@@ -158,8 +159,8 @@ PROGRAMS: dict[str, tuple[Any, dict, dict[str, str | None]]] = {
         {},
     ),
     "groups": (
-        lambda p: nn.Conv(4, (3, 3), feature_group_count=2).apply({"params": p}, IMAGES).sum(),
-        nn.Conv(4, (3, 3), feature_group_count=2).init(jax.random.key(0), IMAGES)["params"],
+        lambda p: GROUPED.apply({"params": p}, IMAGES).sum(),
+        GROUPED.init(jax.random.key(0), IMAGES)["params"],
         {},
     ),
 }
@@ -175,7 +176,8 @@ def test_what_is_a_layer(name):
 
 
 def test_a_kernel_that_is_used_twice_has_the_rows_of_both():
-    model, x, _ = MODELS["shared"]
+    model: Any = MODELS["shared"][0]
+    x = IMAGES
     params = model.init(jax.random.key(0), x)
     _, _, factors = value_and_grad_with_factors(lambda p: model.apply(p, x).sum())(params)
     assert factors["params/Dense_0/kernel"].inputs.shape == (6, 2, 8)

@@ -13,10 +13,11 @@ import optax
 import orbax.checkpoint
 import pytest
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import mfac_jax
 from mfac_jax import (
-    LayerFactors,
     cgfac,
     empirical_fisher,
     gauss_newton,
@@ -27,6 +28,7 @@ from mfac_jax import (
     value_and_grad_with_factors,
 )
 
+LayerFactors: Any = mfac_jax.LayerFactors  # of NumPy's arrays too
 NAN, INF = float("nan"), float("inf")
 # Of float32 solutions: rounding of 1e-7, times the largest eigenvalue over the damping, some 1e3 to 1e4.
 AFTER_CG = 1e-3
@@ -70,7 +72,7 @@ def relative_error(actual, expected) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def tx_and_state(params, *args, **options) -> tuple[optax.GradientTransformationExtraArgs, Any]:
+def tx_and_state(params, *args, **options) -> tuple[Any, Any]:
     tx = scale_by_cgfac(*args, **options)
     return tx, tx.init(params)
 
@@ -171,8 +173,8 @@ def flat(tree) -> np.ndarray:
 
 def dense(product, params) -> np.ndarray:
     """The matrix of a linear function of trees."""
-    vector, unravel = jax.flatten_util.ravel_pytree(params)
-    return np.stack([flat(product(unravel(e))) for e in np.eye(len(vector), dtype=vector.dtype)], axis=1)
+    vector, unravel = ravel_pytree(params)
+    return np.stack([flat(product(unravel(e))) for e in jnp.eye(len(vector), dtype=vector.dtype)], axis=1)
 
 
 @pytest.mark.parametrize("kind", ["cross-entropy", "squared error"])
@@ -210,7 +212,7 @@ def test_a_preconditioner_changes_the_way_and_not_the_solution():
     gradient = jax.grad(loss)(PARAMS)
     matrix = gauss_newton(apply, cross_entropy, PARAMS)
     window = scale_by_mfac(8, 0.1)
-    mfac_state = window.init(PARAMS)
+    mfac_state: Any = window.init(PARAMS)
     for seed in range(8):
         noise = jax.random.normal(jax.random.key(seed), X.shape)
         _, mfac_state = window.update(
@@ -321,7 +323,7 @@ def test_a_leaf_without_factors_has_a_multiple_of_the_identity():
 def test_masked_leaves_stay_out():
     _, gradient, factors = value_and_grad_with_factors(loss)(PARAMS)
     mask = {"layers_0": False, "layers_2": {"kernel": True, "bias": False}}
-    tx = optax.masked(scale_by_cgfac(0.1), mask)
+    tx: Any = optax.masked(scale_by_cgfac(0.1), mask)
     updates, _ = tx.update(gradient, tx.init(PARAMS), PARAMS, curvature=factors)
     chex.assert_trees_all_equal(updates["layers_0"], gradient["layers_0"])
     chex.assert_trees_all_equal(updates["layers_2"]["bias"], gradient["layers_2"]["bias"])
@@ -434,7 +436,8 @@ def test_leaves_of_half_precision_keep_their_dtype(dtype):
     _, gradient, factors = STEP(PARAMS)
     expected, _ = scale_by_cgfac().update(gradient, scale_by_cgfac().init(PARAMS), curvature=factors)
     params, gradient = jax.tree.map(lambda x: x.astype(dtype), (PARAMS, gradient))
-    updates, state = scale_by_cgfac().update(gradient, scale_by_cgfac().init(params), curvature=factors)
+    tx, state = tx_and_state(params)
+    updates, state = tx.update(gradient, state, curvature=factors)
     chex.assert_trees_all_equal_dtypes(updates, params)
     assert state.residuals.dtype == jnp.float32
     assert relative_error(flat(updates), flat(expected)) < 30 * float(jnp.finfo(dtype).eps)
@@ -520,7 +523,7 @@ def compiled_step(size_in: int, size_out: int, batch: int):
 
 def test_no_array_of_a_compiled_step_is_as_large_as_a_kronecker_factor():
     """4,096 inputs, 4,000 outputs, so that the layer itself is no square."""
-    program = compiled_step(4096, 4000, 128).as_text()
+    program = str(compiled_step(4096, 4000, 128).as_text())
     found = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", program)}
     assert (4096, 4000) in found
     large = {shape for shape in found if np.prod(shape) > 128 * 4200}
@@ -532,7 +535,7 @@ def test_no_array_of_a_compiled_step_is_as_large_as_a_kronecker_factor():
 
 def test_an_nnx_optimizer_trains_and_batch_statistics_move():
     rngs = nnx.Rngs(1)
-    model = nnx.Sequential(
+    model: Any = nnx.Sequential(
         nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.tanh, nnx.Linear(8, 3, rngs=rngs)
     )
     optimizer = nnx.Optimizer(model, cgfac(0.3), wrt=nnx.Param)
