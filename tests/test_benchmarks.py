@@ -31,6 +31,8 @@ static_algorithm, compare_pruning, step_time, training_share, scaling_law, speed
     ("static_algorithm", "compare_pruning", "step_time", "training_share", "scaling_law", "speed_report"),
 )
 
+kronecker_cost, steps_to_accuracy = map(importlib.import_module, ("kronecker_cost", "steps_to_accuracy"))
+
 
 @pytest.mark.parametrize("name", optimizers.IDEAS)
 def test_every_idea_descends(name):
@@ -534,3 +536,39 @@ def test_published_pruning_moves_kernels_alone():
     np.testing.assert_array_equal(pruned["Dense_0"]["bias"], bias)
     moved = np.asarray(pruned["Conv_0"]["kernel"])
     assert not np.any(moved[moved != 0] == 1)
+
+
+# ----------------------------------------------------------------------------------------------- CG-FAC
+
+
+def test_the_cost_of_a_layer_is_measured_and_a_wrong_solution_refused(monkeypatch, tmp_path, capsys):
+    cases = (kronecker_cost.Case("wide", (24, 20), (8,)), kronecker_cost.Case("narrow", (6, 5), (4, 9)))
+    monkeypatch.setattr(kronecker_cost, "CASES", cases)
+    out = tmp_path / "kronecker.jsonl"
+    kronecker_cost.main(["--rounds", "1", "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["wide", "narrow"]
+    for line in lines:
+        assert set(line["milliseconds"]) == {
+            kronecker_cost.CG,
+            kronecker_cost.EXPLICIT,
+            kronecker_cost.EXACT,
+            kronecker_cost.SPAN,
+        }
+        assert 0 < line["error"] < 0.1
+    assert "| wide | 8 |" in capsys.readouterr().out
+    monkeypatch.setattr(kronecker_cost, "TOLERANCE", 1e-9)
+    with pytest.raises(RuntimeError, match="wide: the solution is off by"):
+        kronecker_cost.main([])
+
+
+def test_steps_to_an_accuracy_are_counted(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(steps_to_accuracy, "SEEDS", range(1))
+    monkeypatch.setattr(steps_to_accuracy, "SEEDS_FOR_RATES", range(2, 3))
+    monkeypatch.setattr(steps_to_accuracy, "RATES", dict.fromkeys(("cgfac", "cgfac, 4 batches"), (0.1,)))
+    out = tmp_path / "accuracy.jsonl"
+    steps_to_accuracy.main(["--optimizers", *steps_to_accuracy.RATES, "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["optimizer"] for line in lines] == list(steps_to_accuracy.RATES)
+    assert all(0 < line["steps"] < 200 and line["seconds"] < line["all_seconds"] for line in lines)
+    assert "| mlp | cgfac | 0.1 | 1 of 1 |" in capsys.readouterr().out

@@ -26,6 +26,15 @@ PRUNING = (
     "sparsity",
     "sparsity_by_leaf",
 )
+CGFAC = (
+    "LayerFactors",
+    "cgfac",
+    "empirical_fisher",
+    "gauss_newton",
+    "nnx_value_and_grad_with_factors",
+    "scale_by_cgfac",
+    "value_and_grad_with_factors",
+)
 MODULES = [module.name for module in pkgutil.iter_modules(mfac_jax.__path__, "mfac_jax.")]
 
 
@@ -49,6 +58,7 @@ def test_every_public_function_has_a_docstring_example():
         "DiagnosticsLog",
         *STATIC,
         *PRUNING,
+        *CGFAC,
     ):
         assert ">>>" in getattr(mfac_jax, name).__doc__
 
