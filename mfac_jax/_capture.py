@@ -26,13 +26,13 @@ class _Use(NamedTuple):
     Attributes:
       kernel: number of the parameter.
       inputs: `(N, ..., in)`.
-      output: shape and dtype of what comes out.
+      output: the type of what comes out.
       as_rows: from an array like what comes out to `(N, ..., out)`.
     """
 
     kernel: int
     inputs: jax.Array
-    output: jax.ShapeDtypeStruct
+    output: Any
     as_rows: Callable[[jax.Array], jax.Array]
 
 
@@ -61,7 +61,7 @@ class _Origin(NamedTuple):
 
 _UNKNOWN = _Origin()
 _INLINED = ("jit", "remat2")
-_SAME_AXES = ("convert_element_type", "copy", "sharding_constraint")
+_SAME_AXES = ("convert_element_type", "copy", "sharding_constraint", "pvary", "reshard")
 _OTHER_AXES = ("reshape", "broadcast_in_dim", "squeeze", "expand_dims")
 
 
@@ -146,7 +146,7 @@ def _use_in_product(params, inputs, origins, output) -> _Use | None:
             y = jnp.moveaxis(y, range(y.ndim - len(free), y.ndim), range(len(free)))
         return y.reshape(*y.shape[: len(free)], -1)
 
-    return _Use(origins[side].parameter, rows, jax.ShapeDtypeStruct(output.shape, output.dtype), as_rows)
+    return _Use(origins[side].parameter, rows, jax.typeof(output), as_rows)
 
 
 def _use_in_convolution(params, inputs, origins, output) -> _Use | None:
@@ -174,7 +174,7 @@ def _use_in_convolution(params, inputs, origins, output) -> _Use | None:
     def as_rows(y):
         return jnp.transpose(y, (of_output[0], *of_output[2:], of_output[1]))
 
-    return _Use(origins[1].parameter, patches, jax.ShapeDtypeStruct(output.shape, output.dtype), as_rows)
+    return _Use(origins[1].parameter, patches, jax.typeof(output), as_rows)
 
 
 def value_and_grad_with_factors(
@@ -241,7 +241,7 @@ def value_and_grad_with_factors(
 
         found = _Interpreter(None)
         jax.eval_shape(lambda leaves: run(leaves, found), leaves)
-        zeros = [jnp.zeros(use.output.shape, use.output.dtype) for use in found.uses]
+        zeros = [_zeros(use.output) for use in found.uses]
         evaluate = jax.value_and_grad(
             lambda leaves, zeros: run(leaves, _Interpreter(zeros)), argnums=(0, 1), has_aux=True
         )
@@ -254,6 +254,14 @@ def value_and_grad_with_factors(
         return (value, aux) if has_aux else value, jax.tree.unflatten(structure, grads), factors
 
     return wrapped
+
+
+def _zeros(like: Any) -> jax.Array:
+    """Zeros of a type: sharded along explicit axes, and varying along those of a shard_map, as it says."""
+    explicit = not like.sharding.mesh.are_all_axes_auto
+    zeros = jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding if explicit else None)
+    varying = tuple(like.manual_axis_type.varying)
+    return lax.pcast(zeros, varying, to="varying") if varying else zeros
 
 
 def _of_kernels(rows: Sequence[_Rows], params: optax.Params) -> dict[str, LayerFactors]:

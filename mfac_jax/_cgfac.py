@@ -1,12 +1,13 @@
 """CG-FAC: the natural gradient of K-FAC by conjugate gradients, as an optax transform."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from mfac_jax import _cg, _curvature_validation, _sharding, _transform, _tree, _validation
 from mfac_jax._curvature import Operator
@@ -101,6 +102,10 @@ def scale_by_cgfac(
     `grads_rejected`. Whatever the curvature, updates of finite gradients are finite. A system that turns
     out not to be positive definite ends where it is (see `indefinite` in the state); a layer whose factors
     are not finite does not move.
+
+    On a mesh, under `jax.jit`, examples and parameters may be split over the devices in any way. In
+    `jax.shard_map` and `jax.pmap` average the gradient and gather the factors first (`jax.lax.all_gather`
+    with `tiled=True`).
 
     Args:
       damping: lambda, > 0, a number or a schedule over the gradients accepted, in units of the Fisher
@@ -213,7 +218,9 @@ def scale_by_cgfac(
                 window = remember(window, newest, state.grads_seen)
                 newest = window
             corrected = mean_squares / (1 - _MEMORY ** seen.astype(dtype))
-            solved = _solve_layers(newest, gradient, start, corrected, *limits, num_batches)
+            solved = _with_automatic_axes(_solve_layers, gradient)(
+                newest, gradient, start, corrected, *limits, num_batches
+            )
         else:
             solved = _solve_whole(curvature, preconditioner, gradient, start, *limits)
         solution = jax.tree.unflatten(jax.tree.structure(updates), [leaf.x for leaf in solved])
@@ -265,6 +272,26 @@ def _solve_whole(
     found = _cg.solve(on_block(operator), [gradient], [start], *limits, **preconditioning)
     leaves = jax.tree.leaves(found.blocks[0])
     return [_Solved(x, found.residuals[0], found.iterations[0], found.indefinite[0]) for x in leaves]
+
+
+def _with_automatic_axes(
+    solve: Callable[..., list[_Solved]], gradient: optax.Updates
+) -> Callable[..., list[_Solved]]:
+    """The function, where axes of a mesh are explicit with XLA to choose shardings inside of it."""
+    shardings = [_sharding.explicit_sharding(g) for g in jax.tree.leaves(gradient)]
+    if all(sharding is None for sharding in shardings):
+        return solve
+    scalar: Any = PartitionSpec()
+    specs: list[Any] = [scalar if sharding is None else sharding.spec for sharding in shardings]
+    found = [_Solved(spec, scalar, scalar, scalar) for spec in specs]
+
+    def automatic(*arguments):
+        *arrays, max_iterations, num_batches = arguments
+        bound = functools.partial(solve, max_iterations=max_iterations, num_batches=num_batches)
+        solved: Any = jax.sharding.auto_axes(bound, out_sharding=found)(*arrays)
+        return solved
+
+    return automatic
 
 
 @functools.partial(jax.jit, static_argnames=("max_iterations", "num_batches"))
@@ -322,5 +349,6 @@ def _matrix(leaves: Mapping[str, jax.Array], kernel: str, factors: LayerFactors)
 
 def _shortened(gradient: optax.Updates, solution: optax.Updates, limit) -> jax.Array:
     """The factor that brings the squared norm of the solution in the damped Fisher matrix to the limit."""
-    squared = optax.tree.vdot(gradient, solution)
+    products = jax.tree.map(lambda g, x: jnp.sum(g * x), gradient, solution)  # a dot of shards has no type
+    squared = optax.tree.sum(products)
     return jnp.where(squared > limit, jnp.sqrt(limit / squared), 1)

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from mfac_jax import nnx_value_and_grad_with_factors, value_and_grad_with_factors
 from mfac_jax._validation import paths_and_leaves
@@ -197,6 +199,23 @@ def test_custom_rules_and_random_numbers_stay():
     found = value_and_grad_with_factors(loss)({"w": W}, jax.random.key(3))
     chex.assert_trees_all_close(found[:2], jax.value_and_grad(loss)({"w": W}, jax.random.key(3)))
     np.testing.assert_allclose(X.T @ found[2]["w"].output_grads / 6, found[1]["w"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map_the_factors_are_those_of_the_shard(check_vma):
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+
+    def loss(p, x):
+        return jnp.mean(jnp.tanh(x @ p["w"] + p["b"]) ** 2)
+
+    def local(p, x):
+        layer = value_and_grad_with_factors(loss)(p, x)[2]["w"]
+        return layer.inputs, layer.output_grads
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs: Any = {"in_specs": (P(), P("data")), "out_specs": P("data"), "check_vma": check_vma}
+    found = jax.shard_map(local, mesh=mesh, **specs)({"w": W, "b": B}, x)
+    chex.assert_trees_all_close(found, local({"w": W, "b": B}, x), rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_no_array_may_be_an_argument():

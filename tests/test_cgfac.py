@@ -14,7 +14,7 @@ import orbax.checkpoint
 import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mfac_jax
 from mfac_jax import (
@@ -502,6 +502,30 @@ def test_in_double_precision_so_does_one_at_the_damping_of_the_default(x64, batc
     """In float32 rounding is multiplied with the condition number, and the two differ by 3e-4."""
     one, many = train_on_one_and_on_eight(batch, 1e-2, jnp.float64)
     assert max(relative_errors(many, one)) < 1e-10
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_parameters_and_batch_may_both_be_sharded(axis_type):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    place = functools.partial(NamedSharding, mesh)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (4, 6)), "bias": jnp.zeros(6)}
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(x @ params["kernel"] + params["bias"]) ** 2)
+
+    tx = cgfac(0.1, 0.1)
+
+    @jax.jit
+    def step(params, x):
+        _, gradient, factors = value_and_grad_with_factors(loss)(params, x)
+        return tx.update(gradient, tx.init(params), params, curvature=factors)[0]
+
+    expected = step(params, X)
+    with jax.set_mesh(mesh):
+        split = {"kernel": place(PartitionSpec(None, "model")), "bias": place(PartitionSpec("model"))}
+        params, x = jax.device_put(params, split), jax.device_put(X, place(PartitionSpec("data")))
+        updates = jax.device_get(step(params, x))
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_no_array_of_a_compiled_step_is_as_large_as_a_kronecker_factor():
