@@ -6,7 +6,9 @@ kept, and a zero is added to what comes out: the gradient by it is the output gr
 the one backward pass. No model has to be changed for it, in linen, nnx or neither.
 """
 
+import collections
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,12 +30,14 @@ class _Use(NamedTuple):
       inputs: `(N, ..., in)`.
       output: the type of what comes out.
       as_rows: from an array like what comes out to `(N, ..., out)`.
+      has_outputs_last: whether the axes of the outputs are the last of what comes out, as a bias is added.
     """
 
     kernel: int
     inputs: jax.Array
     output: Any
     as_rows: Callable[[jax.Array], jax.Array]
+    has_outputs_last: bool
 
 
 class _Rows(NamedTuple):
@@ -46,23 +50,24 @@ class _Rows(NamedTuple):
 
 
 class _Origin(NamedTuple):
-    """What a value was made from, without a change to its entries.
+    """What a value was made from.
 
     Attributes:
-      parameter: its number, or None.
+      parameter: the number of the one that it is, entry by entry, or None.
       use: number of the use of a kernel that it is the output of, or None.
-      has_all_axes: whether the parameter has its own axes.
+      has_all_axes: whether the parameter has its own axes; otherwise they are the last ones.
+      is_data: whether anything but parameters went into it.
     """
 
     parameter: int | None = None
     use: int | None = None
     has_all_axes: bool = True
+    is_data: bool = False
 
 
-_UNKNOWN = _Origin()
+_DATA, _NUMBER = _Origin(is_data=True), _Origin()
 _INLINED = ("jit", "remat2")
 _SAME_AXES = ("convert_element_type", "copy", "sharding_constraint", "pvary", "reshard")
-_OTHER_AXES = ("reshape", "broadcast_in_dim", "squeeze", "expand_dims")
 
 
 class _Interpreter:
@@ -82,13 +87,20 @@ class _Interpreter:
     def run(self, jaxpr, consts, values, origins) -> tuple[list[Any], list[_Origin]]:
         """The outputs and where they come from."""
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
-        known_origins = dict(zip(jaxpr.invars, origins, strict=True))
+        known_origins = dict.fromkeys(jaxpr.constvars, _DATA)
+        known_origins.update(zip(jaxpr.invars, origins, strict=True))
+        atoms = [*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars]
+        readers = collections.Counter(v for v in atoms if not isinstance(v, Literal))
 
         def read(atom):
             return atom.val if isinstance(atom, Literal) else known[atom]
 
         def origin_of(atom):
-            return _UNKNOWN if isinstance(atom, Literal) else known_origins.get(atom, _UNKNOWN)
+            if isinstance(atom, Literal):
+                return _NUMBER
+            origin = known_origins[atom]
+            # What is read by another operation too has more than a bias added to it.
+            return origin if readers[atom] == 1 else origin._replace(use=None)
 
         for eqn in jaxpr.eqns:
             inputs, froms = [read(v) for v in eqn.invars], [origin_of(v) for v in eqn.invars]
@@ -107,30 +119,51 @@ class _Interpreter:
         outputs = list(outputs) if eqn.primitive.multiple_results else [outputs]
         find = {"dot_general": _use_in_product, "conv_general_dilated": _use_in_convolution}.get(name)
         use = find and find(eqn.params, inputs, origins, outputs[0])
+        is_data = any(origin.is_data for origin in origins)
         if use:
             number = len(self.uses)
             self.uses.append(use)
             if self.perturbations is not None:
                 outputs[0] = outputs[0] + self.perturbations[number]
-            return outputs, [_Origin(use=number)]
-        return outputs, [self._origin_after(name, origins)] * len(outputs)
+            return outputs, [_Origin(use=number, is_data=True)]
+        origin = self._origin_after(eqn, inputs, origins)._replace(is_data=is_data)
+        return outputs, [origin] * len(outputs)
 
-    def _origin_after(self, name: str, origins: Sequence[_Origin]) -> _Origin:
+    def _origin_after(self, eqn: JaxprEqn, inputs, origins: Sequence[_Origin]) -> _Origin:
+        name = eqn.primitive.name
         if name in _SAME_AXES:
             return origins[0]
-        if name in _OTHER_AXES:
+        if name in ("reshape", "squeeze", "broadcast_in_dim") and _keeps_last_axes(eqn, inputs[0].shape):
             return origins[0]._replace(has_all_axes=False)
         if name == "add":
             for output, bias in (origins, origins[::-1]):
                 if output.use is not None and bias.parameter is not None:
-                    self.bias_of_use.setdefault(output.use, bias.parameter)
-        return _UNKNOWN
+                    self.bias_of_use[output.use] = bias.parameter
+        return _NUMBER
+
+
+def _keeps_last_axes(eqn: JaxprEqn, shape: tuple[int, ...]) -> bool:
+    """Whether the operation adds or drops leading axes alone."""
+    core = shape[next((i for i, size in enumerate(shape) if size > 1), len(shape)) :]
+    aval: Any = eqn.outvars[0].aval
+    out = aval.shape
+    is_last = out[len(out) - len(core) :] == core
+    if eqn.primitive.name == "broadcast_in_dim":
+        axes = eqn.params["broadcast_dimensions"][len(shape) - len(core) :]
+        return is_last and axes == tuple(range(len(out) - len(core), len(out)))
+    return is_last and math.prod(out) == math.prod(core)
+
+
+def _is_kernel(origin: _Origin, value: jax.Array, other: _Origin) -> bool:
+    """Whether the value is a parameter with its own axes, which meets more than parameters."""
+    is_parameter = origin.parameter is not None and origin.has_all_axes
+    return is_parameter and other.is_data and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def _use_in_product(params, inputs, origins, output) -> _Use | None:
     """A product of matrices that sums over the kernel's leading axes; the other side has a batch axis."""
     (contracted, batch) = params["dimension_numbers"]
-    side = next((i for i in (1, 0) if origins[i].parameter is not None and origins[i].has_all_axes), None)
+    side = next((i for i in (1, 0) if _is_kernel(origins[i], inputs[i], origins[1 - i])), None)
     if side is None or any(batch):
         return None
     x, of_kernel, of_x = inputs[1 - side], contracted[side], contracted[1 - side]
@@ -139,14 +172,14 @@ def _use_in_product(params, inputs, origins, output) -> _Use | None:
     if not free or [of_kernel[i] for i in order] != list(range(len(of_kernel))):
         return None
     rows = jnp.transpose(x, (*free, *(of_x[i] for i in order)))
-    rows = rows.reshape(*rows.shape[: len(free)], -1)
+    rows = rows.reshape(*rows.shape[: len(free)], math.prod(rows.shape[len(free) :]))
 
     def as_rows(y):
         if side == 0:  # the kernel's axes come first
             y = jnp.moveaxis(y, range(y.ndim - len(free), y.ndim), range(len(free)))
-        return y.reshape(*y.shape[: len(free)], -1)
+        return y.reshape(*y.shape[: len(free)], math.prod(y.shape[len(free) :]))
 
-    return _Use(origins[side].parameter, rows, jax.typeof(output), as_rows)
+    return _Use(origins[side].parameter, rows, jax.typeof(output), as_rows, side == 1)
 
 
 def _use_in_convolution(params, inputs, origins, output) -> _Use | None:
@@ -156,7 +189,7 @@ def _use_in_convolution(params, inputs, origins, output) -> _Use | None:
     last = kernel.ndim - 1
     is_plain = of_kernel == (last, last - 1, *range(last - 1))
     groups = (params["feature_group_count"], params["batch_group_count"])
-    if origins[1].parameter is None or not origins[1].has_all_axes or not is_plain or groups != (1, 1):
+    if not _is_kernel(origins[1], kernel, origins[0]) or not is_plain or groups != (1, 1):
         return None
     patches = lax.conv_general_dilated_patches(
         jnp.transpose(x, (batch_axis, channel_axis, *places)),
@@ -174,7 +207,7 @@ def _use_in_convolution(params, inputs, origins, output) -> _Use | None:
     def as_rows(y):
         return jnp.transpose(y, (of_output[0], *of_output[2:], of_output[1]))
 
-    return _Use(origins[1].parameter, patches, jax.typeof(output), as_rows)
+    return _Use(origins[1].parameter, patches, jax.typeof(output), as_rows, of_output[1] == last)
 
 
 def value_and_grad_with_factors(
@@ -187,10 +220,11 @@ def value_and_grad_with_factors(
     out. The model is not changed, nor wrapped: layers are found in the program that JAX traces the loss to.
     The first axis of a layer's inputs is that of the examples, and the loss a mean over them.
 
-    Not found are layers inside of `jax.lax.scan` and other loops, `jax.vmap` over kernels, grouped
-    convolutions, transposed kernels, and what is no such product (embeddings, the scales of
-    normalisations): `scale_by_cgfac` says what happens to their parameters. The keys of the factors say
-    what was found.
+    Not found are layers inside of loops (`jax.lax.scan`, `map`), of `jax.lax.cond` and of functions with
+    rules of their own for derivatives, `jax.vmap` over kernels, grouped convolutions, kernels that are
+    transposed or computed first, and what is no such product (embeddings, the scales of normalisations):
+    `scale_by_cgfac` says what happens to their parameters. The keys of the factors say what was found. What
+    `jax.checkpoint` would compute again in the backward pass is kept, as the factors are.
 
     The output gradients are those of the loss, so that F is the empirical Fisher matrix. With labels that
     are drawn from the model's own distribution it is the Fisher matrix: call the function a second time on
@@ -247,7 +281,12 @@ def value_and_grad_with_factors(
         )
         (value, (aux, inputs)), (grads, output_grads) = evaluate(leaves, zeros)
         rows = [
-            _Rows(use.kernel, x, len(x) * use.as_rows(g), found.bias_of_use.get(number))
+            _Rows(
+                use.kernel,
+                x,
+                len(x) * use.as_rows(g),
+                found.bias_of_use.get(number) if use.has_outputs_last else None,
+            )
             for number, (use, x, g) in enumerate(zip(found.uses, inputs, output_grads, strict=True))
         ]
         factors = _of_kernels(rows, params)
@@ -267,18 +306,24 @@ def _zeros(like: Any) -> jax.Array:
 def _of_kernels(rows: Sequence[_Rows], params: optax.Params) -> dict[str, LayerFactors]:
     """The factors of each kernel, by its path."""
     paths, leaves = zip(*_validation.paths_and_leaves(params).items(), strict=True)
+    kernels = {
+        kernel: [use for use in rows if use.kernel == kernel]
+        for kernel in dict.fromkeys(use.kernel for use in rows)
+    }
+    biases = {kernel: {use.bias for use in uses} for kernel, uses in kernels.items()}
+    taken = [bias for found in biases.values() for bias in found]
     factors = {}
-    for kernel in dict.fromkeys(use.kernel for use in rows):
-        uses = [use for use in rows if use.kernel == kernel]
+    for kernel, uses in kernels.items():
         if len({len(use.inputs) for use in uses}) > 1:
             continue  # not the same examples
         inputs = _one_after_another([use.inputs for use in uses])
         output_grads = _one_after_another([use.output_grads for use in uses])
-        biases = {use.bias for use in uses if use.bias is not None}
-        is_bias = len(biases) == 1 and all(use.bias in biases for use in uses)
-        is_bias = is_bias and leaves[min(biases)].size == output_grads.shape[-1]
-        name = paths[min(biases)] if is_bias else None
-        factors[paths[kernel]] = LayerFactors(inputs, output_grads, name)
+        factors[paths[kernel]] = LayerFactors(inputs, output_grads, None)
+        (bias, *more) = biases[kernel]
+        if bias is None or more or bias in kernels or taken.count(bias) > 1:
+            continue
+        if leaves[bias].size == output_grads.shape[-1]:
+            factors[paths[kernel]] = LayerFactors(inputs, output_grads, paths[bias])
     return factors
 
 
@@ -295,7 +340,7 @@ def nnx_value_and_grad_with_factors(
     """As `flax.nnx.value_and_grad`, and the factors of K-FAC for each layer, from the same backward pass.
 
     What the loss does to the model's other variables (batch statistics, counts of random numbers) happens
-    to the model.
+    to the model. It must not change its other arguments: random numbers are the model's own.
 
     Args:
       loss: from a module, and anything else, to the mean loss; or to that and something more with

@@ -24,7 +24,8 @@ class ScaleByCGFACState(NamedTuple):
 
     Attributes:
       grads_seen: gradients accepted so far; stops at the largest int32.
-      grads_rejected: gradients refused because an entry was NaN or Inf; stops there too.
+      grads_rejected: gradients refused because an entry, or one of the factors, was NaN or Inf; stops
+        there too.
       solution: of the last systems, where the next ones start; without leaves where they start from zero.
       window: factors of the last batches, with a second axis of batches; without leaves where there is one.
       mean_squares: the running mean of the squared entries of the gradients, without its bias correction.
@@ -99,9 +100,9 @@ def scale_by_cgfac(
       such as `functools.partial(mfac_jax.ihvp, state, damping=...)` with the state of M-FAC.
 
     A gradient with a NaN or an Inf is returned as it came, and leaves the state as it was but for
-    `grads_rejected`. Whatever the curvature, updates of finite gradients are finite. A system that turns
-    out not to be positive definite ends where it is (see `indefinite` in the state); a layer whose factors
-    are not finite does not move.
+    `grads_rejected`. So do factors with one, but for updates of zeros. Whatever the curvature, updates of
+    finite gradients are finite. A system that turns out not to be positive definite ends where it is, and
+    leaves do not move whose numbers overflow; `indefinite` in the state reports both.
 
     On a mesh, under `jax.jit`, examples and parameters may be split over the devices in any way. In
     `jax.shard_map` and `jax.pmap` average the gradient and gather the factors first (`jax.lax.all_gather`
@@ -173,7 +174,7 @@ def scale_by_cgfac(
         _validation.check_positive("norm_constraint", norm_constraint, "1.0")
     _validation.check_bool("warm_start", warm_start)
     num_batches = _validation.check_size("num_batches", num_batches, "4")
-    if num_batches > 1:
+    if num_batches > 1 or factors is not None:
         _curvature_validation.check_factors("factors", factors)
 
     def init(params: optax.Params) -> ScaleByCGFACState:
@@ -181,7 +182,9 @@ def scale_by_cgfac(
         dtype, zeros = _tree.accumulation_dtype(params), _sharding.zeros_like_params(params)
         leaves, window = (len(jax.tree.leaves(params)),), optax.EmptyState()
         if factors is not None and num_batches > 1:
-            window = empty_window(_curvature_validation.of_leaves(factors, params), num_batches)
+            is_known = leaves != (0,)  # optax.tree.map_params calls with a tree that has no leaves
+            kept = _curvature_validation.of_leaves(factors, params) if is_known else factors
+            window = empty_window(kept, num_batches)
         return ScaleByCGFACState(
             grads_seen=zeros((), jnp.int32),
             grads_rejected=zeros((), jnp.int32),
@@ -197,11 +200,17 @@ def scale_by_cgfac(
         del params, extra_args
         has_solution = not isinstance(state.solution, optax.EmptyState)
         _validation.check_made_with("warm_start", warm_start, has_solution)
+        is_window = not isinstance(state.window, optax.EmptyState)
+        kept = jnp.shape(jax.tree.leaves(state.window)[0])[1] if is_window else 1
+        _validation.check_made_with("num_batches", num_batches, kept)
         _validation.check_params(updates)
         _curvature_validation.check_leaves(updates, len(state.mean_squares))
         _curvature_validation.check_curvature(curvature, preconditioner, num_batches)
+        is_mapping = isinstance(curvature, Mapping)
+        newest = _curvature_validation.of_leaves(curvature, updates) if is_mapping else {}
         finite, dtype = _tree.all_finite(updates), _tree.accumulation_dtype(updates)
-        gradient = jax.tree.map(lambda g: _tree.bounded(jnp.where(finite, g, 0), dtype), updates)
+        accept = finite & _tree.all_finite(jax.tree.leaves(newest))
+        gradient = jax.tree.map(lambda g: _tree.bounded(jnp.where(accept, g, 0), dtype), updates)
         start = state.solution if warm_start else optax.tree.zeros_like(gradient)
         seen = jnp.asarray(optax.safe_increment(state.grads_seen))
         mean_squares = _MEMORY * state.mean_squares + (1 - _MEMORY) * _mean_squares(gradient, dtype)
@@ -211,18 +220,18 @@ def scale_by_cgfac(
             max_iterations,
         )
         window = state.window
-        if isinstance(curvature, Mapping):
-            newest = _curvature_validation.of_leaves(curvature, updates)
-            if num_batches > 1:
+        if is_mapping:
+            newest = jax.tree.map(lambda x: jnp.where(accept, x, 0), newest)
+            if is_window:
                 _curvature_validation.check_window(newest, window)
-                window = remember(window, newest, state.grads_seen)
-                newest = window
+                newest = window = remember(window, newest, state.grads_seen)
             corrected = mean_squares / (1 - _MEMORY ** seen.astype(dtype))
             solved = _with_automatic_axes(_solve_layers, gradient)(
                 newest, gradient, start, corrected, *limits, num_batches
             )
         else:
             solved = _solve_whole(curvature, preconditioner, gradient, start, *limits)
+        solved = [_finite(leaf) for leaf in solved]
         solution = jax.tree.unflatten(jax.tree.structure(updates), [leaf.x for leaf in solved])
         factor = 1 if norm_constraint is None else _shortened(gradient, solution, norm_constraint)
         new = jax.tree.map(
@@ -239,9 +248,16 @@ def scale_by_cgfac(
             indefinite=jnp.stack([leaf.indefinite for leaf in solved]),
         )
         rejected = state._replace(grads_rejected=optax.safe_increment(state.grads_rejected))
-        return new, jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, rejected)
+        return new, jax.tree.map(lambda new, old: jnp.where(accept, new, old), accepted, rejected)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _finite(leaf: _Solved) -> _Solved:
+    """Zeros where a number has overflowed, and reported as indefinite."""
+    finite = jnp.all(jnp.isfinite(leaf.x))
+    residual = jnp.nan_to_num(leaf.residual)
+    return _Solved(jnp.where(finite, leaf.x, 0), residual, leaf.iterations, leaf.indefinite | ~finite)
 
 
 def _mean_squares(gradient: optax.Updates, dtype: jnp.dtype) -> jax.Array:
@@ -260,6 +276,9 @@ def _solve_whole(
     max_iterations: int,
 ) -> list[_Solved]:
     """One system for all leaves."""
+    _curvature_validation.check_operator("curvature", operator, gradient)
+    if preconditioner is not None:
+        _curvature_validation.check_operator("preconditioner", preconditioner, gradient)
 
     def on_block(operator: Operator) -> _cg.Product:
         def product(blocks):
@@ -327,10 +346,8 @@ def _solve_layers(  # jit: a bare loop is compiled at every call
         solved[path] = _Solved(x, jnp.zeros_like(damping), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     for number, (kernel, layer) in enumerate(layers.items()):
         outside = layer.outside(matrices[kernel], coordinates[number])
-        V = jnp.where(layer.usable, layer.vectors(found.blocks[number]) + outside / damping, 0)
-        of_layer = _Solved(
-            V, found.residuals[number], found.iterations[number], found.indefinite[number] | ~layer.usable
-        )
+        V = layer.vectors(found.blocks[number]) + outside / damping
+        of_layer = _Solved(V, found.residuals[number], found.iterations[number], found.indefinite[number])
         bias = factors[kernel].bias
         if bias is not None:
             solved[bias] = of_layer._replace(x=V[-1].reshape(grads[bias].shape))

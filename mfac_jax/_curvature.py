@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from mfac_jax import _gradients, _tree
+from mfac_jax import _gradients, _tree, _validation
 
 Operator = Callable[[optax.Params], optax.Params]
 
@@ -63,6 +63,9 @@ def gauss_newton(
     Returns:
       A function from a tree like the parameters to another.
 
+    Raises:
+      TypeError: a parameter is not a real floating-point array.
+
     Example:
       >>> import jax.numpy as jnp, mfac_jax
       >>> x, y = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.zeros(2)
@@ -75,6 +78,7 @@ def gauss_newton(
       Nicol Schraudolph, `Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent
       <https://doi.org/10.1162/08997660260028683>`_, Neural Computation 2002.
     """
+    _validation.check_params(params)
     outputs, forward = jax.linearize(model, params)
     backward = jax.linear_transpose(forward, params)
 

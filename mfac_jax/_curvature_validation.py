@@ -9,6 +9,7 @@ import jax
 import optax
 
 from mfac_jax import _validation
+from mfac_jax._curvature import Operator
 from mfac_jax._layer_fisher import Factors, LayerFactors
 
 
@@ -42,6 +43,17 @@ def check_factors(name: str, factors: Any) -> None:
         raise TypeError(
             f"{name} must be a dict from paths of kernels to LayerFactors{allowed}, got {factors!r}. "
             "mfac_jax.value_and_grad_with_factors(loss) makes it; jax.eval_shape of that, its shapes."
+        )
+
+
+def check_operator(name: str, operator: Operator, tree: optax.Params) -> None:
+    """Refuse a function whose product with the tree is no tree like it."""
+    product = jax.eval_shape(operator, tree)
+    found, expected = (jax.tree.map(lambda x: x.shape, t) for t in (product, tree))
+    if found != expected:
+        raise ValueError(
+            f"{name} must give a tree like the parameters, of the shapes {expected}, got {found}. Make the "
+            "function for the parameters that are updated."
         )
 
 

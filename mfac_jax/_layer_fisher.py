@@ -18,8 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mfac_jax import _tree
-
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("inputs", "output_grads"), meta_fields=("bias",)
@@ -67,7 +65,7 @@ class LayerFisher(NamedTuple):
       span_in: Q of the inputs, or None.
       span_out: Q of the output gradients, or None.
       scale: 1 / (N N T), N with the examples of all batches.
-      usable: whether all factors are finite; otherwise they are zeros.
+      noise: of the gradient, in shares of it: what is smaller outside of the spans is rounding.
     """
 
     a: jax.Array
@@ -75,19 +73,18 @@ class LayerFisher(NamedTuple):
     span_in: jax.Array | None
     span_out: jax.Array | None
     scale: float
-    usable: jax.Array
+    noise: jax.Array
 
     @classmethod
     def of(cls, factors: LayerFactors, dtype: jnp.dtype, num_batches: int = 1) -> "LayerFisher":
         """The matrix of the factors, computed with in `dtype`; batches are among the places."""
-        rows = [x.reshape(-1, x.shape[-1]).astype(dtype) for x in (factors.inputs, factors.output_grads)]
-        usable = _tree.all_finite(rows)
-        a, b = (jnp.where(usable, x, 0) for x in rows)
+        arrays = (factors.inputs, factors.output_grads)
+        a, b = (x.reshape(-1, x.shape[-1]).astype(dtype) for x in arrays)
         if factors.bias is not None:
             a = jnp.concatenate([a, jnp.ones((len(a), 1), dtype)], axis=1)
         scale = 1 / (len(factors.inputs) * num_batches * len(b))
         (a, span_in), (b, span_out) = _spanned(a), _spanned(b)
-        return cls(a, b, span_in, span_out, scale, usable)
+        return cls(a, b, span_in, span_out, scale, _noise(*(x.dtype for x in arrays)))
 
     def product(self, V: jax.Array) -> jax.Array:
         """F V, of coordinates."""
@@ -112,8 +109,7 @@ class LayerFisher(NamedTuple):
         if self.span_in is None and self.span_out is None:
             return jnp.zeros_like(V)
         rest = V - self.vectors(coordinates)
-        noise = _NOISE * jnp.finfo(V.dtype).eps * jnp.max(jnp.abs(V))
-        return jnp.where(jnp.max(jnp.abs(rest)) > noise, rest, 0)
+        return jnp.where(jnp.max(jnp.abs(rest)) > self.noise * jnp.max(jnp.abs(V)), rest, 0)
 
 
 def empty_window(factors: Factors, num_batches: int) -> Factors:
@@ -129,27 +125,32 @@ def empty_window(factors: Factors, num_batches: int) -> Factors:
 
 
 def remember(window: Factors, factors: Factors, step: jax.Array) -> Factors:
-    """The window with the factors in the place of the oldest; the first stand for all that are to come.
+    """The window with the factors in the place of the oldest; the first stand for all that are to come."""
 
-    Factors of a layer that are not finite are left out.
+    def put(rows, x):
+        x = x.astype(rows.dtype)
+        written = lax.dynamic_update_index_in_dim(rows, x, step % rows.shape[1], 1)
+        return jnp.where(step == 0, jnp.expand_dims(x, 1), written)
+
+    return {kernel: jax.tree.map(put, kept, factors[kernel]) for kernel, kept in window.items()}
+
+
+def _noise(*dtypes: jnp.dtype) -> jax.Array:
+    """The share of a gradient that may be rounding, where a layer computes with these dtypes.
+
+    In layers of up to 4096 x 4096, 12 eps of float32 were left outside of the spans. Products of float32
+    are in TF32 on GPUs and in bfloat16 on TPUs, unless asked otherwise.
     """
-
-    def of_layer(kept: LayerFactors, new: LayerFactors) -> LayerFactors:
-        usable = _tree.all_finite([new.inputs, new.output_grads])
-
-        def put(rows, x):
-            index = step % rows.shape[1]
-            old = lax.dynamic_index_in_dim(rows, index, 1, keepdims=False)
-            x = jnp.where(usable, x.astype(rows.dtype), old)
-            written = lax.dynamic_update_index_in_dim(rows, x, index, 1)
-            return jnp.where(step == 0, jnp.expand_dims(x, 1), written)
-
-        return jax.tree.map(put, kept, new)
-
-    return {kernel: of_layer(kept, factors[kernel]) for kernel, kept in window.items()}
+    own = max(50 * float(jnp.finfo(jnp.promote_types(*dtypes)).eps), *(2 * _half_eps(d) for d in dtypes))
+    elsewhere = (
+        own if jnp.dtype(jnp.float64) in dtypes else max(own, 2 * _half_eps(jnp.dtype(jnp.bfloat16)))
+    )
+    return lax.platform_dependent(cpu=lambda: jnp.float32(own), default=lambda: jnp.float32(elsewhere))
 
 
-_NOISE = 50  # eps: what is left of a gradient in the spans had up to 12, in layers of up to 4096 x 4096
+def _half_eps(dtype: jnp.dtype) -> float:
+    """eps of a dtype of 16 bits; of larger ones zero."""
+    return float(jnp.finfo(dtype).eps) if jnp.finfo(dtype).bits == 16 else 0.0
 
 
 def _spanned(rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:

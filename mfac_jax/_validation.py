@@ -143,7 +143,7 @@ def check_shapes(name: str, tree: optax.Updates, window: optax.Params) -> None:
             )
 
 
-def check_made_with(name: str, value: str | bool, made: str | bool) -> None:
+def check_made_with(name: str, value: str | bool | int, made: str | bool | int) -> None:
     """Refuse a state that was made with another option."""
     if made != value:
         raise ValueError(
@@ -214,12 +214,8 @@ def leaf_name(path) -> str:
 
 
 def paths_and_leaves(tree: optax.Params) -> dict[str, Any]:
-    """Leaves by their paths, as in 'dense/kernel'; without the last entry that a variable of nnx adds."""
-
-    def name(path) -> str:
-        return _joined(path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path)
-
-    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """Leaves by their paths, as in 'dense/kernel'."""
+    return {_joined(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def masked_paths(tree: optax.Params) -> list[str]:
@@ -233,4 +229,6 @@ def masked_paths(tree: optax.Params) -> list[str]:
 
 
 def _joined(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """Without the last entry that a variable of nnx, or a box of linen, adds."""
+    entries = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
+    return jax.tree_util.keystr(entries, simple=True, separator="/")

@@ -127,6 +127,13 @@ def found_in(function, params: Any, *args) -> dict[str, str | None]:
 
 GROUPED: Any = nn.Conv(4, (3, 3), feature_group_count=2)
 W, B, X = jnp.ones((4, 3)), jnp.zeros(3), jnp.ones((6, 4))
+
+
+def add_to(y, bias):
+    """Twice what comes out, once with a bias."""
+    return (y + bias) ** 2 + y**3
+
+
 PROGRAMS: dict[str, tuple[Any, Any, Any]] = {
     "product and bias": (lambda p: (X @ p["w"] + p["b"]).sum(), {"w": W, "b": B}, {"w": "b"}),
     "bias first": (lambda p: (p["b"] + X @ p["w"]).sum(), {"w": W, "b": B}, {"w": "b"}),
@@ -155,6 +162,38 @@ PROGRAMS: dict[str, tuple[Any, Any, Any]] = {
     ),
     "no batch": (lambda p: (X[0] @ p["w"]).sum(), {"w": W}, {}),
     "changed before": (lambda p: (X @ (2 * p["w"])).sum(), {"w": W}, {}),
+    "a bias along another axis": (
+        lambda p: jnp.sum((X.reshape(2, 3, 4) @ p["w"] + p["b"][:, None]) ** 2),
+        {"w": W, "b": B},
+        {"w": None},
+    ),
+    "a bias that not all of the output gets": (
+        lambda p: jnp.sum(add_to(X @ p["w"], p["b"])),
+        {"w": W, "b": B},
+        {"w": None},
+    ),
+    "a bias of two kernels": (
+        lambda p: jnp.sum((X @ p["w"] + p["b"]) ** 2) + jnp.sum((X @ p["u"] + p["b"]) ** 3),
+        {"w": W, "u": W, "b": B},
+        {"w": None, "u": None},
+    ),
+    "a kernel that is its own bias": (
+        lambda p: jnp.sum(jnp.tanh(X[:, :1] @ p["w"] + p["w"])),
+        {"w": W[:1]},
+        {"w": None},
+    ),
+    "a product of parameters": (lambda p: jnp.sum(X @ (p["w"] @ p["u"])), {"w": W, "u": W.T}, {}),
+    "a penalty": (
+        lambda p: jnp.mean((X @ p["w"]) ** 2) + jnp.sum((p["w"].T @ p["w"] - jnp.eye(3)) ** 2),
+        {"w": W},
+        {"w": None},
+    ),
+    "as whole numbers": (
+        lambda p: jnp.sum(X @ p["w"]) + jnp.sum((jnp.ones((6, 4), int) @ p["w"].astype(int)).astype(float)),
+        {"w": W},
+        {"w": None},
+    ),
+    "no examples": (lambda p: jnp.sum(X[:0] @ p["w"]), {"w": W}, {"w": None}),
     "with other examples": (
         lambda p: (X @ p["w"]).sum() + (X[:2] @ p["w"]).sum(),
         {"w": W},
