@@ -119,7 +119,7 @@ def scale_by_cgfac(
         all layers together: with a larger :math:`\nabla^\top V` it is shortened until its norm is that.
       num_batches: batches whose factors the Fisher matrix is made of, an int >= 1; all but the newest were
         taken at earlier parameters. The state holds them, and the work grows with them. On digits, with a
-        damping of 1e-3, four took half the steps that one takes. Until there are as many, the first batch
+        damping of 1e-3, four took two thirds of the steps of one. Until there are as many, the first batch
         stands for those that are to come.
       factors: what `curvature` will be, or its shapes, as `jax.eval_shape` of a step's function gives them:
         for `num_batches` above 1, where the state needs to know. All batches are then of that size.
