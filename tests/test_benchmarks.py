@@ -58,6 +58,7 @@ def read(path: Path) -> list[dict]:
 # --------------------------------------------------------------------------------------- the real thing
 
 
+@pytest.mark.slow
 def test_runs_are_stored_and_not_repeated_and_a_missing_package_is_named(tmp_path, capfd):
     optimizers_wanted = ["--optimizers", "sgd", "mfac-default", "soap"]
     options = ["--problems", "digits-mlp", *optimizers_wanted, "--seeds", "2", "--steps", "4"]
@@ -562,6 +563,7 @@ def test_the_cost_of_a_layer_is_measured_and_a_wrong_solution_refused(monkeypatc
         kronecker_cost.main([])
 
 
+@pytest.mark.slow
 def test_steps_to_an_accuracy_are_counted(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(steps_to_accuracy, "SEEDS", range(1))
     monkeypatch.setattr(steps_to_accuracy, "SEEDS_FOR_RATES", range(2, 3))

@@ -89,8 +89,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("damping", [1.0, 1e-3])
-@pytest.mark.parametrize("tolerance", [1e-1, 1e-3, 1e-8])
+@pytest.mark.parametrize(("tolerance", "damping"), [(1e-1, 1.0), (1e-3, 1e-3), (1e-8, 1e-3)])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_error_is_below_the_tolerance_asked_for(x64, name, bias, tolerance, damping):
@@ -174,10 +173,11 @@ def flat(tree) -> np.ndarray:
 def dense(product, params) -> np.ndarray:
     """The matrix of a linear function of trees."""
     vector, unravel = ravel_pytree(params)
+    product = jax.jit(product)
     return np.stack([flat(product(unravel(e))) for e in jnp.eye(len(vector), dtype=vector.dtype)], axis=1)
 
 
-@pytest.mark.parametrize("kind", ["cross-entropy", "squared error"])
+@pytest.mark.parametrize("kind", ["cross-entropy", pytest.param("squared error", marks=pytest.mark.slow)])
 def test_gauss_newton_is_that_of_the_jacobian_and_the_hessian(x64, kind):
     params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
     x = X.astype(jnp.float64)
@@ -213,17 +213,17 @@ def test_a_preconditioner_changes_the_way_and_not_the_solution():
     matrix = gauss_newton(apply, cross_entropy, PARAMS)
     window = scale_by_mfac(8, 0.1)
     mfac_state: Any = window.init(PARAMS)
+    update, gradient_at = jax.jit(window.update), jax.jit(jax.grad(lambda p, x: cross_entropy(apply(p, x))))
     for seed in range(8):
         noise = jax.random.normal(jax.random.key(seed), X.shape)
-        _, mfac_state = window.update(
-            jax.grad(lambda p, x=X + noise: cross_entropy(apply(p, x)))(PARAMS), mfac_state
-        )
+        _, mfac_state = update(gradient_at(PARAMS, X + noise), mfac_state)
     tx, state = tx_and_state(PARAMS, 0.1, tolerance=1e-4, max_iterations=200)
-    plain, plain_state = tx.update(gradient, state, curvature=matrix)
     preconditioner = functools.partial(ihvp, mfac_state, damping=0.1)
-    updates, state = tx.update(gradient, state, curvature=matrix, preconditioner=preconditioner)
+    plain, plain_state = jax.jit(functools.partial(tx.update, curvature=matrix))(gradient, state)
+    preconditioned = functools.partial(tx.update, curvature=matrix, preconditioner=preconditioner)
+    updates, state = jax.jit(preconditioned)(gradient, state)
     assert relative_error(flat(updates), flat(plain)) < 1e-3
-    assert int(state.iterations[0]) != int(plain_state.iterations[0])
+    assert float(state.residuals[0]) != float(plain_state.residuals[0])
 
 
 def test_a_warm_start_at_the_solution_takes_no_iteration_and_a_bad_one_is_no_worse_than_none():
@@ -437,7 +437,7 @@ def test_map_params_reaches_the_solution_and_nothing_else():
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_leaves_of_half_precision_keep_their_dtype(dtype):
     _, gradient, factors = STEP(PARAMS)
     expected, _ = scale_by_cgfac().update(gradient, scale_by_cgfac().init(PARAMS), curvature=factors)
@@ -456,8 +456,8 @@ def test_vmap_over_problems_takes_the_plain_steps_of_each():
         _, gradient, factors = STEP(jax.tree.map(lambda p: scale * p, PARAMS))
         return tx.update(gradient, tx.init(PARAMS), curvature=factors)
 
-    together = jax.vmap(step)(jnp.array([0.5, 1.0, 3.0]))
-    for number, scale in enumerate((0.5, 1.0, 3.0)):
+    together, step = jax.jit(jax.vmap(step))(jnp.array([0.5, 3.0])), jax.jit(step)
+    for number, scale in enumerate((0.5, 3.0)):
         chex.assert_trees_all_close(
             jax.tree.map(lambda x, i=number: x[i], together),
             step(scale),
@@ -503,6 +503,7 @@ def test_a_batch_sharded_over_eight_devices_trains_as_on_one(batch):
     assert max(relative_errors(many, one)) < 1e-5
 
 
+@pytest.mark.slow
 @BATCHES
 def test_in_double_precision_so_does_one_at_the_damping_of_the_default(x64, batch):
     """In float32 rounding is multiplied with the condition number, and the two differ by 3e-4."""
@@ -578,9 +579,9 @@ def test_an_nnx_optimizer_trains_and_batch_statistics_move():
 # Bad input.
 
 
-@pytest.mark.parametrize("damping", [1e-30, 1e-3, 1e20])
+@pytest.mark.parametrize("damping", [1e-30, 1e20])
 @pytest.mark.parametrize("warm_start", [True, False])
-@pytest.mark.parametrize("value", [1e38, 1e30, 1e-30, 0.0])
+@pytest.mark.parametrize("value", [1e38, 1e-30, 0.0])
 def test_updates_are_finite_whatever_the_factors(value, warm_start, damping):
     """Also those that come after, from good factors."""
     _, gradient, factors = STEP(PARAMS)

@@ -54,7 +54,7 @@ def errors_and_renewals(grads: jax.Array, shift: float, every: int) -> tuple[np.
     return np.asarray(errors), int(jnp.sum(anew))
 
 
-@pytest.mark.parametrize("damping", [1e-3, 1e-6])
+@pytest.mark.parametrize("damping", [1e-3, pytest.param(1e-6, marks=pytest.mark.slow)])
 def test_ten_thousand_replacements_keep_the_digits(damping):
     errors, renewals = errors_and_renewals(gradients(10_000), M * damping, every=97)
     assert np.max(errors) < 1e-4

@@ -134,7 +134,11 @@ AXES = ("x", "y")
 
 
 @KINDS_AND_PLACEMENTS
-@pytest.mark.parametrize("inside", [False, True], ids=["init outside", "init inside"])
+@pytest.mark.parametrize(
+    "inside",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["init outside", "init inside"],
+)
 def test_inside_of_shard_map_it_is_the_run_on_one_device(placement, kind, inside):
     mesh, tx = make_mesh(AxisType.Auto), TRANSFORMS[kind](axis_name=AXES)
     param_shardings = named(mesh, placement)

@@ -59,8 +59,14 @@ CASES: dict[str, tuple[np.ndarray, float, Any, list[np.ndarray]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+LONG = ("32 x 10000, blocks of 1000", np.float32)
+PRECISIONS = [(case, dtype) for case in CASES for dtype in (np.float32, np.float64)]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(*both, marks=[pytest.mark.slow] if both == LONG else []) for both in PRECISIONS],
+)
 def test_products_diagonal_and_entries_are_those_of_the_dense_inverse(case, dtype):
     grads, damping, blocks, expected_blocks = CASES[case]
     grads, random = grads.astype(dtype), np.random.default_rng(1)
