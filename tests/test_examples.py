@@ -47,7 +47,9 @@ def error_of(name: str, capsys, *arguments: object) -> str:
 # ---------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", pytest.param("text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["digits", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar10", "text"))]
+)
 def test_an_example_prints_a_row_for_each_optimizer_and_writes_its_report(name, tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     options = TINY[name].split()

@@ -97,7 +97,7 @@ def test_the_digits_are_pruned_in_five_ways_and_m_fac_beats_magnitude(tmp_path, 
             "--mode one-shot --sparsity 0.5 --pattern 2:4 --methods magnitude published M-FAC",
             marks=pytest.mark.slow,
         ),
-        "--mode gradual --sparsity 0.9 --epochs 2 --batch-size 64",
+        pytest.param("--mode gradual --sparsity 0.9 --epochs 2 --batch-size 64", marks=pytest.mark.slow),
     ],
 )
 def test_the_resnet_20_is_pruned_in_each_mode(options, data_dir, capsys, monkeypatch):
