@@ -90,7 +90,7 @@ OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] 
 RATES = {
     "digits": {"mfac": 3e-3, "cgfac": 0.1, "sgd": 0.2, "adamw": 0.05, "nadamw": 0.05, "muon": 0.05},
     "cifar10": {"mfac": 3e-3, "sgd": 0.2, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
-    "text": {"mfac": 3e-3, "sgd": 0.5, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
+    "text": {"mfac": 3e-3, "cgfac": 0.1, "sgd": 0.5, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
 }
 
 

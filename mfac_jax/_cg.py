@@ -80,7 +80,7 @@ def solve(
       start: like b.
       damping: > 0.
       tolerance: > 0.
-      max_iterations: after which a block ends as it is.
+      max_iterations: >= 1, after which a block ends as it is.
       precondition: a positive definite matrix near (F + damping I)^-1 times the blocks.
     """
     scale = _largest(rhs)
@@ -116,8 +116,7 @@ def solve(
 
     z = precondition(r)
     nothing = jnp.zeros_like(scale, bool)
-    active = ~has_converged(x, r) & (max_iterations > 0)
-    first = _Loop(x, r, z, _dot(r, z), jnp.zeros_like(scale, jnp.int32), nothing, active)
+    first = _Loop(x, r, z, _dot(r, z), jnp.zeros_like(scale, jnp.int32), nothing, ~has_converged(x, r))
     last = lax.while_loop(lambda loop: jnp.any(loop.active), iterate, first)
     size = jnp.sqrt(_dot(b, b))
     residuals = jnp.where(size > 0, jnp.sqrt(_dot(last.r, last.r)) / size, 0)

@@ -77,7 +77,7 @@ def scale_by_cgfac(
     gradients themselves. All layers advance in one loop, each with its own step lengths, until its error is
     within the tolerance. Where a batch has fewer examples than a layer has inputs or outputs, that side is
     solved in the space that the examples span: an iteration then costs O(N^3), and the layer itself is
-    passed over twice.
+    passed over three times.
 
     The Fisher matrix is that of the batch at hand, or of the last `num_batches`. Directions that these do
     not know meet the damping alone, so average updates (`optax.ema` after this transform), not gradients:
