@@ -45,7 +45,7 @@ class Method(NamedTuple):
     """A way to prune.
 
     Attributes:
-      options: of `mfac_jax.prune`.
+      options: of `mfac_jax.pruning.prune`.
       per_example: whether gradients are of single images, else of batches.
       kernels_only: whether only the kernels that are pruned have gradients, and move.
       stats_along: whether batch statistics are estimated anew before the gradients are taken.
@@ -121,7 +121,7 @@ def pruned(network: Network, data: Data, request: Request) -> Network:
         )
         return prune_resnet20.of_kernels(grads, masks) if method.kernels_only else grads
 
-    params, _ = mfac_jax.prune(
+    params, _ = mfac_jax.pruning.prune(
         network.params, gradients, request.sparsity, masks=masks, pattern=request.pattern, **method.options
     )
     return Network(params, stats)

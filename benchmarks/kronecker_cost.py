@@ -31,7 +31,7 @@ from provenance import provenance
 from tqdm import tqdm
 
 import mfac_jax
-from mfac_jax._layer_fisher import LayerFisher
+from mfac_jax._src.cgfac.layers import LayerFisher
 
 DAMPING, LARGEST = 1e-2, 10.0  # so that the condition number is a thousand
 TOLERANCE, MAX_ITERATIONS = 0.1, 100

@@ -46,7 +46,7 @@ def _losses_of_cases(key: jax.Array, m: int, d: int) -> Losses:
     sparsity, exponent = jax.random.uniform(keys[6], (2,))
     damping = 10 ** (-6 * exponent) * jnp.mean(grads**2)
     grads = grads[:, None]
-    scores = mfac_jax.obs_scores(weights, grads, damping)
+    scores = mfac_jax.pruning.obs_scores(weights, grads, damping)
     masks = jnp.argsort(jnp.argsort(scores)) >= jnp.ceil(0.95 * sparsity * d)
 
     def loss(new):
@@ -54,9 +54,9 @@ def _losses_of_cases(key: jax.Array, m: int, d: int) -> Losses:
         return (damping * jnp.sum(move**2) + jnp.mean((grads @ move[0]) ** 2)) / 2
 
     def updated(update):
-        return mfac_jax.obs_update(weights, grads, masks, damping, update=update, gradient_term=0.0)
+        return mfac_jax.pruning.obs_update(weights, grads, masks, damping, update=update, gradient_term=0.0)
 
-    zeros = mfac_jax.apply_masks(weights, masks)
+    zeros = mfac_jax.pruning.apply_masks(weights, masks)
     return Losses(*map(loss, (updated("joint"), updated("independent"), zeros)))
 
 

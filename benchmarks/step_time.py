@@ -34,7 +34,10 @@ from provenance import provenance
 from tqdm import tqdm
 
 import mfac_jax
-from mfac_jax import _gram, _inverse, _layout, _window
+from mfac_jax._src.linalg import gram as _gram
+from mfac_jax._src.linalg import kept_inverse
+from mfac_jax._src.rows import manual_axes
+from mfac_jax._src.rows import window as _window
 
 DAMPING = 1e-3  # of gradients whose squared norm is about one
 TOLERANCE = 1e-3  # relative, of F u = g in float64
@@ -121,7 +124,7 @@ class Step:
         state: Any = transform.init([rows[0] for rows in window])
         seen = jnp.asarray(case.num_grads, jnp.int32)
         self.state = state._replace(window=window, gram=gram(window, state.gram), grads_seen=seen)
-        layouts = [_layout.Layout.local(len(shape)) for shape in case.shapes]
+        layouts = [manual_axes.Layout.local(len(shape)) for shape in case.shapes]
 
         def first_pass(window, row, like, newest):
             return _window.products(window, row, block_of_leaf, layouts, like, newest)
@@ -132,8 +135,8 @@ class Step:
             if solver == "cholesky":
                 return _gram.solve(gram, shift, weights)
             same = gram[:, newest]  # once more
-            inverse = _inverse.replace_row(inverse, same, newest, jnp.array(True))
-            return _inverse.solve(inverse, gram, shift[:, 0], weights)
+            inverse = kept_inverse.replace_row(inverse, same, newest, jnp.array(True))
+            return kept_inverse.solve(inverse, gram, shift[:, 0], weights)
 
         gradient = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in case.shapes]
         start = time.perf_counter()

@@ -86,14 +86,14 @@ def prune_in_all_ways(
     params = workload.params
     gradients = gradients_function(workload, args.num_grads, args.seed)
     given = gradients(params)
-    all_kept = mfac_jax.kernel_masks(params)
-    tx = mfac_jax.keep_pruned(make_optimizer(len(tuning.batches)), all_kept)
+    all_kept = mfac_jax.pruning.kernel_masks(params)
+    tx = mfac_jax.pruning.keep_pruned(make_optimizer(len(tuning.batches)), all_kept)
     rows, masks = {}, all_kept
     for sparsity in tqdm(args.sparsity, unit="sparsity"):
         pruned = {
             "magnitude": pruning.by_magnitude(params, sparsity),
-            "M-FAC, one step": mfac_jax.prune(params, given, sparsity),
-            "M-FAC": mfac_jax.prune(params, gradients, sparsity),
+            "M-FAC, one step": mfac_jax.pruning.prune(params, given, sparsity),
+            "M-FAC": mfac_jax.pruning.prune(params, gradients, sparsity),
         }
         for name in ("magnitude", "M-FAC"):
             start = functools.partial(lambda result, *_: result, pruned[name])
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ticks = [f"{sparsity:g}" for sparsity in args.sparsity]
     pruning.print_table(f"Validation accuracy; {before:.4f} before pruning:", ticks, rows)
     print("M-FAC is sixteen steps, with new gradients for each; in one step it has the first ones alone.")
-    print(f"\nThe last network:\n{mfac_jax.pruning_report(masks)}")
+    print(f"\nThe last network:\n{mfac_jax.pruning.pruning_report(masks)}")
     labels = {"xlabel": "sparsity of the kernels", "title": f"{workload.name}, pruned"}
     pruning.plot_accuracy(rows, ticks, before, labels, args.out / "accuracy.png")
     print(f"\nThe picture is {args.out / 'accuracy.png'}")

@@ -87,7 +87,7 @@ def by_mfac(network, masks, sparsity, *, training, num_grads, **options: Any) ->
         current = with_new_stats(network._replace(params=params), training)
         return gradients(current, training, num_grads, per_example=True)
 
-    return mfac_jax.prune(network.params, new_gradients, sparsity, masks=masks, **options)
+    return mfac_jax.pruning.prune(network.params, new_gradients, sparsity, masks=masks, **options)
 
 
 def of_kernels(grads: optax.Params, masks: Any) -> optax.Params:
@@ -108,7 +108,9 @@ def as_published(network, masks, sparsity, *, training, num_grads, num_steps=16,
         return of_kernels(gradients(current, training, PUBLISHED_GRADS, per_example=False), masks)
 
     published = PUBLISHED | {"num_steps": num_steps}
-    return mfac_jax.prune(network.params, new_gradients, sparsity, masks=masks, **published, **options)
+    return mfac_jax.pruning.prune(
+        network.params, new_gradients, sparsity, masks=masks, **published, **options
+    )
 
 
 METHODS: dict[str, Callable[..., Pruned]] = {
@@ -158,7 +160,7 @@ def gradually(args, problem: wl.Workload, training: Images, accuracy) -> tuple[d
     sparsities = [*earlier, args.sparsity[-1]]  # the last one not rounded to float32
     masks = prunable(problem.params, args.pattern)
     optimizer = optax.sgd(optax.cosine_decay_schedule(RATE, len(problem.batches)), momentum=0.9)
-    tx = mfac_jax.keep_pruned(optimizer, masks)
+    tx = mfac_jax.pruning.keep_pruned(optimizer, masks)
     rows, last_masks = {}, masks
     with tqdm(total=len(args.methods) * len(problem.batches), unit="step") as bar:
         for name in args.methods:
@@ -284,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pruning.print_table(f"Test accuracy, batch {kind}:", ticks, rows)
         rows = tables[KINDS[1]]
         labels = {"xlabel": f"sparsity of the kernels; batch {KINDS[1]}"}
-    print(f"\n{args.methods[-1]}, the last network:\n{mfac_jax.pruning_report(masks)}")
+    print(f"\n{args.methods[-1]}, the last network:\n{mfac_jax.pruning.pruning_report(masks)}")
     path = args.out / f"{args.mode}.png"
     title = f"Pruning of a ResNet-20, {args.mode}"
     pruning.plot_accuracy(rows, ticks, before, labels | {"title": title}, path)

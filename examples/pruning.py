@@ -49,9 +49,9 @@ def seed(text: str) -> int:
 
 
 def by_magnitude(params: optax.Params, sparsity: float, **options: Any) -> tuple[optax.Params, Any]:
-    """`mfac_jax.prune` without second order: the smallest weights go, and nothing else moves."""
+    """`mfac_jax.pruning.prune` without second order: the smallest weights go, and nothing else moves."""
     no_grads = jax.tree.map(lambda w: jnp.zeros((1, *w.shape), w.dtype), params)
-    return mfac_jax.prune(params, no_grads, sparsity, **options)
+    return mfac_jax.pruning.prune(params, no_grads, sparsity, **options)
 
 
 def train_and_prune(
@@ -84,7 +84,7 @@ def train_and_prune(
         if step in sparsities:
             params, masks = prune(state, masks, sparsities[step])
             # Momentum and M-FAC's window forget what they knew of the weights that went.
-            opt_state = mfac_jax.set_masks(tx, state.opt_state, masks)
+            opt_state = mfac_jax.pruning.set_masks(tx, state.opt_state, masks)
             state = state._replace(params=jax.tree.map(jnp.copy, params), opt_state=opt_state)
         state, loss = wl.train_step(workload.loss, tx, state, workload.data, indices, key)
         jax.block_until_ready(loss)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mfac_jax import nnx_value_and_grad_with_factors, value_and_grad_with_factors
-from mfac_jax._validation import paths_and_leaves
+from mfac_jax._src.base.trees import paths_and_leaves
 
 IMAGES = jax.random.normal(jax.random.key(0), (6, 8, 8, 2))
 TEXT = jax.random.randint(jax.random.key(1), (6, 5), 0, 11)

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from mfac_jax import scale_by_mfac
-from mfac_jax._diagnostics import Diagnostics, DiagnosticsLog, diagnostics
+from mfac_jax._src.mfac.diagnostics import Diagnostics, DiagnosticsLog, diagnostics
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": ()}
 BLOCKS: Any = [None, "leaf"]

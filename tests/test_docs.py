@@ -35,7 +35,7 @@ CGFAC = (
     "scale_by_cgfac",
     "value_and_grad_with_factors",
 )
-MODULES = [module.name for module in pkgutil.iter_modules(mfac_jax.__path__, "mfac_jax.")]
+MODULES = [module.name for module in pkgutil.walk_packages(mfac_jax.__path__, "mfac_jax.")]
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[s.strip().splitlines()[0] for s in SNIPPETS])

@@ -147,8 +147,8 @@ def test_the_resnet_20_has_the_accuracy_and_loss_of_pytorch_on_the_real_data():
 
 def test_pruned_weights_stay_so_while_others_train_and_every_sparsity_is_met():
     problem = train_digits.make_workload(epochs=1, seed=0)
-    masks = mfac_jax.kernel_masks(problem.params)
-    tx = mfac_jax.keep_pruned(optax.sgd(0.1, momentum=0.9), masks)
+    masks = mfac_jax.pruning.kernel_masks(problem.params)
+    tx = mfac_jax.pruning.keep_pruned(optax.sgd(0.1, momentum=0.9), masks)
     asked, seen = {0: 0.5, 11: 0.75}, []
 
     def prune(state, masks, sparsity):
@@ -161,8 +161,8 @@ def test_pruned_weights_stay_so_while_others_train_and_every_sparsity_is_met():
     state, masks = pruning.train_and_prune(problem, tx, masks, asked, prune, 0, callback)
     entries = sum(mask.size for mask in jax.tree.leaves(masks))
     assert seen == [entries // 2] * 11 + [entries * 3 // 4] * 11
-    assert mfac_jax.sparsity(masks) == 0.75
-    kept = mfac_jax.apply_masks(state.params, masks)
+    assert mfac_jax.pruning.sparsity(masks) == 0.75
+    kept = mfac_jax.pruning.apply_masks(state.params, masks)
     jax.tree.map(np.testing.assert_array_equal, kept, state.params)
 
 

@@ -13,17 +13,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mfac_jax import (
-    KeepPrunedState,
-    apply_masks,
-    keep_pruned,
-    kernel_masks,
-    mfac,
-    scale_by_mfac,
-    set_masks,
-    sparsity,
-    state_shardings,
-)
+from mfac_jax import mfac, scale_by_mfac, state_shardings
+from mfac_jax.pruning import KeepPrunedState, apply_masks, keep_pruned, kernel_masks, set_masks, sparsity
 
 PARAMS = {"bias": jnp.ones(3), "kernel": jnp.arange(1.0, 13.0).reshape(4, 3), "other": jnp.ones((2, 2))}
 KEPT = {"kernel": np.array([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0]], bool), "other": np.eye(2) == 1}

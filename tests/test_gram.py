@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dense_reference import relative_error
 
-from mfac_jax import _gram
+from mfac_jax._src.linalg import gram as _gram
 
 inverse_power = jax.jit(_gram.inverse_power, static_argnames="power")
 outside_inverse_power = jax.jit(_gram.outside_inverse_power, static_argnames="power")

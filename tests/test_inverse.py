@@ -10,7 +10,8 @@ import pytest
 from training_runs import correlated_gradients, relative_error
 
 import mfac_jax
-from mfac_jax import _gram, _inverse
+from mfac_jax._src.linalg import gram as _gram
+from mfac_jax._src.linalg import kept_inverse
 
 M, D = 16, 80
 
@@ -31,9 +32,9 @@ def replace_and_solve(shift):
         G = G.at[index].set(g)
         row = jnp.matmul(G, g, precision="highest")
         K = _gram.replace_row(K, row[None], index)
-        corrected = _inverse.replace_row(kept, row[None], index, jnp.array(True))
+        corrected = kept_inverse.replace_row(kept, row[None], index, jnp.array(True))
         newest = (jnp.arange(M) == index).astype(K.dtype)[None]
-        c, kept = _inverse.solve(corrected, K, jnp.full(1, shift, K.dtype), newest)
+        c, kept = kept_inverse.solve(corrected, K, jnp.full(1, shift, K.dtype), newest)
         return (G, K, kept), (G, c[0], jnp.any(kept.matrix != corrected.matrix))
 
     return step
@@ -41,7 +42,7 @@ def replace_and_solve(shift):
 
 def errors_and_renewals(grads: jax.Array, shift: float, every: int) -> tuple[np.ndarray, int]:
     """Relative errors of G^T c beside float64 at every so many steps, and how often P was made anew."""
-    empty = _inverse.KeptInverse(jnp.zeros((1, M, M)), jnp.zeros(1))
+    empty = kept_inverse.KeptInverse(jnp.zeros((1, M, M)), jnp.zeros(1))
     start = (jnp.zeros((M, D)), jnp.zeros((1, M, M)), empty)
     numbered = (jnp.arange(len(grads)), grads)
     _, (G, c, anew) = jax.jit(lambda xs: jax.lax.scan(replace_and_solve(shift), start, xs))(numbered)
@@ -68,9 +69,9 @@ def test_nearly_parallel_gradients_are_solved_by_cholesky():
     assert np.all(np.isfinite(errors))
     G = grads[-M:]
     K = jnp.matmul(G, G.T, precision="highest")[None]
-    kept = _inverse.KeptInverse(jnp.eye(M)[None], jnp.full(1, 1e-7))
+    kept = kept_inverse.KeptInverse(jnp.eye(M)[None], jnp.full(1, 1e-7))
     newest = jnp.eye(M)[:1]
-    found, anew = _inverse.solve(kept, K, jnp.full(1, 1e-7), newest)
+    found, anew = kept_inverse.solve(kept, K, jnp.full(1, 1e-7), newest)
     np.testing.assert_array_equal(found, _gram.solve(K, jnp.full((1, 1), 1e-7), newest))
     assert jnp.all(anew.matrix != kept.matrix)
 
@@ -78,9 +79,9 @@ def test_nearly_parallel_gradients_are_solved_by_cholesky():
 def test_a_shift_that_moves_is_met_by_refinement_and_then_by_a_new_inverse():
     G = gradients(M)
     K, newest = jnp.matmul(G, G.T, precision="highest")[None], jnp.eye(M)[:1]
-    _, kept = _inverse.solve(_inverse.KeptInverse(0 * K, jnp.zeros(1)), K, jnp.full(1, 0.1), newest)
+    _, kept = kept_inverse.solve(kept_inverse.KeptInverse(0 * K, jnp.zeros(1)), K, jnp.full(1, 0.1), newest)
     for shift, is_anew in ((0.11, False), (0.13, False), (0.9, True)):
-        found, after = _inverse.solve(kept, K, jnp.full(1, shift), newest)
+        found, after = kept_inverse.solve(kept, K, jnp.full(1, shift), newest)
         expected = np.linalg.solve(np.asarray(K[0], np.float64) + shift * np.eye(M), np.eye(M)[0])
         np.testing.assert_allclose(found[0], expected, rtol=2e-5, atol=2e-6)
         assert bool(jnp.any(after.matrix != kept.matrix)) == is_anew

@@ -15,15 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mfac_jax import (
-    _masks,
-    _patterns,
-    apply_masks,
-    kernel_masks,
-    pruning_report,
-    sparsity,
-    sparsity_by_leaf,
-)
+from mfac_jax._src.pruning import masks as _masks
+from mfac_jax._src.pruning import patterns
+from mfac_jax.pruning import apply_masks, kernel_masks, pruning_report, sparsity, sparsity_by_leaf
 
 PARAMS = {"conv": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "out": jnp.ones((2, 8, 1))}
 KEPT = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [1, 1, 0]])
@@ -188,7 +182,7 @@ def test_masks_survive_a_checkpoint(tmp_path):
     [(None, 1, 1, 1), ("2:4", 4, 6, 2), ("1:4", 4, 4, 3), ("4:8", 8, 70, 4), ("block:4", 4, 1, 4)],
 )
 def test_a_pattern_lists_what_goes_together(pattern, size, choices, together):
-    found = _patterns.parse_pattern(pattern)
+    found = patterns.parse_pattern(pattern)
     assert found.size == size
     assert found.together == together
     assert len(np.unique(found.choices, axis=0)) == len(found.choices) == choices
@@ -202,28 +196,28 @@ def test_other_patterns_are_refused(pattern):
     with pytest.raises(
         ValueError, match=f"pattern must be None, 'N:M'.*got {re.escape(repr(pattern))}.*'2:4'"
     ):
-        _patterns.parse_pattern(pattern)
+        patterns.parse_pattern(pattern)
 
 
 def test_patterns_with_very_many_choices_are_refused():
     with pytest.raises(ValueError, match=r"'8:16' has 12870 choices a group.*Pass a smaller group"):
-        _patterns.parse_pattern("8:16")
+        patterns.parse_pattern("8:16")
 
 
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("shape", [(8,), (4, 3), (3, 2, 8, 5), (0, 3)])
 def test_groups_lie_along_the_inputs(shape, size):
     x = jnp.arange(np.prod(shape)).reshape(shape)
-    groups = _patterns.groups(x, size)
+    groups = patterns.groups(x, size)
     assert groups.shape == (x.size // size, size)
-    np.testing.assert_array_equal(_patterns.ungroup(groups, shape), x)
+    np.testing.assert_array_equal(patterns.ungroup(groups, shape), x)
     step = shape[-1] if len(shape) > 1 else 1
     np.testing.assert_array_equal(np.diff(groups, axis=1), step)
 
 
 def test_a_scalar_is_a_group():
-    assert _patterns.groups(jnp.ones(()), 1).shape == (1, 1)
-    assert _patterns.ungroup(jnp.ones((1, 1)), ()).shape == ()
+    assert patterns.groups(jnp.ones(()), 1).shape == (1, 1)
+    assert patterns.ungroup(jnp.ones((1, 1)), ()).shape == ()
 
 
 def test_groups_must_divide_the_inputs():
@@ -231,8 +225,8 @@ def test_groups_must_divide_the_inputs():
     with pytest.raises(
         ValueError, match=r"axis 2 of leaf \['conv'\], \(3, 3, 3, 16\), is 3 long.*None there"
     ):
-        _patterns.check_request(masks, 0.5, _patterns.parse_pattern("2:4"))
-    _patterns.check_request({**masks, "conv": None}, 0.5, _patterns.parse_pattern("2:4"))
+        patterns.check_request(masks, 0.5, patterns.parse_pattern("2:4"))
+    patterns.check_request({**masks, "conv": None}, 0.5, patterns.parse_pattern("2:4"))
 
 
 # Selection.
@@ -254,18 +248,18 @@ def as_flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(tree["a"]), np.ravel(tree["c"])])
 
 
-def scores_of(costs, pattern: _patterns.Pattern) -> dict:
+def scores_of(costs, pattern: patterns.Pattern) -> dict:
     """A choice costs the sum of its entries."""
     return jax.tree.map(
-        lambda x: _patterns.groups(x, pattern.size) @ pattern.choices.T.astype(x.dtype), costs
+        lambda x: patterns.groups(x, pattern.size) @ pattern.choices.T.astype(x.dtype), costs
     )
 
 
 def select(costs, masks, amount: float, name: str | None = None, **options) -> Any:
-    pattern = _patterns.parse_pattern(name)
-    _patterns.check_request(masks, amount, pattern, **options)
+    pattern = patterns.parse_pattern(name)
+    patterns.check_request(masks, amount, pattern, **options)
     finite = jax.tree.map(lambda x: jnp.minimum(x, 100.0), costs) if name else costs
-    return _patterns.select(scores_of(finite, pattern), masks, amount, pattern, **options)
+    return patterns.select(scores_of(finite, pattern), masks, amount, pattern, **options)
 
 
 @few
@@ -297,7 +291,7 @@ def test_each_leaf_has_the_sparsity(costs, amount):
 def test_two_of_four_stay_in_the_groups_that_are_reached(costs, first, second):
     first, second = sorted([first, second])
     masks = select(as_tree(costs), NEVER_PRUNED, first, "2:4")
-    pruned = [np.sum(~np.asarray(_patterns.groups(m, 4)), axis=1) for m in jax.tree.leaves(masks)]
+    pruned = [np.sum(~np.asarray(patterns.groups(m, 4)), axis=1) for m in jax.tree.leaves(masks)]
     assert set(np.concatenate(pruned)) <= {0, 2}
     assert abs(np.sum(np.concatenate(pruned)) - round(first * ENTRIES)) <= 1
     again = select(as_tree(costs[::-1]), masks, second, "2:4")
@@ -312,7 +306,7 @@ def test_at_its_limit_every_group_obeys_and_what_is_pruned_stays(costs, kept):
     ] = True
     masks = select(as_tree(costs), as_tree(kept), 0.5, "2:4")
     for mask, before in zip(jax.tree.leaves(masks), jax.tree.leaves(as_tree(kept)), strict=True):
-        assert np.all(np.sum(_patterns.groups(mask, 4), axis=1) <= 2)
+        assert np.all(np.sum(patterns.groups(mask, 4), axis=1) <= 2)
         assert not np.any(mask & ~before)
 
 
@@ -328,8 +322,8 @@ def test_the_cheapest_pair_of_four_goes():
 def test_infinite_scores_go_last_but_go():
     costs = jnp.array([jnp.inf, 1.0, jnp.inf, 0.0])
     np.testing.assert_array_equal(select(costs, jnp.ones(4, bool), 0.75), [False, False, True, False])
-    pattern = _patterns.parse_pattern("2:4")
-    masks = _patterns.select(jnp.full((1, 6), jnp.inf), jnp.array([True, True, True, False]), 0.5, pattern)
+    pattern = patterns.parse_pattern("2:4")
+    masks = patterns.select(jnp.full((1, 6), jnp.inf), jnp.array([True, True, True, False]), 0.5, pattern)
     np.testing.assert_array_equal(masks, [False, True, True, False])
 
 
@@ -338,7 +332,7 @@ def test_infinite_scores_go_last_but_go():
 def test_blocks_go_whole_and_as_many_as_fit_best(costs, first, second):
     first, second = sorted([first, second])
     masks = select(as_tree(costs), NEVER_PRUNED, first, "block:4")
-    pruned = [np.sum(~np.asarray(_patterns.groups(m, 4)), axis=1) for m in jax.tree.leaves(masks)]
+    pruned = [np.sum(~np.asarray(patterns.groups(m, 4)), axis=1) for m in jax.tree.leaves(masks)]
     assert set(np.concatenate(pruned)) <= {0, 4}
     assert abs(np.sum(~as_flat(masks)) - round(first * ENTRIES)) <= 2
     again = select(as_tree(costs), masks, second, "block:4")

@@ -18,7 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from training_runs import train_step
 
 import mfac_jax
-from mfac_jax import _patterns, obs_scores, obs_update, prune, sparsity
+from mfac_jax._src.pruning import patterns
+from mfac_jax.pruning import obs_scores, obs_update, prune, sparsity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 quadratic_losses = importlib.import_module("quadratic_losses")
@@ -245,7 +246,10 @@ def test_without_gradients_magnitudes_decide_and_nothing_moves(update):
 def test_each_leaf_is_pruned_to_the_sparsity_when_asked():
     w = as_tree(np.where(np.arange(67) < 27, 1e-3, 1.0).astype(np.float32) * W.astype(np.float32))
     zeros = as_tree(np.zeros((NUM_GRADS, 67), np.float32))
-    shares = [mfac_jax.sparsity_by_leaf(pruned(w, zeros, 0.25, per_leaf=each)[1]) for each in (True, False)]
+    shares = [
+        mfac_jax.pruning.sparsity_by_leaf(pruned(w, zeros, 0.25, per_leaf=each)[1])
+        for each in (True, False)
+    ]
     assert shares == [{"conv/kernel": 0.25, "out": 0.25}, {"conv/kernel": 16 / 24, "out": 0.0}]
 
 
@@ -315,7 +319,7 @@ def test_patterns_are_obeyed_after_several_steps(pattern):
     params, masks = pruned(as_tree(W.astype(np.float32)), gradients_at, 0.5, pattern=pattern, num_steps=3)
     assert sparsity(masks) == 0.5
     for leaf in (params["conv"]["kernel"], params["out"]):
-        zeros = np.sum(np.asarray(_patterns.groups(leaf, 4)) == 0, axis=1)
+        zeros = np.sum(np.asarray(patterns.groups(leaf, 4)) == 0, axis=1)
         assert set(zeros) <= ({2} if pattern == "2:4" else {0, 4})
 
 
@@ -399,7 +403,7 @@ def test_linen_trees_with_fewer_weights_than_gradients():
     variables = model.init(jax.random.key(1), x)
     grads_fn = lambda p: mfac_jax.collect_gradients(loss_fn_of(model.apply), p, [x], 16, per_example=True)  # noqa: E731
     params, masks = prune(variables, grads_fn, 0.5, num_steps=2)
-    assert mfac_jax.sparsity_by_leaf(masks) == {"params/kernel": 0.5}
+    assert mfac_jax.pruning.sparsity_by_leaf(masks) == {"params/kernel": 0.5}
     assert jax.tree.structure(params) == jax.tree.structure(variables)
 
 
@@ -409,7 +413,7 @@ def test_states_of_nnx_stay_such():
     loss_fn = loss_fn_of(lambda state, batch: nnx.merge(graph, state)(batch))
     grads = mfac_jax.collect_gradients(loss_fn, state, [x], 16, per_example=True)
     params, masks = prune(state, grads, 0.5)
-    assert mfac_jax.sparsity_by_leaf(masks) == {"kernel": 0.5}
+    assert mfac_jax.pruning.sparsity_by_leaf(masks) == {"kernel": 0.5}
     nnx.update(model, params)
     assert jnp.sum(model.kernel[...] == 0) == 4
 
@@ -618,8 +622,8 @@ def test_gradual_pruning_ends_with_the_sparsity_and_zeros():
         "in": {"kernel": jax.random.normal(keys[0], (8, 8)), "bias": jnp.zeros(8)},
         "out": jax.random.normal(keys[1], (8, 1)),
     }
-    masks = mfac_jax.kernel_masks(params)
-    tx = mfac_jax.keep_pruned(mfac_jax.mfac(num_grads=8, weight_decay=1e-3), masks)
+    masks = mfac_jax.pruning.kernel_masks(params)
+    tx = mfac_jax.pruning.keep_pruned(mfac_jax.mfac(num_grads=8, weight_decay=1e-3), masks)
     state = tx.init(params)
     schedule: Any = optax.polynomial_schedule(0.0, 0.75, 3, 30, 10)
     step = jax.jit(lambda params, state: train_step(tx, params, state, jax.grad(loss_fn)(params, x)))
@@ -628,7 +632,7 @@ def test_gradual_pruning_ends_with_the_sparsity_and_zeros():
         if 10 < number <= 40 and number % 10 == 0:
             grads = mfac_jax.collect_gradients(loss_fn, params, [x], NUM_GRADS, per_example=True)
             params, masks = prune(params, grads, schedule(number), masks=masks)
-            state = mfac_jax.set_masks(tx, state, masks)
+            state = mfac_jax.pruning.set_masks(tx, state, masks)
             shares.append(sparsity(masks))
         params, state = step(params, state)
     expected = [round(float(schedule(number)) * 72) / 72 for number in (20, 30, 40)]

@@ -16,7 +16,8 @@ from flax.linen import spmd
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from training_runs import correlated_gradients, relative_error, train_step
 
-from mfac_jax import _sharding, mfac, scale_by_mfac, state_shardings
+from mfac_jax import mfac, scale_by_mfac, state_shardings
+from mfac_jax._src.rows import mesh as _mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compiled_update
@@ -506,7 +507,7 @@ def test_shards_along_an_axis_without_a_name_are_refused():
     ],
 )
 def test_the_policy(shape, axes, expected):
-    assert _sharding.split(shape, axes) == expected
+    assert _mesh.split(shape, axes) == expected
 
 
 def test_of_a_mesh_with_explicit_and_automatic_axes_the_window_uses_the_former():

@@ -1,0 +1,46 @@
+"""What the aliases chain behind their preconditioner."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mfac_jax._src.base import checks, numerics
+
+
+def momentum_of_updates(
+    momentum: float | None, axis_name: str | Sequence[str] | None
+) -> list[optax.GradientTransformation]:
+    """An average of updates, if there is to be one."""
+    if momentum is None:
+        return []
+    checks.check_decay("momentum", momentum, "0.9")
+    return [_skip_not_finite(optax.ema(momentum), axis_name)]
+
+
+def weight_decay(weight_decay: float | None, mask: optax.MaskOrFn) -> list[optax.GradientTransformation]:
+    """Weight decay, if there is to be one."""
+    if weight_decay is None:
+        if mask is not None:
+            raise ValueError(
+                "mask says where weight_decay acts, but weight_decay is None. Pass e.g. 1e-4, or no mask."
+            )
+        return []
+    checks.check_not_negative("weight_decay", weight_decay, "1e-4")
+    return [optax.add_decayed_weights(weight_decay, mask)]
+
+
+def _skip_not_finite(
+    inner: optax.GradientTransformation, axis_name: str | Sequence[str] | None
+) -> optax.GradientTransformation:
+    """`inner`, but updates with a NaN or an Inf on any device pass it by and leave its state as it was."""
+
+    def update(updates, state, params=None):
+        accepted = inner.update(updates, state, params)
+        finite = numerics.all_finite(updates)
+        if axis_name is not None:
+            finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name) == 1
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, (updates, state))
+
+    return optax.GradientTransformation(inner.init, update)

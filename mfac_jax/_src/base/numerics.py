@@ -1,0 +1,41 @@
+"""Dtypes of sums, and numbers that neither overflow nor hide a NaN."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def accumulation_dtype(tree: optax.Params) -> jnp.dtype:
+    """float64 where a leaf is float64, else float32: the dtype of every sum over parameters."""
+    is_double = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+
+
+def all_finite(tree: optax.Updates) -> jax.Array:
+    """Whether no entry of the tree is NaN or Inf."""
+    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def bounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` as `dtype`, Inf as NaN, and finite entries clipped: 2^34 of their squares can be added up."""
+    limit = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 18)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x.astype(dtype), -limit, limit), jnp.nan)
+
+
+def scaled(u: jax.Array, scale: jax.Array) -> jax.Array:
+    """`u` times the scale of the metric, clipped so that it cannot overflow."""
+    limit = 2.0 ** (jnp.finfo(u.dtype).maxexp // 2)
+    return jnp.clip(u, -limit, limit) * scale
+
+
+def square(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The squared norm of `x`."""
+    return jnp.sum(jnp.square(x.astype(dtype)))
+
+
+def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` as `dtype`, clipped to what it can hold: float16 ends at 65,504."""
+    limit = float(jnp.finfo(dtype).max)
+    if limit < float(jnp.finfo(x.dtype).max):
+        x = jnp.clip(x, -limit, limit)
+    return x.astype(dtype)

@@ -1,0 +1,41 @@
+"""Numbers that may be schedules."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+
+def is_known_zero(number_or_schedule: optax.ScalarOrSchedule) -> bool:
+    """Whether it is a number, and known to be zero before tracing."""
+    return (
+        not callable(number_or_schedule)
+        and not isinstance(number_or_schedule, Tracer)
+        and float(number_or_schedule) == 0
+    )
+
+
+def damping_at(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
+    """The damping after `step` gradients, moved into what the dtype can hold; NaN becomes the upper end."""
+    return jnp.fmax(jnp.fmin(at(damping, step, dtype), 2.0**100), jnp.finfo(dtype).tiny)
+
+
+def at(number_or_schedule: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
+    """The number, or the schedule's value at the step."""
+    return jnp.asarray(
+        number_or_schedule(step) if callable(number_or_schedule) else number_or_schedule, dtype
+    )
+
+
+def resting_while_rising(
+    rate: optax.ScalarOrSchedule, learning_rate: optax.ScalarOrSchedule
+) -> optax.ScalarOrSchedule:
+    """The rate, as a schedule that is 0 where `learning_rate` is one and rises."""
+    if not callable(learning_rate) or is_known_zero(rate):
+        return rate
+
+    def resting(count):
+        rise = jnp.asarray(learning_rate(count)) - learning_rate(jnp.maximum(count - 1, 0))
+        return jnp.where(rise > 0, 0, rate(count) if callable(rate) else rate)
+
+    return resting

@@ -1,0 +1,390 @@
+"""What the window of gradients says about a training run: spectrum, similarity, damping and step."""
+
+import logging
+import math
+import operator
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from mfac_jax._src.base import checks
+from mfac_jax._src.mfac.transform import ScaleByMFACState
+
+_logger = logging.getLogger("mfac_jax")
+
+
+class Diagnostics(NamedTuple):
+    """What `diagnostics` returns; the formulas stand there.
+
+    Attributes:
+      spectrum: eigenvalues of the Fisher matrix of the window, largest first.
+      damping: of the last step, in the units of the spectrum.
+      effective_rank: number of directions that the gradients spread over, from 1 to `rows_used`.
+      condition_number: of the damped system as it was solved, over the rows in use.
+      damping_share: share of the window's directions that the damping rules, from 0 to 1.
+      similarity: mean cosine of two gradients of the window.
+      newest_similarity: mean cosine of the newest gradient and the others.
+      alignment: cosine of the newest gradient and the update.
+      gradient_norm: norm of the newest gradient.
+      step_norm: norm of the update.
+      fisher_norm: root mean square of the products of the update with the gradients of the window.
+      mean_cosine: running mean, over 20 steps or so, of the cosine of a gradient and the update before it.
+        Well above 0 the steps are too short, below about -0.1 too long. Zero without `step_adaptation`.
+      step_factor: what `step_adaptation` multiplies the update by.
+      grads_seen: gradients accepted so far.
+      grads_rejected: gradients refused because an entry was NaN or Inf.
+      rows_used: gradients in the window.
+    """
+
+    spectrum: jax.Array  # (blocks, num_grads), float32 like all below, float64 with a float64 parameter
+    damping: jax.Array  # (blocks,)
+    effective_rank: jax.Array  # (blocks,)
+    condition_number: jax.Array  # (blocks,)
+    damping_share: jax.Array  # (blocks,)
+    similarity: jax.Array  # (blocks,)
+    newest_similarity: jax.Array  # (blocks,)
+    alignment: jax.Array  # (blocks,)
+    gradient_norm: jax.Array  # (blocks,)
+    step_norm: jax.Array  # (blocks,)
+    fisher_norm: jax.Array  # (blocks,)
+    mean_cosine: jax.Array  # ()
+    step_factor: jax.Array  # ()
+    grads_seen: jax.Array  # () int32
+    grads_rejected: jax.Array  # () int32
+    rows_used: jax.Array  # () int32
+
+
+def diagnostics(state: optax.OptState) -> Diagnostics:
+    r"""Measure the window of gradients and the last step, from the m x m Gram matrix alone.
+
+    With G the n gradients in the window as rows `(n, d)`, :math:`g_j` the newest, :math:`K = G G^\top`,
+    :math:`s_1 \ge \dots \ge s_n` the eigenvalues of K / n, which are those of :math:`G^\top G / n`, and
+    :math:`\lambda = \delta / n` the damping, where :math:`\delta` is what the last step added to the
+    diagonal of K, and :math:`u = f\, G^\top c` the update with its coefficients c and step factor f, for
+    each block:
+
+    .. math::
+      \text{effective\_rank} &= \left(\textstyle\sum s_i\right)^2 / \textstyle\sum s_i^2 \\
+      \text{condition\_number} &= (s_1 + \lambda) / (s_n + \lambda) \\
+      \text{damping\_share} &= \tfrac{1}{n} \textstyle\sum \lambda / (s_i + \lambda) \\
+      \text{similarity} &= \operatorname{mean}_{i \ne k} \cos(g_i, g_k), \qquad
+      \text{newest\_similarity} = \operatorname{mean}_{i \ne j} \cos(g_i, g_j) \\
+      \text{alignment} &= \cos(g_j, u), \qquad \text{gradient\_norm} = |g_j| \\
+      \text{step\_norm} &= |u| = f \sqrt{c^\top K c}, \qquad
+      \text{fisher\_norm} = \sqrt{\tfrac{1}{n} \textstyle\sum (g_i^\top u)^2} = f\, |K c| / \sqrt{n}
+
+    The effective rank is k where k eigenvalues are equal and the others zero; small eigenvalues, which
+    rounding spoils first, hardly count. The damping share counts directions: the update goes along one with
+    :math:`s_i \ll \lambda` as gradient descent does, and one with :math:`s_i \gg \lambda` is normalised;
+    n (1 - damping_share) are the effective degrees of freedom of ridge regression. (The share of the
+    damping in the trace would say less: relative damping fixes it.)
+
+    Gradients are those that `scale_by_mfac` was given, and the update is what it returned, with
+    `window_momentum` and step factor. What comes after it in a chain is not seen: momentum of updates, such
+    as `optax.ema`, decoupled weight decay, learning rate. In the diagonal metric the gradients are
+    already multiplied by D, and the update is not yet.
+
+    After a gradient that was refused they are those of the last one accepted.
+
+    A pure function: it runs under `jax.jit` and `jax.vmap`, and never reads the window. It takes one
+    eigendecomposition of an m x m matrix a block: 0.6 ms at m = 64 and 27 ms at m = 512 on a CPU.
+
+    All numbers are finite. What is not defined is zero: cosines with a zero gradient, which the means
+    leave out, and everything before the first step but condition number and step factor, which are one.
+    Gradients with a squared norm below the smallest float (a norm below 1e-19 in float32) count as zero.
+    Eigenvalues below :math:`8 \sqrt{m}` times the machine epsilon of the largest are rounding noise: they
+    are given as zero, and the condition number takes them to be as large as that.
+
+    Args:
+      state: a `ScaleByMFACState`, or any optimizer state that holds exactly one.
+
+    Returns:
+      A `Diagnostics` of arrays.
+
+    Raises:
+      TypeError: `state` holds no `ScaleByMFACState`.
+      ValueError: `state` holds several of them, or was made by a vmapped `init`.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> tx = mfac_jax.scale_by_mfac(num_grads=4, damping=1.0)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for gradient in ([2.0, 0.0], [0.0, 2.0]):
+      ...   _, state = tx.update(jnp.array(gradient), state)
+      >>> result = mfac_jax.diagnostics(state)
+      >>> print(result.spectrum, result.effective_rank, result.similarity)
+      [[2. 2. 0. 0.]] [2.] [0.]
+
+    References:
+      Trevor Hastie, Robert Tibshirani, Jerome Friedman, `The Elements of Statistical Learning
+      <https://hastie.su.domains/ElemStatLearn/>`_, 2009, section 3.4.1 (effective degrees of freedom).
+    """
+    state = _find(state)
+    # The nnx optimizer wraps every array of its state.
+    scalars = [jnp.asarray(x) for x in (state.grads_seen, state.grads_rejected, state.next_row)]
+    arrays = (state.gram, state.coefficients, state.shift, state.mean_cosine, state.log_step)
+    gram, *others = [jnp.asarray(x) for x in arrays]
+    if gram.ndim != 3:
+        raise ValueError(
+            f"state must be that of one optimizer, with a gram of 3 axes, got {gram.shape}. After "
+            "jax.vmap(tx.init) call jax.vmap(mfac_jax.diagnostics)."
+        )
+    return _measure(*scalars, gram, *others)
+
+
+def _find(state) -> ScaleByMFACState:
+    """The only `ScaleByMFACState` in an optimizer's state."""
+    if isinstance(state, ScaleByMFACState):
+        return state
+    found = optax.tree.get_all_with_path(state, "ScaleByMFACState")
+    if not found:
+        raise TypeError(
+            f"state must be a ScaleByMFACState or an optimizer state that holds one, got a "
+            f"{type(state).__name__} without. Pass what init or update of mfac or scale_by_mfac returned."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"state must hold one ScaleByMFACState, got {len(found)}, at "
+            f"{', '.join(jax.tree_util.keystr(path) for path, _ in found)}. Pass one of them; "
+            "optax.tree.get_all_with_path(state, 'ScaleByMFACState') returns them all."
+        )
+    return found[0][1]
+
+
+@jax.jit
+def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, log_step) -> Diagnostics:
+    """The formulas of `diagnostics`."""
+    m, dtype = gram.shape[-1], gram.dtype
+    max_float = float(jnp.finfo(dtype).max)
+    rows_used = jnp.minimum(seen, m)
+    n = jnp.maximum(rows_used, 1)
+    newest = (next_row - 1) % m
+
+    spectrum = _eigenvalues(gram) / n.astype(dtype)
+    damping = jnp.minimum(shift / n.astype(dtype), max_float / 4)  # sums with eigenvalues stay finite
+    norms, cosines = _norms_and_cosines(gram)
+    # The update in gradients of norm one, and divided by its largest coefficient: squares neither overflow
+    # nor vanish.
+    on_unit = jnp.clip(coefficients * norms, -max_float, max_float)
+    largest = jnp.max(jnp.abs(on_unit), axis=-1, keepdims=True)
+    on_unit = _ratio(on_unit, largest)
+    projections = jnp.einsum("bij,bj->bi", cosines, on_unit, precision=lax.Precision.HIGHEST)
+    update_norm = jnp.sqrt(jnp.maximum(jnp.sum(on_unit * projections, axis=-1), 0))
+    step_factor = jnp.exp(log_step)
+    length = largest[:, 0] * step_factor
+
+    return Diagnostics(
+        spectrum=spectrum,
+        damping=damping,
+        effective_rank=_effective_rank(spectrum),
+        condition_number=_condition_number(spectrum, damping, n),
+        damping_share=_damping_share(spectrum, damping, n),
+        similarity=_similarity(cosines, jnp.ones_like(norms)),
+        newest_similarity=_similarity(cosines, (jnp.arange(m) == newest).astype(dtype)[None]),
+        alignment=jnp.clip(_ratio(projections[:, newest], update_norm), -1, 1),
+        gradient_norm=norms[:, newest],
+        step_norm=jnp.minimum(length * update_norm, max_float),
+        fisher_norm=jnp.minimum(length * _root_mean_square(norms * projections, n), max_float),
+        mean_cosine=mean_cosine,
+        step_factor=step_factor,
+        grads_seen=seen,
+        grads_rejected=rejected,
+        rows_used=rows_used,
+    )
+
+
+def _eigenvalues(gram: jax.Array) -> jax.Array:
+    """Eigenvalues of the Gram matrices `(blocks, m)`, largest first; zero where they are rounding noise."""
+    _, exponent = jnp.frexp(jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1, keepdims=True))
+    # LAPACK returns NaN on some matrices of 1e30: a power of two brings the largest entry near one.
+    exponent = jnp.maximum(exponent, jnp.finfo(gram.dtype).minexp)
+    scale = jnp.ldexp(jnp.ones_like(gram[..., 0, :1]), -exponent)
+    s = jnp.linalg.eigvalsh(gram * scale[..., None], symmetrize_input=False)
+    s = s[..., ::-1]
+    return jnp.where(s > _noise(gram) * s[..., :1], s, 0) / scale
+
+
+def _noise(x: jax.Array) -> float:
+    """What rounding may add to an eigenvalue, as a part of the largest; x is `(..., m)`."""
+    return 8 * math.sqrt(x.shape[-1]) * float(jnp.finfo(x.dtype).eps)
+
+
+def _norms_and_cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Norms of the gradients `(blocks, m)`, and their cosines, zero with a zero gradient."""
+    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    norms = jnp.where(squares >= jnp.finfo(gram.dtype).tiny, jnp.sqrt(squares), 0)
+    cosines = _ratio(_ratio(gram, norms[..., :, None]), norms[..., None, :])
+    return norms, jnp.clip(cosines, -1, 1)
+
+
+def _effective_rank(spectrum: jax.Array) -> jax.Array:
+    """(sum s)^2 / sum s^2."""
+    s = _ratio(spectrum, spectrum[:, :1])
+    return _ratio(jnp.square(jnp.sum(s, axis=-1)), jnp.sum(jnp.square(s), axis=-1))
+
+
+def _condition_number(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> jax.Array:
+    """(s_1 + damping) / (s_n + damping), with rounding noise in place of an s_n below it."""
+    first = spectrum[:, 0]
+    last = jnp.maximum(spectrum[:, n - 1], _noise(spectrum) * first)
+    return jnp.maximum(_ratio(first + damping, last + damping), 1)
+
+
+def _damping_share(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> jax.Array:
+    """The mean of damping / (s + damping) over the n rows in use."""
+    shares = _ratio(damping[:, None], spectrum + damping[:, None])
+    in_use = jnp.arange(spectrum.shape[-1]) < n
+    return jnp.sum(jnp.where(in_use, shares, 0), axis=-1) / n.astype(spectrum.dtype)
+
+
+def _similarity(cosines: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Mean cosine of the gradients `chosen` `(blocks, m)` and the other ones, without zero gradients."""
+    in_use = jnp.diagonal(cosines, axis1=-2, axis2=-1)  # one, or zero for a zero gradient
+    others = in_use[:, None, :] * (1 - jnp.eye(cosines.shape[-1], dtype=cosines.dtype))
+    pairs = (chosen * in_use)[..., None] * others
+    return _ratio(jnp.sum(pairs * cosines, axis=(-2, -1)), jnp.sum(pairs, axis=(-2, -1)))
+
+
+def _root_mean_square(x: jax.Array, n: jax.Array) -> jax.Array:
+    """sqrt(sum x^2 / n) along the last axis; the squares neither overflow nor vanish."""
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    return largest[:, 0] * jnp.sqrt(jnp.sum(jnp.square(_ratio(x, largest)), axis=-1) / n.astype(x.dtype))
+
+
+def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y, and zero where y is zero."""
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
+
+
+class DiagnosticsLog:
+    """A callback for a training loop: keeps, logs and draws the diagnostics of every so many steps.
+
+    A call logs one line to the logger `"mfac_jax"` at level INFO, which Python shows after
+    `logging.basicConfig()` and `logging.getLogger("mfac_jax").setLevel(logging.INFO)`. Of several blocks
+    it has the median and the range.
+
+    Attributes:
+      every: calls at other steps than the multiples of this do nothing.
+      records: a dict a step, with `step` and the fields of `Diagnostics` as numbers and lists. To resume
+        a run, keep them with `json` and pass them as `records`; a step that comes again replaces its
+        record, and those after it.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> tx = mfac_jax.mfac(learning_rate=0.1, num_grads=4)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> log = mfac_jax.DiagnosticsLog(every=10)
+      >>> for step in range(30):
+      ...   _, state = tx.update(jnp.array([1.0, step]), state)
+      ...   log(step, state)
+      >>> [record['step'] for record in log.records]
+      [0, 10, 20]
+    """
+
+    def __init__(self, every: int = 10, records: Iterable[dict[str, Any]] = ()):
+        """Check `every`, any integer >= 1, and copy `records`, those of an earlier log."""
+        self.every = checks.check_count("every", every, "10")
+        self.records = list(records)
+
+    def __call__(self, step: int | jax.Array, opt_state: optax.OptState) -> None:
+        """Record and log a state, if the step is a multiple of `every`; errors as `diagnostics`."""
+        step = operator.index(step)
+        if step % self.every:
+            return
+        measured = jax.device_get(diagnostics(opt_state))._asdict()
+        record = {"step": step} | {name: np.asarray(x).tolist() for name, x in measured.items()}
+        self.records = [old for old in self.records if old["step"] < step] + [record]
+        _logger.info("%s", _line(record))
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw all records into a picture, of the format that the name of the file ends in.
+
+        Lines are the medians of the blocks, shaded from the smallest to the largest.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+          ValueError: there are no records.
+        """
+        if not self.records:
+            raise ValueError("records must not be empty: call the log in the training loop before plot.")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(12, 6.5), layout="constrained")
+        _draw(figure.subplots(2, 3, sharex=True).ravel(), self.records)
+        figure.savefig(path, dpi=80)
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record for reading."""
+
+    def show(name: str) -> str:
+        x = np.asarray(record[name])
+        text = f"{np.median(x):.3g}"
+        return text if x.size == 1 else f"{text} ({x.min():.3g} to {x.max():.3g})"
+
+    return (
+        f"step {record['step']}: effective rank {show('effective_rank')} of {record['rows_used']}, "
+        f"condition number {show('condition_number')}, damping share {show('damping_share')}, "
+        f"similarity {show('similarity')}, alignment {show('alignment')}, "
+        f"gradient norm {show('gradient_norm')}, step norm {show('step_norm')}, "
+        f"mean cosine {show('mean_cosine')}, step factor {show('step_factor')}, "
+        f"rejected {record['grads_rejected']}"
+    )
+
+
+def _draw(axes, records: list[dict[str, Any]]) -> None:
+    """The six panels of `DiagnosticsLog.plot`."""
+    steps = [record["step"] for record in records]
+
+    def line(axis, values, label, color, style="-"):
+        values = np.asarray(values, np.float64).reshape(len(steps), -1)
+        axis.plot(steps, np.median(values, axis=1), label=label, color=color, linestyle=style)
+        axis.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
+
+    def column(name):
+        return [record[name] for record in records]
+
+    def eigenvalues(position):  # 0 is the largest in use, 1 the smallest
+        return [
+            np.asarray(record["spectrum"])[:, round(position * (max(record["rows_used"], 1) - 1))]
+            for record in records
+        ]
+
+    blue, orange, green, purple = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito
+    titles = ["eigenvalues", "directions", "cosines", "norms", "step factor", "damping share"]
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    if np.max(column("gradient_norm")) > 0:  # a logarithmic axis of nothing but zeros is a warning
+        axes[0].set_yscale("log")
+        axes[3].set_yscale("log")
+    for axis in axes[3:]:
+        axis.set_xlabel("step")
+    line(axes[0], eigenvalues(0), "largest", blue)
+    line(axes[0], eigenvalues(0.5), "middle", green)
+    line(axes[0], eigenvalues(1), "smallest", purple)
+    line(axes[0], column("damping"), "damping", orange, "--")
+    line(axes[1], column("rows_used"), "gradients in the window", "black", ":")
+    line(axes[1], column("effective_rank"), "effective rank", blue)
+    normalised = [r["rows_used"] * (1 - np.asarray(r["damping_share"])) for r in records]
+    line(axes[1], normalised, "not ruled by the damping", orange, "--")
+    line(axes[2], column("similarity"), "of two gradients", blue)
+    line(axes[2], column("newest_similarity"), "newest and other gradients", green, ":")
+    line(axes[2], column("alignment"), "newest gradient and update", orange, "--")
+    line(axes[2], column("mean_cosine"), "gradient and update before, mean", purple, "-.")
+    line(axes[3], column("gradient_norm"), "newest gradient", blue)
+    line(axes[3], column("step_norm"), "update", orange, "--")
+    line(axes[3], column("fisher_norm"), "update, Fisher norm", green, ":")
+    line(axes[4], column("step_factor"), "step factor", blue)
+    line(axes[5], column("damping_share"), "damping share", blue)
+    axes[5].set_ylim(0, 1)
+    for axis in axes[:4]:
+        axis.legend(fontsize="small")

@@ -1,0 +1,20 @@
+"""The package gives what it gave before the house was rebuilt, on fixed streams through all of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.recorded import streams
+
+FIGURES = json.loads(streams.FIGURES.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_those_recorded(name):
+    found = streams.sampled(streams.folded(streams.STREAMS[name]()))
+    assert len(found) == len(FIGURES[name])
+    for numbers, recorded in zip(found, FIGURES[name], strict=True):
+        scale = np.max(np.nan_to_num(np.abs(recorded), posinf=0))
+        np.testing.assert_allclose(numbers, recorded, rtol=0, atol=2e-4 * scale, equal_nan=True)
