@@ -7,7 +7,7 @@ JOBS ?= 2
 .PHONY: demo test slow benchmark lint format clean
 
 demo: $(VENV)/installed
-	$(RUN) examples/train_digits.py
+	$(RUN) -m examples.train_digits
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
@@ -18,16 +18,16 @@ slow: $(VENV)/installed-tpu
 # Speed, an hour; ORIGINAL is a checkout of github.com/IST-DASLab/M-FAC, GIGABYTES the largest window.
 GIGABYTES ?= 4.5
 OUT ?= out/speed
-STEP_TIME = $(RUN) benchmarks/step_time.py --gigabytes $(GIGABYTES) --out $(OUT)/steps.jsonl
+STEP_TIME = $(RUN) -m benchmarks.step_time --gigabytes $(GIGABYTES) --out $(OUT)/steps.jsonl
 benchmark: $(VENV)/installed
 	mkdir -p $(OUT)
 	$(STEP_TIME) --solver inverse $(addprefix --original ,$(ORIGINAL))
 	$(STEP_TIME) --solver cholesky
 	$(STEP_TIME) --grid --solver inverse
 	$(STEP_TIME) --grid --solver cholesky
-	$(RUN) benchmarks/static_algorithm.py --out $(OUT)/static.jsonl $(addprefix --original ,$(ORIGINAL))
-	$(RUN) benchmarks/training_share.py --out $(OUT)/training.jsonl
-	$(RUN) benchmarks/speed_report.py --results $(OUT) --pictures $(OUT)
+	$(RUN) -m benchmarks.static_algorithm --out $(OUT)/static.jsonl $(addprefix --original ,$(ORIGINAL))
+	$(RUN) -m benchmarks.training_share --out $(OUT)/training.jsonl
+	$(RUN) -m benchmarks.speed_report --results $(OUT) --pictures $(OUT)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -37,13 +37,10 @@ import numpy as np
 from tqdm import tqdm
 
 # Beside this file, and in examples/, which `optimizers` puts on the path.
-import optimizers as opt  # isort: skip
-import comparison
-import provenance
-import train_cifar10
-import train_digits
-import train_text
-import workload as wl
+from benchmarks import optimizers as opt
+from benchmarks import provenance
+from examples import comparison, train_cifar10, train_digits, train_text
+from examples import workload as wl
 
 # Losses are measured before the first step and this many times in a run of "tuning"; else at its end alone.
 EVALUATIONS = {"digits-mlp": 22, "digits-cnn": 22, "noisy-digits": 12, "cifar10": 6, "text": 10}

@@ -15,24 +15,20 @@ import argparse
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import cifar10_data
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import prune_resnet20
-import resnet20
-from provenance import provenance
-from resnet20 import Network
 
 import mfac_jax
+from benchmarks.provenance import provenance
+from examples import cifar10_data, prune_resnet20, resnet20
+from examples.resnet20 import Network
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9)
 IMAGES, BATCH, EXAMPLES = 2048, 32, 512  # at each recomputation

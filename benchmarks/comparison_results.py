@@ -10,7 +10,7 @@ import numpy as np
 import mfac_jax
 
 # Beside this file.
-from comparison_plots import STYLES, Record, Scan  # isort: skip
+from benchmarks.comparison_plots import STYLES, Record, Scan
 
 PEERS = ("sgd", "adamw", "nadamw")  # the best of these, tuned, sets the loss that all have to reach
 NEAR_ZERO = 0.1  # a loss that falls below this part of the initial one counts as going to zero

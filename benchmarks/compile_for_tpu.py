@@ -31,13 +31,10 @@ from flax import nnx
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import pod_transformer as pod
-import provenance
-import tpu_tables
-from compiled_update import collectives, figures, placed
-
 import mfac_jax
+from benchmarks import provenance, tpu_tables
+from benchmarks.compiled_update import collectives, figures, placed
+from examples import pod_transformer as pod
 
 SIZES = {
     "tiny": pod.Size(512, 128, 256, 2, 4),

@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tpu_tables
 from jax import lax
-from provenance import provenance
 from tqdm import tqdm
 
 import mfac_jax
+from benchmarks import tpu_tables
+from benchmarks.provenance import provenance
 from mfac_jax._src.cgfac.layers import LayerFisher
 
 DAMPING, LARGEST = 1e-2, 10.0  # so that the condition number is a thousand

@@ -4,9 +4,7 @@ import contextlib
 import functools
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,11 +15,9 @@ import numpy as np
 import optax
 import optax.contrib
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import ideas
-import workload as wl
-
 import mfac_jax
+from benchmarks import ideas
+from examples import workload as wl
 
 MFAC_RATE = inspect.signature(mfac_jax.mfac).parameters["learning_rate"].default  # its untuned rate
 # Peak rates tried, for each family of problems; "all" where one grid serves all of them.

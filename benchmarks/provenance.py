@@ -4,13 +4,11 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import comparison
+from examples import comparison
 
 
 def provenance(packages: Iterable[str]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 # Beside this file.
-import comparison_plots as plots  # isort: skip
-import comparison_results as results  # isort: skip
-from comparison_plots import STYLES, Record, Scan  # isort: skip
-from comparison_results import Summary, final_loss, scan_of  # isort: skip
+from benchmarks import comparison_plots as plots
+from benchmarks import comparison_results as results
+from benchmarks.comparison_plots import STYLES, Record, Scan
+from benchmarks.comparison_results import Summary, final_loss, scan_of
 
 PUBLISHED_WINDOW = 512  # gradients that mfac-published keeps, see optimizers.py
 

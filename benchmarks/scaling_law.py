@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.optimize
-import tpu_tables
+
+from benchmarks import tpu_tables
 
 TERMS = ("d m", "m^2", "m^3", "1")
 

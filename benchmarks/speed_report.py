@@ -15,9 +15,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import scaling_law
-import step_time
-import training_share
+
+from benchmarks import scaling_law, step_time, training_share
 
 RESULTS, PICTURES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs"
 Line = dict[str, Any]

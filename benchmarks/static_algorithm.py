@@ -23,13 +23,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin wher
 import jax
 import jax.numpy as jnp
 import numpy as np
-import original
-import tpu_tables
 from jax import lax
-from provenance import provenance
-from step_time import resnet20_shapes
 from tqdm import tqdm
 
+from benchmarks import original, tpu_tables
+from benchmarks.provenance import provenance
+from benchmarks.step_time import resnet20_shapes
 from mfac_jax import FisherInverse
 
 SHORTCUTS = [(1, 1, 16, 32), (32,), (32,), (1, 1, 32, 64), (64,), (64,)]  # projections of ResNet-20

@@ -28,12 +28,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU PyTo
 import jax
 import jax.numpy as jnp
 import numpy as np
-import original
-import tpu_tables
-from provenance import provenance
 from tqdm import tqdm
 
 import mfac_jax
+from benchmarks import original, tpu_tables
+from benchmarks.provenance import provenance
 from mfac_jax._src.linalg import gram as _gram
 from mfac_jax._src.linalg import kept_inverse
 from mfac_jax._src.rows import manual_axes

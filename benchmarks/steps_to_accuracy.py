@@ -22,14 +22,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin wher
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optimizers
-import tpu_tables
-import train_digits
-import workload as wl
-from provenance import provenance
 from tqdm import tqdm
 
 import mfac_jax
+from benchmarks import optimizers, tpu_tables
+from benchmarks.provenance import provenance
+from examples import train_digits
+from examples import workload as wl
 
 TARGET, EVERY = 0.97, 4  # steps between two evaluations
 WINDOW = "cgfac, 4 batches"  # and a damping of 1e-3

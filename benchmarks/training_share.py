@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin wher
 import jax
 import jax.numpy as jnp
 import optax
-import optimizers
-import step_time
-import tpu_tables
-from provenance import provenance
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import train_cifar10
-import train_text
-import workload as wl
 
 import mfac_jax
+from benchmarks import optimizers, step_time, tpu_tables
+from benchmarks.provenance import provenance
+from examples import train_cifar10, train_text
+from examples import workload as wl
 
 WORKLOADS: dict[str, Callable[[], wl.Workload]] = {
     "ResNet-20": functools.partial(train_cifar10.make_workload, epochs=200, batch_size=128, seed=0),

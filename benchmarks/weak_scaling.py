@@ -16,15 +16,14 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
 
-import compiled_update
 import jax
 import numpy as np
-import tpu_tables
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from provenance import provenance
 from tqdm import tqdm
 
 import mfac_jax
+from benchmarks import compiled_update, tpu_tables
+from benchmarks.provenance import provenance
 
 DEVICES = (1, 2, 4, 8)
 MODES = ("jit", "shard_map")

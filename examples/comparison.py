@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-import workload as wl
 from tqdm import tqdm
 
 import mfac_jax
+from examples import workload as wl
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and line styles for print.
 STYLES = {

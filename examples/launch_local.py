@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-import comparison
+from examples import comparison
 
 USAGE_ERROR = 2  # what argparse exits with: to start again would not help
 

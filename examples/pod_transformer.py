@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import train_text
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+
+from examples import train_text
 
 AXES = ("fsdp", "tensor")
 # Of matrices whose outputs are added up over `tensor`. Their last axis stays whole: TPUs pad it to 128.

@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import comparison
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import pruning
-import train_digits
-import workload as wl
 from tqdm import tqdm
 
 import mfac_jax
+from examples import comparison, pruning, train_digits
+from examples import workload as wl
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9, 0.95, 0.98)
 

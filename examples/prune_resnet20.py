@@ -13,20 +13,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comparison
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import pruning
-import resnet20
-import train_cifar10
-import workload as wl
-from resnet20 import Network
 from tqdm import tqdm
 
 import mfac_jax
+from examples import comparison, pruning, resnet20, train_cifar10
+from examples import workload as wl
+from examples.resnet20 import Network
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9)
 WEIGHTS = "resnet20_cifar10_torch.npz"

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import comparison
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import workload as wl
 
 import mfac_jax
+from examples import comparison
+from examples import workload as wl
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and line styles for print.
 COLORS = {"magnitude": "#D55E00", "M-FAC, one step": "#56B4E9", "M-FAC": "#0072B2", "published": "#009E73"}

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import comparison
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -19,9 +18,10 @@ import optax
 from flax import linen as nn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from workload import READ_ERRORS, DataError, Workload, epoch_batches
 
 import mfac_jax
+from examples import comparison
+from examples.workload import READ_ERRORS, DataError, Workload, epoch_batches
 
 
 class MLP(nn.Module):

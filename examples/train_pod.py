@@ -22,15 +22,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import comparison
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import pod_transformer as pod
-import train_text
-import workload as wl
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -38,6 +34,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import mfac_jax
+from examples import comparison, train_text
+from examples import pod_transformer as pod
+from examples import workload as wl
 
 VOCABULARY = 256  # bytes
 VALID_BATCHES = 4

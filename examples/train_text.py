@@ -12,13 +12,14 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-import comparison
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from workload import DataError, Workload
+
+from examples import comparison
+from examples.workload import DataError, Workload
 
 LIBRARY_BYTES = 1_000_000  # about what Tiny Shakespeare has
 WINDOWS = 1024  # windows of each part that the losses are measured on

@@ -13,11 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-cifar10_data, train_cifar10, train_digits, train_text = (
-    importlib.import_module(name)
-    for name in ("cifar10_data", "train_cifar10", "train_digits", "train_text")
-)
+from examples import cifar10_data, train_cifar10, train_digits, train_text
 
 
 def error_of(main, capsys, folder: Path) -> str:

@@ -1,8 +1,6 @@
 """The examples that prune, run as a user runs them, on settings that take seconds."""
 
-import importlib
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -12,13 +10,10 @@ import optax
 import pytest
 
 import mfac_jax
+from examples import prune_digits, prune_resnet20, pruning, resnet20, train_digits, workload
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-prune_digits, prune_resnet20, pruning, resnet20, train_digits, workload = (
-    importlib.import_module(name)
-    for name in ("prune_digits", "prune_resnet20", "pruning", "resnet20", "train_digits", "workload")
-)
+ROOT = Path(__file__).parents[2]
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 REAL_DATA = ROOT.parent / "shared" / "data"
 MODULES = {"digits": prune_digits, "resnet20": prune_resnet20}

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_runs import correlated_gradients, relative_error
 
 import mfac_jax
 from mfac_jax._src.linalg import gram as _gram
 from mfac_jax._src.linalg import kept_inverse
+from tests.training_runs import correlated_gradients, relative_error
 
 M, D = 16, 80
 

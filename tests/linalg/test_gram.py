@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_reference import relative_error
 
 from mfac_jax._src.linalg import gram as _gram
+from tests.dense_reference import relative_error
 
 inverse_power = jax.jit(_gram.inverse_power, static_argnames="power")
 outside_inverse_power = jax.jit(_gram.outside_inverse_power, static_argnames="power")

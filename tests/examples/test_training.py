@@ -1,7 +1,6 @@
 """The example scripts, run as a user runs them, on settings that take seconds."""
 
 import functools
-import importlib
 import json
 import os
 import re
@@ -17,13 +16,10 @@ import numpy as np
 import optax
 import pytest
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
-cifar10_data, comparison, train_cifar10, train_digits, train_text, workload = (
-    importlib.import_module(name)
-    for name in ("cifar10_data", "comparison", "train_cifar10", "train_digits", "train_text", "workload")
-)
+from examples import comparison, train_cifar10, train_digits, train_text, workload
+
+ROOT = Path(__file__).parents[2]
+
 MODULES = {"digits": train_digits, "cifar10": train_cifar10, "text": train_text}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -186,7 +182,7 @@ def test_a_killed_run_leaves_checkpoints_that_resume(tmp_path, monkeypatch):
     checkpoints = ["--checkpoint-dir", str(tmp_path / "checkpoints")]
     folder = tmp_path / "checkpoints" / "mfac-seed0"
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", EXAMPLES / "train_digits.py", *options, *checkpoints],
+        [sys.executable, "-W", "error", "-m", "examples.train_digits", *options, *checkpoints],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"},

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dense_reference import inverse_of_newest, inverse_power, mean_by_age, relative_error
 
 from mfac_jax import ihvp, scale_by_mfac
+from tests.dense_reference import inverse_of_newest, inverse_power, mean_by_age, relative_error
 
 SIZES = {"bias": (3,), "kernel": (2, 3), "scale": ()}  # in the order of the leaves: 10 parameters
 WIDTH = 10

@@ -17,12 +17,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import launch_local
-import pod_transformer as pod
-import train_pod
+from examples import launch_local, train_pod
+from examples import pod_transformer as pod
 
-SCRIPT = train_pod.__file__
+MODULE = "examples.train_pod"
 TINY = ["--width=32", "--layers=1", "--heads=2", "--context=16", "--batch-size=8", "--num-grads=8"]
 TINY += ["--report-every=7"]
 WORDS = ["the", "window", "holds", "the", "last", "gradients"]
@@ -43,7 +41,7 @@ def arguments(text: Path, folder: Path, *more: str) -> list[str]:
 
 def on_processes(processes: int, devices: int, argv: list[str]) -> None:
     """Run the script to its end."""
-    assert launch_local.wait(launch_local.start([SCRIPT, *argv], processes, devices)) == 0
+    assert launch_local.wait(launch_local.start(["-m", MODULE, *argv], processes, devices)) == 0
 
 
 def result(argv: list[str]) -> tuple[dict[str, Any], train_pod.TrainState]:
@@ -97,7 +95,7 @@ def on_two_hosts(argv: list[str], *own: list[str], folders: tuple[Path, Path]) -
     shared = ["--coordinator", f"127.0.0.1:{launch_local.free_port()}", "--num-processes", "2"]
     return [
         subprocess.Popen(
-            [sys.executable, SCRIPT, *argv, *shared, "--process-id", str(i), *flags],
+            [sys.executable, "-m", MODULE, *argv, *shared, "--process-id", str(i), *flags],
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
             cwd=folder,
         )
@@ -181,7 +179,7 @@ def test_a_run_that_is_killed_time_and_again_ends_in_the_same_bits(
     cut, alone = (arguments(text, tmp_path / name, *flags) for name in ("cut", "alone"))
     saving = 0
     for kill in range(kills):
-        children = launch_local.start([SCRIPT, *cut], processes, devices)
+        children = launch_local.start(["-m", MODULE, *cut], processes, devices)
         is_saving = kill % 2 == 0
         killed(children, tmp_path / "cut", is_saving, delay=0.05 if is_saving else 1.0)
         saving += any("tmp" in path.name for path in (tmp_path / "cut").iterdir())
@@ -196,7 +194,7 @@ def test_a_run_that_is_killed_time_and_again_ends_in_the_same_bits(
 def test_hosts_that_are_about_to_be_taken_away_save_and_are_continued(text, tmp_path):
     flags = ["--steps=3000", "--save-every=3000"]
     cut, alone = (arguments(text, tmp_path / name, *flags) for name in ("cut", "alone"))
-    children = launch_local.start([SCRIPT, *cut], 2, 1)
+    children = launch_local.start(["-m", MODULE, *cut], 2, 1)
     while not (tmp_path / "cut" / "1").exists():  # the first step is always saved
         time.sleep(0.01)
     children[1].terminate()
@@ -213,7 +211,7 @@ def test_a_checkpoint_of_four_processes_is_continued_by(processes, devices, text
     # Beyond some 25 steps this run doubles rounding errors at each step, as that of AdamW does at 5e-2.
     flags = ["--steps", "20", "--save-every", "5"]
     argv, alone = (arguments(text, tmp_path / name, *flags) for name in ("four", "one"))
-    children = launch_local.start([SCRIPT, *argv], 4, 1)
+    children = launch_local.start(["-m", MODULE, *argv], 4, 1)
     killed(children, tmp_path / "four", saving=False, delay=0)
     on_processes(processes, devices, argv)
     on_processes(1, 1, alone)

@@ -10,9 +10,9 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from training_runs import correlated_gradients, relative_error, train_step
 
 from mfac_jax import diagnostics, ihvp, mfac, scale_by_mfac, state_shardings
+from tests.training_runs import correlated_gradients, relative_error, train_step
 
 P = PartitionSpec
 NUM_GRADS, STEPS = 8, 20

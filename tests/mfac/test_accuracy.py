@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_reference import (
+
+from mfac_jax import scale_by_mfac
+from tests.dense_reference import (
     condition_numbers,
     inverse_of_newest,
     published_inverse_of_newest,
     relative_error,
 )
-
-from mfac_jax import scale_by_mfac
 
 WIDTH = 5_003
 NUM_GRADS = [1, 2, 7, 32, 100, 256]

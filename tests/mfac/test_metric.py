@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dense_reference import inverse_power, relative_error
 
 from mfac_jax import mfac, scale_by_mfac
+from tests.dense_reference import inverse_power, relative_error
 
 EPS = float(np.finfo(np.float32).eps)
 

@@ -10,7 +10,7 @@ import pytest
 
 import mfac_jax
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 STATIC = ("FisherInverse", "collect_gradients")

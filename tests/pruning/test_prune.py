@@ -1,10 +1,7 @@
 """Scores and updates of the Optimal Brain Surgeon beside dense float64 matrices; what `prune` does."""
 
-import importlib
 import itertools
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import flax.linen
@@ -15,14 +12,12 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from training_runs import train_step
 
 import mfac_jax
+from benchmarks import quadratic_losses
 from mfac_jax._src.pruning import patterns
 from mfac_jax.pruning import obs_scores, obs_update, prune, sparsity
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-quadratic_losses = importlib.import_module("quadratic_losses")
+from tests.training_runs import train_step
 
 # Shapes, and a number of gradients, that most tests share: each other one is compiled anew.
 SHAPES = {"conv": {"bias": (3,), "kernel": (2, 4, 3)}, "out": (8, 5)}

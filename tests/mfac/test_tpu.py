@@ -1,8 +1,6 @@
 """What XLA for TPU makes of the update, compiled with libtpu for chips that are not here."""
 
 import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,10 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import mfac_jax
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import compile_for_tpu as tpu
-import tpu_tables
+from benchmarks import compile_for_tpu as tpu
+from benchmarks import tpu_tables
 
 pytestmark = [
     pytest.mark.slow,

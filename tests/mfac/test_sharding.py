@@ -1,8 +1,6 @@
 """The same steps on a mesh of eight devices, in every mode, as on one device; where the state lies."""
 
 import functools
-import sys
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,13 +12,11 @@ import pytest
 from flax import nnx
 from flax.linen import spmd
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from training_runs import correlated_gradients, relative_error, train_step
 
+from benchmarks import compiled_update
 from mfac_jax import mfac, scale_by_mfac, state_shardings
 from mfac_jax._src.rows import mesh as _mesh
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import compiled_update
+from tests.training_runs import correlated_gradients, relative_error, train_step
 
 P = PartitionSpec
 NUM_GRADS, STEPS = 16, 20

@@ -1,11 +1,9 @@
 """The comparison of optimizers: tiny runs through its command line, and its report from made-up results."""
 
 import functools
-import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,26 @@ import pytest
 from PIL import Image
 
 import mfac_jax
+from benchmarks import (
+    compare_optimizers,
+    compare_pruning,
+    comparison_results,
+    compiled_update,
+    kronecker_cost,
+    optimizers,
+    report_comparison,
+    scaling_law,
+    speed_report,
+    static_algorithm,
+    step_time,
+    steps_to_accuracy,
+    tpu_tables,
+    training_share,
+    weak_scaling,
+)
+from examples import pod_transformer as pod
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-MODULES = ("compare_optimizers", "optimizers", "report_comparison", "comparison_results")
-compare_optimizers, optimizers, report_comparison, comparison_results = map(
-    importlib.import_module, MODULES
-)
-compiled_update, pod, tpu_tables, weak_scaling = map(
-    importlib.import_module, ("compiled_update", "pod_transformer", "tpu_tables", "weak_scaling")
-)
-static_algorithm, compare_pruning, step_time, training_share, scaling_law, speed_report = map(
-    importlib.import_module,
-    ("static_algorithm", "compare_pruning", "step_time", "training_share", "scaling_law", "speed_report"),
-)
-
-kronecker_cost, steps_to_accuracy = map(importlib.import_module, ("kronecker_cost", "steps_to_accuracy"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.parametrize("name", optimizers.IDEAS)
