@@ -22,6 +22,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mfac_jax
+from mfac_jax import pruning
 
 P = PartitionSpec
 FIGURES = Path(__file__).with_name("figures.json")
@@ -128,21 +129,7 @@ for _name, _options in {
 
 @stream("mfac, as published")
 def _published():
-    return run(published(1e-3, num_grads=8, weight_decay=3e-3), spoiled("network"))
-
-
-def published(*args, **kwargs):
-    """The paper's recipe."""
-    return mfac_jax.mfac(
-        *args,
-        damping=1e-5,
-        metric="identity",
-        relative_damping=False,
-        momentum_in="update",
-        step_adaptation=0,
-        decoupled_weight_decay=False,
-        **kwargs,
-    )
+    return run(mfac_jax.mfac_published(num_grads=8), spoiled("network"))
 
 
 @stream("mfac, one vector")
@@ -260,8 +247,6 @@ for _name, _blocks in {"one": None, "leaf": "leaf", "cut": 20, "narrow": 5}.item
         }
 
     STREAMS[f"FisherInverse, {_name}"] = functools.partial(_fisher, _blocks)
-
-pruning = getattr(mfac_jax, "pruning", mfac_jax)
 
 
 def _pruned(function_of_params: bool, **options):

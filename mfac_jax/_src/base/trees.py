@@ -1,5 +1,6 @@
 """Trees of parameters: what leaves are called, and checks that trees are what they should be."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,10 +42,10 @@ def check_tree(
         _check_floating(name, path, leaf)
 
 
-def check_shapes(name: str, tree: optax.Updates, window: optax.Params) -> None:
-    """Refuse a leaf that has not the shape of the rows of the window's."""
+def check_shapes(name: str, tree: optax.Updates, window: Sequence[jax.Array]) -> None:
+    """Raise for a leaf with another shape than the rows `(m, *shape)` of its leaf of the window."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), rows in zip(leaves, jax.tree.leaves(window), strict=True):
+    for (path, leaf), rows in zip(leaves, window, strict=True):
         if leaf.shape != rows.shape[1:]:
             raise ValueError(
                 f"{name} must have the shapes of the parameters given to init, but {leaf_name(path)} is "

@@ -1,5 +1,6 @@
 """Pruning through training: pruned weights stay at zero, and the optimizer knows the survivors only."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base.trees import leaf_name
-from mfac_jax._src.mfac.transform import ScaleByMFACState
+from mfac_jax._src.mfac.state import ScaleByMFACState, storage_of
 from mfac_jax._src.pruning import masks as _masks
-from mfac_jax._src.rows import host_memory
+from mfac_jax._src.rows import host_memory, storages
 from mfac_jax._src.rows import window as _window
-from mfac_jax._src.rows.window import Blocks
+from mfac_jax._src.rows.storages import Storage
 
 
 class KeepPrunedState(NamedTuple):
@@ -127,7 +128,11 @@ def _own(mask, param):
 
 
 def set_masks(
-    tx: optax.GradientTransformation, opt_state: optax.OptState, masks: Any, *, blocks: Blocks = None
+    tx: optax.GradientTransformation,
+    opt_state: optax.OptState,
+    masks: Any,
+    *,
+    storage: Storage | None = None,
 ) -> Any:
     """The state of an optimizer with `keep_pruned` in it, after the masks have changed.
 
@@ -145,16 +150,15 @@ def set_masks(
       tx: the whole optimizer.
       opt_state: its state. What `keep_pruned` holds in it is found in any nesting.
       masks: as in `keep_pruned`, at the same leaves.
-      blocks: as given to `scale_by_mfac` or `mfac`. A block for each leaf is seen without it.
+      storage: only for a window in a `Storage` of your own: that storage.
 
     Returns:
       The state, with the tree, shapes and dtypes of `opt_state`.
 
     Raises:
       TypeError: a mask is no array of numbers or bools.
-      ValueError: there is no `keep_pruned` in the state; the masks do not fit those in it; `blocks` does
-        not give as many blocks as the state has; a window is in memory of the host; inside of
-        `jax.shard_map` or `jax.pmap`.
+      ValueError: there is no `keep_pruned` in the state; the masks do not fit those in it; a window is in
+        memory of the host, or in another storage; inside of `jax.shard_map` or `jax.pmap`.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
@@ -173,31 +177,53 @@ def set_masks(
         fits = fits and leaf.shape[leaf.ndim - mask.ndim :] == mask.shape
         return _masks.zero_pruned(mask, leaf) if fits else leaf
 
-    opt_state = optax.tree.map_params(tx, zero_pruned, opt_state, masks, is_leaf=_masks.is_absent)
+    def mask_of(leaf, mask):
+        return leaf if _masks.is_absent(leaf) or _masks.is_absent(mask) else mask
 
-    def settled(node):
+    # In the places of the state's arrays their masks; arrays that have none stand for themselves.
+    masks_of = optax.tree.map_params(tx, mask_of, opt_state, masks, is_leaf=_masks.is_absent)
+    zeroed = optax.tree.map_params(tx, zero_pruned, opt_state, masks, is_leaf=_masks.is_absent)
+
+    def settled(node, before, masks_of):
         if isinstance(node, ScaleByMFACState):
-            return _with_gram_of_window(node, blocks)
+            return _of_survivors(node, before.window, masks_of.window, storage)
         if not isinstance(node, KeepPrunedState):
             return node
-        inner_state = jax.tree.map(settled, node.inner_state, is_leaf=_is_known)
-        return KeepPrunedState(_replaced(node.masks, masks), inner_state)
+        inner = (node.inner_state, before.inner_state, masks_of.inner_state)
+        return KeepPrunedState(
+            _replaced(node.masks, masks), jax.tree.map(settled, *inner, is_leaf=_is_known)
+        )
 
-    return jax.tree.map(settled, opt_state, is_leaf=_is_known)
+    return jax.tree.map(settled, zeroed, opt_state, masks_of, is_leaf=_is_known)
 
 
 def _is_known(node) -> bool:
     return isinstance(node, (KeepPrunedState, ScaleByMFACState))
 
 
-def _with_gram_of_window(state: ScaleByMFACState, blocks: Blocks) -> ScaleByMFACState:
-    leaves = len(jax.tree.leaves(state.window))
-    # As many labels as leaves are numbered as the leaves are.
-    blocks = "leaf" if blocks is None and 1 < leaves == len(state.gram) else blocks
-    block_of_leaf = _window.blocks_of_state(state.gram, state.window, blocks)
-    gram = _window.gram(state.window, block_of_leaf, state.gram)
-    none = jax.tree.map(jnp.zeros_like, state.inverse)  # made anew by the next step
-    return state._replace(gram=_masks.placed(gram, state.gram), inverse=none)
+def _of_survivors(
+    state: ScaleByMFACState, window: Any, masks: Any, storage: Storage | None
+) -> ScaleByMFACState:
+    """The state of M-FAC as if it had only ever seen the gradients of the survivors.
+
+    `masks` is like the window, with masks in place of its arrays.
+    """
+    storage = storage_of(state, storage)
+    rows, of_leaves = (storages.split(storage, tree) for tree in (window, masks))
+    survivors = [
+        storages.map_rows(storage, functools.partial(_zero_where, storages.main_array(mask)), leaf)
+        for leaf, mask in zip(rows, of_leaves, strict=True)
+    ]
+    structure = jax.tree.structure(storages.first_tree(storage, window))
+    window = storages.join(storage, structure, survivors)
+    gram = _window.gram(window, storage, state.block_of_leaf, state.gram)
+    unknown = jax.tree.map(jnp.zeros_like, state.solver)  # made anew by the next step
+    return state._replace(window=window, gram=_masks.placed(gram, state.gram), solver=unknown)
+
+
+def _zero_where(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Zero where the mask prunes; as it is where the mask is none."""
+    return _masks.zero_pruned(mask, x) if mask.dtype == bool else x
 
 
 def _replaced(old: Any, new: Any) -> Any:

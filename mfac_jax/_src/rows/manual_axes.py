@@ -7,22 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
-from jax.sharding import NamedSharding
 
 from mfac_jax._src.base.trees import leaf_name
-from mfac_jax._src.rows import host_memory
 from mfac_jax._src.rows.mesh import (
     Split,
     explicit_sharding,
-    named_sharding,
     names_in,
-    row_sharding,
     split,
-    window_sharding,
     without_rows,
 )
 
@@ -79,14 +72,11 @@ def _knows_varying(axes: Mapping[str, int]) -> bool:
     return any(name in varying(lax.axis_index(name)) for name in axes)
 
 
-def layouts(updates: optax.Updates, window: optax.Params, axis_name: AxisName) -> list[Layout]:
-    """The layout of every leaf of the window, found from the local shapes."""
+def layouts(updates: optax.Updates, rows: Sequence[tuple[int, ...]], axis_name: AxisName) -> list[Layout]:
+    """The layout of every leaf of the window, whose rows have these shapes on a device."""
     axes = bound_axes(axis_name)
     leaves = jax.tree_util.tree_leaves_with_path(updates)
-    rows = jax.tree.leaves(window)
-    found = [
-        _layout_of(path, x, rows.shape[1:], axes) for (path, x), rows in zip(leaves, rows, strict=True)
-    ]
+    found = [_layout_of(path, x, row, axes) for (path, x), row in zip(leaves, rows, strict=True)]
     if not _knows_varying(axes):
         _check_replicated(leaves, found, axes)
     return found
@@ -152,44 +142,6 @@ def local_shape(split: Split, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a row of the window on one device."""
     parts = [lax.axis_size(names) if names else 1 for names in split]
     return tuple(length // part for length, part in zip(shape, parts, strict=True))
-
-
-def empty_rows(
-    params: optax.Params,
-    dtype: Any,
-    axis_name: AxisName,
-    num_rows: int | None = None,
-    on_host: bool = False,
-) -> Any:
-    """Zeros like rows of the window, `num_rows` in front or one without an axis of rows.
-
-    They are of the dtype, or of the leaf's where that is None; sharded by the policy; local on manual axes.
-    """
-    axes = bound_axes(axis_name)
-    leading = () if num_rows is None else (num_rows,)
-
-    def zeros(leaf):
-        sharding = named_sharding(leaf)
-        row = None if sharding is None else row_sharding(leaf.shape, sharding)
-        sharding = window_sharding(row) if row is not None and num_rows is not None else row
-        sharded = tuple(name for name in axes if name in varying(leaf))
-        beyond = split(leaf.shape, {name: size for name, size in axes.items() if name not in sharded})
-        shape, varying_over = local_shape(beyond, leaf.shape), (*names_in(beyond), *sharded)
-        on_device = shape if row is None else row.shard_shape(shape)
-        if num_rows and on_host and host_memory.may_be_on_host(on_device):
-            like_row = (shape, dtype or leaf.dtype, row, varying_over)
-            outside = None if isinstance(leaf, Tracer) else sharding or getattr(leaf, "sharding", None)
-            return host_memory.zero_rows(_varying_zeros, like_row, num_rows, outside)
-        return _varying_zeros((*leading, *shape), dtype or leaf.dtype, sharding, varying_over)
-
-    return jax.tree.map(zeros, params)
-
-
-def _varying_zeros(shape, dtype, sharding: NamedSharding | None, axes: tuple[str, ...]) -> jax.Array:
-    """Zeros that vary along manual axes as what will take their place, where types tell."""
-    zeros = jnp.zeros(shape, dtype, device=sharding)
-    axes = tuple(name for name in axes if name in varying(lax.axis_index(name)))
-    return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def own_part(x: jax.Array, rows: jax.Array, split: Split) -> jax.Array:
