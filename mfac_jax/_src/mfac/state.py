@@ -1,6 +1,6 @@
 """What M-FAC's state holds, how it starts, and which states a transform refuses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -159,15 +159,15 @@ def storage_of(state: ScaleByMFACState, storage: Storage | None) -> Storage:
     return found
 
 
-def settled(
-    accept: jax.Array, before: ScaleByMFACState, large: Mapping[str, Any], changed: Mapping[str, Any]
-) -> ScaleByMFACState:
-    """The state after a gradient; where it was refused as before, but for `grads_rejected`.
+# Fields that a step leaves as they were where the gradient is refused. To choose once more between old and
+# new would take another pass over them.
+_LARGE = ("window", "gram", "solver")
 
-    What is `large` was kept as it was where it is refused. To choose once more would take another pass.
-    """
-    small = before._replace(**dict.fromkeys(large))
-    accepted = small._replace(**changed)
-    rejected = small._replace(grads_rejected=optax.safe_increment(before.grads_rejected))
+
+def settled(accept: jax.Array, before: ScaleByMFACState, after: ScaleByMFACState) -> ScaleByMFACState:
+    """The state after a gradient; where it was refused as before, but for `grads_rejected`."""
+    large = {name: getattr(after, name) for name in _LARGE}
+    accepted, old = (state._replace(**dict.fromkeys(_LARGE)) for state in (after, before))
+    rejected = old._replace(grads_rejected=optax.safe_increment(before.grads_rejected))
     chosen = jax.tree.map(lambda new, old: jnp.where(accept, new, old), accepted, rejected)
     return chosen._replace(**large)
