@@ -11,7 +11,7 @@ from mfac_jax._src.mfac.transform import ScaleByMFACState
 from mfac_jax._src.pruning import masks as _masks
 from mfac_jax._src.rows import host_memory
 from mfac_jax._src.rows import window as _window
-from mfac_jax._src.rows.window import Blocks
+from mfac_jax._src.rows.blocks import Blocks
 
 
 class KeepPrunedState(NamedTuple):

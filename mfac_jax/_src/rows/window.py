@@ -1,7 +1,7 @@
 """The window as a whole: its leaves grouped into blocks, on one device or split over manual mesh axes."""
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +10,8 @@ from jax import lax
 
 from mfac_jax._src.base import numerics, trees
 from mfac_jax._src.rows import contractions, manual_axes
+from mfac_jax._src.rows.blocks import Blocks, block_of_leaf, number_of_blocks
 from mfac_jax._src.rows.manual_axes import AxisName, Layout
-
-Blocks = Literal["leaf"] | Callable[[jax.tree_util.KeyPath], Hashable] | None
-
-
-def block_of_leaf(tree: optax.Params, blocks: Blocks) -> list[int]:
-    """The index of each leaf's block; blocks are numbered in the order of their first leaf."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if blocks is None:
-        return [0] * len(paths)
-    labels = range(len(paths)) if blocks == "leaf" else [blocks(path) for path in paths]
-    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    return [numbers[label] for label in labels]
-
-
-def number_of_blocks(block_of_leaf: Sequence[int]) -> int:
-    """At least one."""
-    return max(block_of_leaf, default=0) + 1
 
 
 def blocks_of_state(gram: jax.Array, tree: optax.Params, blocks: Blocks) -> list[int]:

@@ -22,7 +22,7 @@ import optax
 from mfac_jax._src.base import checks, numerics, stacks, trees
 from mfac_jax._src.linalg import gram as _gram
 from mfac_jax._src.rows import contractions
-from mfac_jax._src.rows import window as _window
+from mfac_jax._src.rows.blocks import block_of_leaf
 
 FisherBlocks = Literal["leaf"] | Callable[[jax.tree_util.KeyPath], Hashable] | int | None
 
@@ -362,8 +362,8 @@ def _places(grads: optax.Params, blocks: FisherBlocks) -> tuple[_Place, ...]:
         return tuple(
             _Place((i,), (shape,), max(1, min(blocks, math.prod(shape)))) for i, shape in enumerate(shapes)
         )
-    block_of_leaf = np.asarray(_window.block_of_leaf(grads, blocks))
-    groups = [np.flatnonzero(block_of_leaf == number).tolist() for number in range(max(block_of_leaf) + 1)]
+    block = np.asarray(block_of_leaf(grads, blocks))
+    groups = [np.flatnonzero(block == number).tolist() for number in range(max(block) + 1)]
     return tuple(_Place(tuple(group), tuple(shapes[i] for i in group), None) for group in groups)
 
 
