@@ -92,7 +92,14 @@ def test_lookahead_stays_sparse_on_both_sides():
     assert not np.any(params.slow["kernel"])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        jnp.bfloat16,
+        pytest.param(jnp.float16, marks=pytest.mark.slow),
+        pytest.param(jnp.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_that_are_not_zero_yet_become_so_exactly(dtype):
     params = jax.tree.map(lambda p: (p / 7).astype(dtype), PARAMS)
     tx = keep_pruned(SGD, MASKS)

@@ -75,6 +75,7 @@ def test_the_longest_move_is_a_multiple_of_what_goes():
     np.testing.assert_array_equal(long, free)
 
 
+@pytest.mark.slow
 def test_the_joint_update_has_the_lowest_loss_in_a_thousand_cases():
     losses = quadratic_losses.random_losses(seed=1, cases=1000)
     assert len(losses.joint) == 1000
@@ -86,6 +87,7 @@ def test_the_joint_update_has_the_lowest_loss_in_a_thousand_cases():
     assert 0.05 < np.mean(losses.independent > losses.zeroing) < 0.5
 
 
+@pytest.mark.slow
 def test_the_distribution_of_the_losses_is_printed(capsys):
     quadratic_losses.main(["--seed", "1"])
     lines = capsys.readouterr().out.splitlines()

@@ -141,7 +141,9 @@ def test_a_schedule_may_give_the_sparsity():
     assert sparsity(select(as_tree(np.arange(ENTRIES) * 1.0), NEVER_PRUNED, amount)) == 0.4
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+)
 def test_sharded_masks_are_selected_alike_and_stay_sharded(axis_type):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
     sharding = NamedSharding(mesh, PartitionSpec("x", None))

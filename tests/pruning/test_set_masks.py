@@ -73,7 +73,9 @@ def updates_on_one_device():
     return jax.device_get(update(PARAMS, set_masks(tx, state, MASKS), PARAMS)[0])
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_on_a_mesh_masks_lie_as_the_parameters(axis_type):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
     specs = {"bias": (None,), "kernel": ("x", None), "other": (None, "x")}
@@ -103,7 +105,11 @@ def kernel_or_not(path) -> bool:
 
 @pytest.mark.parametrize(
     ("metric", "blocks"),
-    [("diagonal", None), ("identity", "leaf"), ("diagonal", kernel_or_not)],
+    [
+        ("diagonal", "leaf"),
+        pytest.param("identity", None, marks=pytest.mark.slow),
+        pytest.param("diagonal", kernel_or_not, marks=pytest.mark.slow),
+    ],
 )
 def test_the_window_is_that_of_one_who_only_saw_the_survivors(metric, blocks):
     options: Any = {"metric": metric, "blocks": blocks, "relative_damping": True, "window_momentum": 0.5}
