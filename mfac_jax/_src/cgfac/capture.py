@@ -106,7 +106,7 @@ def _zeros(like: Any) -> jax.Array:
 class _Rows(NamedTuple):
     """The rows of one use of a kernel, and the bias that was added to its output."""
 
-    kernel: int | None  # number of the parameter
+    kernel: int  # number of the parameter
     inputs: jax.Array  # (N, ..., in)
     output_grads: jax.Array  # (N, ..., out)
     bias: int | None  # number of the parameter
@@ -140,9 +140,11 @@ def _of_kernels(rows: Sequence[_Rows], params: optax.Params) -> dict[str, LayerF
         output_grads = _one_after_another([use.output_grads for use in uses])
         (bias, *more) = biases[kernel]
         # The bias is a row of the layer only if all uses add it, and no other layer does.
-        is_own = bias is not None and not more and bias not in kernels and taken.count(bias) == 1
-        has_size = is_own and leaves[bias].size == output_grads.shape[-1]
-        factors[paths[kernel]] = LayerFactors(inputs, output_grads, paths[bias] if has_size else None)
+        is_own = not more and bias not in kernels and taken.count(bias) == 1
+        if bias is None or not is_own or leaves[bias].size != output_grads.shape[-1]:
+            factors[paths[kernel]] = LayerFactors(inputs, output_grads)
+        else:
+            factors[paths[kernel]] = LayerFactors(inputs, output_grads, paths[bias])
     return factors
 
 

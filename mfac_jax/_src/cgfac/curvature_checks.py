@@ -34,7 +34,8 @@ def check_curvature(curvature: Any, preconditioner: Any, updates: optax.Updates,
             f"num_batches must be 1 if the curvature is a function, got {num_batches}. Make the function "
             "that of several batches instead."
         )
-    for name, operator in (("curvature", curvature), ("preconditioner", preconditioner)):
+    operators: dict[str, Any] = {"curvature": curvature, "preconditioner": preconditioner}
+    for name, operator in operators.items():
         if is_function and operator is not None:
             _check_operator(name, operator, updates)
 

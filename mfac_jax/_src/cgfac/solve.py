@@ -1,7 +1,7 @@
 """The systems of one step: one per layer, or a single one for a whole operator."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,9 @@ def solve_layers(
     return _with_automatic_axes(solve, gradient)(factors, gradient, mean_squares, limits)
 
 
-def _with_automatic_axes(solve, gradient: optax.Updates):
+def _with_automatic_axes(
+    solve: Callable[..., list[SolvedLeaf]], gradient: optax.Updates
+) -> Callable[..., list[SolvedLeaf]]:
     """`solve`, with XLA choosing the shardings inside of it if the gradient has explicit mesh axes.
 
     The factors have the batch's mesh axes and the gradient its own: no type holds for all products.
@@ -60,9 +62,9 @@ def _with_automatic_axes(solve, gradient: optax.Updates):
         return solve
     scalar: Any = PartitionSpec()
     specs: list[Any] = [scalar if sharding is None else sharding.spec for sharding in shardings]
-    return jax.sharding.auto_axes(
-        solve, out_sharding=[SolvedLeaf(spec, scalar, scalar, scalar) for spec in specs]
-    )
+    found: Any = [SolvedLeaf(spec, scalar, scalar, scalar) for spec in specs]
+    automatic: Any = jax.sharding.auto_axes(solve, out_sharding=found)
+    return automatic
 
 
 @functools.partial(jax.jit, static_argnames="num_batches")  # a bare loop compiles at each call

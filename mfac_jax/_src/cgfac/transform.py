@@ -112,7 +112,7 @@ def scale_by_cgfac(
         check_state(state, updates, num_batches)
         curvature_checks.check_curvature(curvature, preconditioner, updates, num_batches)
         is_mapping = isinstance(curvature, Mapping)
-        newest = curvature_checks.shown_factors(curvature, updates) if is_mapping else {}
+        newest: Any = curvature_checks.shown_factors(curvature, updates) if is_mapping else {}
         check_window(state.window, newest)
         finite, dtype = numerics.all_finite(updates), numerics.accumulation_dtype(updates)
         accept = finite & numerics.all_finite(newest)

@@ -55,10 +55,10 @@ def use_in(
     return None
 
 
-def _is_kernel(origin: Origin, value: jax.Array, other: Origin) -> bool:
-    """Whether the value is a parameter with its own axes, and the other side depends on data."""
-    is_parameter = origin.parameter is not None and origin.has_all_axes
-    return is_parameter and other.has_data and jnp.issubdtype(value.dtype, jnp.floating)
+def _kernel(origin: Origin, value: jax.Array, other: Origin) -> int | None:
+    """The value's number if it is a parameter with its own axes, and the other side depends on data."""
+    is_kernel = origin.has_all_axes and other.has_data and jnp.issubdtype(value.dtype, jnp.floating)
+    return origin.parameter if is_kernel else None
 
 
 def _use_in_product(
@@ -66,8 +66,9 @@ def _use_in_product(
 ) -> Use | None:
     """A product that sums over the kernel's first axes, with something that has a batch axis."""
     (contracted, batch) = params["dimension_numbers"]
-    side = next((i for i in (1, 0) if _is_kernel(origins[i], inputs[i], origins[1 - i])), None)
-    if side is None or any(batch):
+    kernels = {side: _kernel(origins[side], inputs[side], origins[1 - side]) for side in (1, 0)}
+    side, kernel = next(((i, k) for i, k in kernels.items() if k is not None), (0, None))
+    if kernel is None or any(batch):
         return None
     x, of_kernel, of_x = inputs[1 - side], contracted[side], contracted[1 - side]
     order = sorted(range(len(of_kernel)), key=of_kernel.__getitem__)
@@ -82,7 +83,7 @@ def _use_in_product(
             y = jnp.moveaxis(y, range(y.ndim - len(free), y.ndim), range(len(free)))
         return y.reshape(*y.shape[: len(free)], math.prod(y.shape[len(free) :]))
 
-    return Use(origins[side].parameter, rows, jax.typeof(output), as_rows, side == 1)
+    return Use(kernel, rows, jax.typeof(output), as_rows, side == 1)
 
 
 def _use_in_convolution(
@@ -94,7 +95,8 @@ def _use_in_convolution(
     last = kernel.ndim - 1
     is_plain = of_kernel == (last, last - 1, *range(last - 1))
     groups = (params["feature_group_count"], params["batch_group_count"])
-    if not _is_kernel(origins[1], kernel, origins[0]) or not is_plain or groups != (1, 1):
+    number = _kernel(origins[1], kernel, origins[0])
+    if number is None or not is_plain or groups != (1, 1):
         return None
     patches = lax.conv_general_dilated_patches(
         jnp.transpose(x, (batch_axis, channel_axis, *places)),
@@ -113,4 +115,4 @@ def _use_in_convolution(
     def as_rows(y):
         return jnp.transpose(y, (of_output[0], *of_output[2:], of_output[1]))
 
-    return Use(origins[1].parameter, patches, jax.typeof(output), as_rows, of_output[1] == last)
+    return Use(number, patches, jax.typeof(output), as_rows, of_output[1] == last)
