@@ -2,10 +2,12 @@
 
 from mfac_jax import components, pruning
 from mfac_jax._src.cgfac.alias import cgfac
-from mfac_jax._src.cgfac.capture import nnx_value_and_grad_with_factors, value_and_grad_with_factors
+from mfac_jax._src.cgfac.capture import value_and_grad_with_factors
 from mfac_jax._src.cgfac.layers import LayerFactors
+from mfac_jax._src.cgfac.nnx import nnx_value_and_grad_with_factors
 from mfac_jax._src.cgfac.operators import empirical_fisher, gauss_newton
-from mfac_jax._src.cgfac.transform import ScaleByCGFACState, scale_by_cgfac
+from mfac_jax._src.cgfac.state import ScaleByCGFACState
+from mfac_jax._src.cgfac.transform import scale_by_cgfac
 from mfac_jax._src.mfac.alias import mfac, mfac_published
 from mfac_jax._src.mfac.diagnostics import Diagnostics, DiagnosticsLog, diagnostics
 from mfac_jax._src.mfac.ihvp import ihvp
