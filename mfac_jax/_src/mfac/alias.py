@@ -73,9 +73,9 @@ def mfac(
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
       >>> tx = mfac_jax.mfac(learning_rate=optax.cosine_decay_schedule(0.2, 100))
       >>> params = jnp.array([3.0, -2.0])
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for _ in range(100):
-      ...   updates, state = tx.update(jax.grad(lambda p: jnp.sum(p ** 2))(params), state, params)
+      ...   updates, state = update(2 * params, state, params)
       ...   params = optax.apply_updates(params, updates)
       >>> bool(jnp.sum(params ** 2) < 0.01)
       True

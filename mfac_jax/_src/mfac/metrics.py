@@ -23,6 +23,12 @@ class Coordinates(NamedTuple):
     Attributes:
       into: from gradients to the metric's coordinates, a tree to a tree.
       out_of: from the metric's coordinates to an update.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> halved = mfac_jax.components.Coordinates(lambda g: g / 2, lambda u: u / 2)
+      >>> print(halved.out_of(halved.into(jnp.array([4.0]))))
+      [1.]
     """
 
     into: Callable[[optax.Updates], optax.Updates]

@@ -24,6 +24,22 @@ class Solver(NamedTuple):
         become `row` `(blocks, m)`; unchanged where `accept` is false.
       solve: `(state, K, shift, rhs)` to (K + shift I)^-1 rhs `(blocks, m)` and the state; `shift` is
         `(blocks,)`. The solution has to be finite for any finite K.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> def solve(state, K, shift, rhs):
+      ...   system = K + shift[:, None, None] * jnp.eye(K.shape[-1])
+      ...   return jnp.linalg.solve(system, rhs[..., None])[..., 0], state
+      >>> lu = mfac_jax.components.Solver(
+      ...   name='lu',
+      ...   init=lambda zeros, blocks, m: (),
+      ...   replace_row=lambda state, row, index, accept: state,
+      ...   solve=solve,
+      ... )
+      >>> tx = mfac_jax.scale_by_mfac(num_grads=1, damping=1.0, solver=lu)
+      >>> updates, state = tx.update(jnp.array([2.0, 0.0]), tx.init(jnp.zeros(2)))
+      >>> print(updates)
+      [0.4 0. ]
     """
 
     name: str

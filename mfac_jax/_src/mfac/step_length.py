@@ -51,6 +51,16 @@ class StepLength(NamedTuple):
       init: `zeros(shape)`, which makes arrays of the Gram matrix's dtype, to the rule's state.
       update: `(state, view)`, with a `StepView`, to the new state and the logarithm of the factor that
         multiplies the update.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> halved = mfac_jax.components.StepLength(
+      ...   name='halved', init=lambda zeros: (), update=lambda state, view: (state, jnp.log(0.5))
+      ... )
+      >>> tx = mfac_jax.scale_by_mfac(num_grads=1, damping=1.0, step_adaptation=halved)
+      >>> updates, state = tx.update(jnp.array([1.0, 0.0]), tx.init(jnp.zeros(2)))
+      >>> print(updates)
+      [0.25 0.  ]
     """
 
     name: str

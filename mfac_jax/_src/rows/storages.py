@@ -16,6 +16,7 @@ from jax import lax
 from mfac_jax._src.base import numerics
 from mfac_jax._src.rows import contractions
 
+_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 Rows = Any  # what `row` returns, each array with a leading axis of m rows
 
 
@@ -80,12 +81,11 @@ def as_storage(storage: Any) -> Storage:
     """A storage from what users pass: None, a dtype, or a storage."""
     if isinstance(storage, Storage):
         return storage
-    allowed = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
     try:
         found = None if storage is None else jnp.dtype(storage)
     except TypeError:
         found = storage
-    if found is not None and found not in allowed:
+    if found is not None and found not in _DTYPES:
         raise ValueError(
             "storage must be None, jnp.float32, jnp.bfloat16 or a mfac_jax.components.Storage, got "
             f"{storage!r}. Pass jnp.bfloat16 for a window of half the size."
@@ -95,8 +95,7 @@ def as_storage(storage: Any) -> Storage:
 
 def by_name(name: str) -> Storage | None:
     """The storage that a state of this name was made with; None where it is a user's own."""
-    known = {storage.name: storage for storage in map(floats, (None, jnp.float32, jnp.bfloat16))}
-    return known.get(name)
+    return {storage.name: storage for storage in map(floats, (None, *_DTYPES))}.get(name)
 
 
 def gram(storage: Storage, rows: Rows, dtype: Any) -> jax.Array:
