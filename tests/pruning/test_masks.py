@@ -69,8 +69,10 @@ def test_kernels_of_nnx_are_found_and_named_without_value():
         ({"counts": jnp.ones((2, 2), int), "rescale_in": jnp.ones((2, 2)), "mask": None}, "rescale_in"),
         ({"kernel": jax.ShapeDtypeStruct((2, 2), jnp.bfloat16)}, "kernel"),
         ({"kernel": jnp.ones((2, 2)), "other": optax.MaskedNode()}, "kernel"),
+        ({"kernel": flax.linen.Partitioned(jnp.ones((2, 2)), ("x", None))}, "kernel"),
+        (flax.linen.Partitioned(jnp.ones((2, 2)), ("x", None)), "value"),
     ],
-    ids=["haiku", "tuple", "bare array", "stacked", "integers", "shapes", "masked"],
+    ids=["haiku", "tuple", "bare array", "stacked", "integers", "shapes", "masked", "box", "bare box"],
 )
 def test_kernels_are_found_in_any_tree(params, names):
     assert ", ".join(sparsity_by_leaf(kernel_masks(params))) == names

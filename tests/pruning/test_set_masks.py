@@ -124,6 +124,7 @@ def test_the_window_is_that_of_one_who_only_saw_the_survivors(metric, blocks):
     assert_close(train(tx, PARAMS, late)[0], train(tx, PARAMS, always)[0])
 
 
+@pytest.mark.slow
 def test_the_gram_matrix_is_that_of_the_window_as_stored():
     tx = keep_pruned(scale_by_mfac(M, 0.5, storage=jnp.bfloat16), ALL_KEPT)
     _, state = step_once(tx, PARAMS, tx.init(PARAMS))

@@ -114,7 +114,7 @@ def by_kind(path) -> str:
 
 @pytest.mark.parametrize(
     "blocks",
-    [pytest.param(None, marks=pytest.mark.slow), "leaf", by_kind, 50],
+    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, "leaf")), by_kind, 50],
     ids=["one", "leaf", "label", "50"],
 )
 def test_trees_of_leaves_are_one_matrix(blocks):

@@ -176,6 +176,7 @@ def follow(
     return [_after(w, move, mask, share) for w, move, mask in zip(weights, moves, new, strict=True)]
 
 
+@jax.jit
 def _removed(w: jax.Array, old: jax.Array | None, new: jax.Array | None) -> jax.Array:
     """The weights that this step prunes, zeros elsewhere."""
     return jnp.zeros_like(w) if old is None or new is None else zero_pruned(old & ~new, w)

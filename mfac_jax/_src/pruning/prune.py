@@ -264,10 +264,16 @@ def _check_steps(num_steps: int | None, is_function: bool) -> int:
 
 
 def _check_finite(params: optax.Params, cure: str) -> None:
-    for path, w in jax.tree_util.tree_leaves_with_path(params):
-        is_finite = jnp.all(jnp.isfinite(w))
+    leaves = jax.tree_util.tree_leaves_with_path(_finite_leaves(params))
+    for path, is_finite in leaves:
         if not isinstance(is_finite, Tracer) and not is_finite:
             raise ValueError(f"params must be finite, but {leaf_name(path)} has a NaN or an Inf{cure}")
+
+
+@jax.jit
+def _finite_leaves(params: optax.Params) -> Any:
+    """Whether all entries of a leaf are finite, for each leaf."""
+    return jax.tree.map(lambda w: jnp.all(jnp.isfinite(w)), params)
 
 
 def _targets(start: float, end: float, steps: int) -> list[float]:

@@ -1,5 +1,6 @@
 """Which weights are pruned: the cheapest choices of a pattern, up to a sparsity."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +68,7 @@ class _Count(NamedTuple):
 
 def _count(sparsity: float | jax.Array, masks: Any, pattern: Pattern) -> _Count:
     kept = jax.tree.leaves(masks)
-    entries, pruned = sum(k.size for k in kept), int(sum(jnp.sum(~k) for k in kept))
+    entries, pruned = sum(k.size for k in kept), sum(k.size - int(jnp.count_nonzero(k)) for k in kept)
     target, most = round(float(sparsity) * entries), entries // pattern.size * pattern.together
     return _Count(entries, pruned, target, most)
 
@@ -93,19 +94,14 @@ def select(scores: Any, masks: Any, sparsity: float, pattern: Pattern) -> Any:
     count = _count(sparsity, masks, pattern)
     needed = None if count.target == count.most else max(0, count.target - count.pruned)
     leaves, structure = jax.tree.flatten(masks)
-    kept = [groups(mask, pattern.size) for mask in leaves]
     choices = jnp.asarray(pattern.choices)
-    found = [_cheapest(s, k, choices) for s, k in zip(jax.tree.leaves(scores), kept, strict=True)]
-    # One ranking for the groups of all leaves.
-    cost = jnp.concatenate([choice.cost for choice in found])
-    removed = jnp.concatenate([choice.number for choice in found])
-    ends = np.cumsum([len(k) for k in kept])
-    chosen = jnp.split(_first(cost, removed, needed), ends[:-1])
+    found = [_cheapest(s, mask, choices) for s, mask in zip(jax.tree.leaves(scores), leaves, strict=True)]
+    chosen = _first([choice.cost for choice in found], [choice.number for choice in found], needed)
     new = [
-        placed(ungroup(k & ~(goes[:, None] & choice.entries), mask.shape), mask)
-        for k, goes, choice, mask in zip(kept, chosen, found, leaves, strict=True)
+        placed(_without(mask, goes, choice.entries), mask)
+        for mask, goes, choice in zip(leaves, chosen, found, strict=True)
     ]
-    return jax.tree.unflatten(structure, new)
+    return structure.unflatten(new)
 
 
 class _Cheapest(NamedTuple):
@@ -123,8 +119,9 @@ class _Cheapest(NamedTuple):
 
 
 @jax.jit
-def _cheapest(scores: jax.Array, kept: jax.Array, choices: jax.Array) -> _Cheapest:
+def _cheapest(scores: jax.Array, mask: jax.Array, choices: jax.Array) -> _Cheapest:
     """The cheapest choices that contain what is pruned already; a group without one removes nothing."""
+    kept = groups(mask, choices.shape[1])
     # A product counts, for each group and choice, the pruned entries that the choice leaves out.
     contains_pruned = (~kept).astype(jnp.float32) @ (~choices.T).astype(jnp.float32) == 0
     cost = jnp.min(jnp.where(contains_pruned, scores, jnp.inf), axis=1)
@@ -135,9 +132,20 @@ def _cheapest(scores: jax.Array, kept: jax.Array, choices: jax.Array) -> _Cheape
 
 
 @jax.jit
-def _first(cost: jax.Array, removed: jax.Array, needed: int | None) -> jax.Array:
-    """Which groups go `(groups,)`: all, or the cheapest that remove nearest to `needed` entries."""
+def _first(costs: Sequence[jax.Array], numbers: Sequence[jax.Array], needed: int | None) -> list[jax.Array]:
+    """Which groups of each leaf go `(groups,)`: all, or the cheapest, in one ranking of all leaves.
+
+    They are as many as remove nearest to `needed` entries.
+    """
+    cost, removed = jnp.concatenate(costs), jnp.concatenate(numbers)
     order = jnp.lexsort((cost, removed == 0))  # stable
     sums = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(removed[order])])
-    number = len(order) if needed is None else jnp.argmin(jnp.abs(sums - needed))
-    return jnp.zeros(len(order), bool).at[order].set(jnp.arange(len(order)) < number)
+    count = len(order) if needed is None else jnp.argmin(jnp.abs(sums - needed))
+    goes = jnp.zeros(len(order), bool).at[order].set(jnp.arange(len(order)) < count)
+    return jnp.split(goes, np.cumsum([len(leaf) for leaf in costs])[:-1])
+
+
+@jax.jit
+def _without(mask: jax.Array, goes: jax.Array, entries: jax.Array) -> jax.Array:
+    """The mask after the groups that go have lost these entries."""
+    return ungroup(groups(mask, entries.shape[1]) & ~(goes[:, None] & entries), mask.shape)
