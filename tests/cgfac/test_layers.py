@@ -48,7 +48,7 @@ def as_matrix(tree, size_out: int) -> np.ndarray:
     return np.concatenate([*rows, np.reshape(tree["bias"], (1, -1))] if "bias" in tree else rows)
 
 
-LAYERS = {
+LAYERS: dict[str, Any] = {
     "more examples than entries": ((6, 5), 1, (40,)),
     "fewer examples than inputs": ((30, 5), 1, (12,)),
     "fewer examples than outputs": ((6, 25), 1, (12,)),
@@ -110,6 +110,7 @@ def linear_loss(params, x, y):
     return jnp.mean(jnp.sum((x - y) ** 2, axis=1)) / 2
 
 
+@pytest.mark.slow
 def test_a_linear_network_with_squared_error_has_the_natural_gradient_of_gauss_newton(x64):
     """H = I: rows whose squares add up to the derivative of the outputs make the Gauss-Newton matrix."""
     rng = np.random.default_rng(0)

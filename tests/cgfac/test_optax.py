@@ -32,7 +32,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [pytest.param("default", marks=pytest.mark.slow), "window"])
 def test_training_under_jit_with_a_donated_state_is_that_without(name):
     tx = cgfac(0.3, weight_decay=1e-3, **OPTIONS[name])
 
@@ -52,22 +52,25 @@ def test_training_under_jit_with_a_donated_state_is_that_without(name):
     chex.assert_trees_all_close(plain[0], donated[0], rtol=AFTER_CG, atol=0.1 * AFTER_CG)
 
 
+WRAPPED = {
+    "chain": optax.chain(optax.identity(), cgfac(0.1)),
+    "partition": optax.partition({"all": cgfac(0.1)}, "all"),
+    "inject_hyperparams": optax.inject_hyperparams(cgfac, static_args=("max_iterations", "num_batches"))(
+        0.1
+    ),
+    "apply_if_finite": optax.apply_if_finite(cgfac(0.1), 3),
+    "MultiSteps": optax.MultiSteps(cgfac(0.1), 1).gradient_transformation(),
+}
+COMPILES_MUCH = ("apply_if_finite", "MultiSteps")
+
+
 @pytest.mark.parametrize(
-    "wrapped",
-    {
-        "chain": optax.chain(optax.identity(), cgfac(0.1)),
-        "partition": optax.partition({"all": cgfac(0.1)}, "all"),
-        "inject_hyperparams": optax.inject_hyperparams(
-            cgfac, static_args=("max_iterations", "num_batches")
-        )(0.1),
-        "apply_if_finite": optax.apply_if_finite(cgfac(0.1), 3),
-        "MultiSteps": optax.MultiSteps(cgfac(0.1), 1).gradient_transformation(),
-    }.items(),
-    ids=lambda item: item[0],
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in COMPILES_MUCH else name for name in WRAPPED],
 )
-def test_a_wrapper_changes_nothing(wrapped):
+def test_a_wrapper_changes_nothing(name):
     gradient, factors = gradient_and_factors()
-    tx = wrapped[1]
+    tx: Any = WRAPPED[name]
     updates, _ = tx.update(gradient, tx.init(PARAMS), PARAMS, curvature=factors)
     expected, _ = cgfac(0.1).update(gradient, cgfac(0.1).init(PARAMS), PARAMS, curvature=factors)
     chex.assert_trees_all_close(updates, expected, rtol=AFTER_CG, atol=0.1 * AFTER_CG)
@@ -111,6 +114,7 @@ def test_leaves_of_half_precision_keep_their_dtype(dtype):
     assert relative_error(flat(updates), flat(expected)) < 30 * float(jnp.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 def test_vmap_over_problems_takes_the_plain_steps_of_each():
     tx = scale_by_cgfac(0.1)
 

@@ -50,16 +50,18 @@ def train_on_one_and_on_eight(batch: int, damping: float, dtype):
     return one[0], many[0]
 
 
-@pytest.mark.parametrize(
-    "batch", [pytest.param(64, id="more examples than entries", marks=pytest.mark.slow), 8]
-)
+BATCHES = pytest.mark.parametrize("batch", [64, 8], ids=["more examples than entries", "fewer"])
+
+
+@pytest.mark.slow
+@BATCHES
 def test_a_batch_sharded_over_eight_devices_trains_as_on_one(batch):
     one, many = train_on_one_and_on_eight(batch, 0.1, jnp.float32)
     assert max(relative_errors(many, one)) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [64, 8], ids=["more examples than entries", "fewer"])
+@BATCHES
 def test_in_double_precision_so_does_one_at_the_damping_of_the_default(x64, batch):
     """In float32 rounding is multiplied with the condition number, and the two differ by 3e-4."""
     one, many = train_on_one_and_on_eight(batch, 1e-2, jnp.float64)

@@ -10,7 +10,7 @@ import optax
 from mfac_jax._src.base import checks, numerics, schedules, trees
 from mfac_jax._src.cgfac import curvature_checks, solve
 from mfac_jax._src.cgfac.layers import Factors
-from mfac_jax._src.cgfac.state import check_state, first_state
+from mfac_jax._src.cgfac.state import ScaleByCGFACState, check_state, first_state
 from mfac_jax._src.cgfac.window import check_window, empty_window, remember
 from mfac_jax._src.linalg.conjugate_gradients import Limits
 
@@ -79,8 +79,7 @@ def scale_by_cgfac(
 
     References:
       Chen, `An iterative K-FAC algorithm for Deep Learning <https://arxiv.org/abs/2101.00218>`_, 2021. Only
-      its abstract was available. It gives K-FAC, solved by matrix-free CG; the rest is our choice.
-
+      its abstract was available. It gives K-FAC, solved by matrix-free CG; the rest is our choice. K-FAC:
       Martens, Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
       <https://arxiv.org/abs/1503.05671>`_, ICML 2015.
 
@@ -108,12 +107,7 @@ def scale_by_cgfac(
 
     def update(updates, state, params=None, *, curvature: Any = None, preconditioner=None, **extra_args):
         del params, extra_args
-        trees.check_params(updates)
-        check_state(state, updates, num_batches)
-        curvature_checks.check_curvature(curvature, preconditioner, updates, num_batches)
-        is_mapping = isinstance(curvature, Mapping)
-        newest: Any = curvature_checks.shown_factors(curvature, updates) if is_mapping else {}
-        check_window(state.window, newest)
+        newest = _checked_factors(state, updates, curvature, preconditioner, num_batches)
         finite, dtype = numerics.all_finite(updates), numerics.accumulation_dtype(updates)
         accept = finite & numerics.all_finite(newest)
         gradient = jax.tree.map(lambda g: numerics.bounded(jnp.where(accept, g, 0), dtype), updates)
@@ -126,7 +120,7 @@ def scale_by_cgfac(
             jnp.asarray(max_iterations, jnp.int32),
         )
         window, known = remember(state.window, newest, state.grads_seen)
-        if is_mapping:
+        if newest:
             unbiased = mean_squares / (1 - _MEMORY ** seen.astype(dtype))
             solved = solve.solve_layers(known, gradient, unbiased, limits, num_batches)
         else:
@@ -143,6 +137,19 @@ def scale_by_cgfac(
         return new, jax.tree.map(lambda new, old: jnp.where(accept, new, old), accepted, rejected)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _checked_factors(
+    state: ScaleByCGFACState, updates: optax.Updates, curvature: Any, preconditioner: Any, num_batches: int
+) -> Any:
+    """The factors for the updates, none if the curvature is a function; raise if anything does not fit."""
+    trees.check_params(updates)
+    check_state(state, updates, num_batches)
+    curvature_checks.check_curvature(curvature, preconditioner, updates, num_batches)
+    is_mapping = isinstance(curvature, Mapping)
+    factors = curvature_checks.shown_factors(curvature, updates) if is_mapping else {}
+    check_window(state.window, factors)
+    return factors
 
 
 def _mean_squares(gradient: optax.Updates, dtype: jnp.dtype) -> jax.Array:
