@@ -34,27 +34,27 @@ def check_count(name: str, value: int, example: str) -> int:
 
 
 def check_positive(name: str, value, example: str) -> None:
-    """Refuse what is not a finite number > 0. Of traced values only shape and dtype are known."""
+    """Raise for anything but a finite number > 0. Of traced values only shape and dtype are known."""
     _check_number(name, value, "a finite number > 0", lambda x: 0 < x < math.inf, example)
 
 
 def check_limit(name: str, value, example: str) -> None:
-    """Refuse what is not a number > 0; infinity is one."""
+    """Raise for anything but a number > 0; infinity is one."""
     _check_number(name, value, "a number > 0, or math.inf", lambda x: x > 0, example)
 
 
 def check_not_negative(name: str, value, example: str) -> None:
-    """Refuse what is not a finite number >= 0."""
+    """Raise for anything but a finite number >= 0."""
     _check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf, example)
 
 
 def check_decay(name: str, value, example: str) -> None:
-    """Refuse what is not a number in [0, 1)."""
+    """Raise for anything but a number in [0, 1)."""
     _check_number(name, value, "a finite number >= 0 and < 1", lambda x: 0 <= x < 1, example)
 
 
 def check_share(name: str, value, example: str) -> None:
-    """Refuse what is not a number in [0, 1]."""
+    """Raise for anything but a number in [0, 1]."""
     _check_number(name, value, "a finite number >= 0 and <= 1", lambda x: 0 <= x <= 1, example)
 
 
@@ -69,13 +69,13 @@ def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> N
 
 
 def check_bool(name: str, value) -> None:
-    """Refuse what is not True or False."""
+    """Raise for anything but True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_choice(name: str, value, allowed: Sequence[str | None], otherwise: str = "") -> None:
-    """Refuse a value that is not one of the names (or None) in `allowed`."""
+    """Raise for a value that is not one of the names (or None) in `allowed`."""
     if not (value is None or isinstance(value, str)) or value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name} must be one of {options}{otherwise}, got {value!r}.")
@@ -90,7 +90,7 @@ def check_component(name: str, value: Any, known: Mapping[str, Any], kind: type)
 
 
 def check_made_with(name: str, value: str | bool | int, made: str | bool | int) -> None:
-    """Refuse a state that was made with another option."""
+    """Raise for a state that was made with another option."""
     if made != value:
         raise ValueError(
             f"state must be that of a transform with {name}={value!r}, got {name}={made!r}. After "
@@ -99,7 +99,7 @@ def check_made_with(name: str, value: str | bool | int, made: str | bool | int) 
 
 
 def check_axis_name(axis_name: Any) -> None:
-    """Refuse what is not a name or a sequence of names."""
+    """Raise for anything but a name or a sequence of names."""
     names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
     if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"axis_name must be None, a name or a tuple of names, got {axis_name!r}.")

@@ -9,7 +9,7 @@ import optax
 
 
 def check_params(params: optax.Params) -> None:
-    """Refuse parameters that are not real floating-point arrays."""
+    """Raise for parameters that are not real floating-point arrays."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         _check_floating("params", path, leaf)
 
@@ -31,7 +31,7 @@ def check_tree(
     of: str = "the parameters given to init",
     cure: str = "Call init again with the parameters that are trained now.",
 ) -> None:
-    """Refuse a tree whose structure is another, or with leaves that are not real floats."""
+    """Raise for a tree whose structure is another, or with leaves that are not real floats."""
     leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
     expected = dict(jax.tree_util.tree_leaves_with_path(like))
     if jax.tree.structure(tree) != jax.tree.structure(like):

@@ -50,10 +50,10 @@ class Metric(NamedTuple):
       ...   init=lambda zeros: (),
       ...   update=lambda state, grads, count: (state, mfac_jax.components.Coordinates(flipped, flipped)),
       ... )
-      >>> tx = mfac_jax.scale_by_mfac(num_grads=4, damping=1.0, metric=metric)
-      >>> updates, state = tx.update(jnp.array([1.0, 0.0]), tx.init(jnp.zeros(2)))
+      >>> tx = mfac_jax.scale_by_mfac(num_grads=4, damping=0.5, metric=metric)
+      >>> updates, state = tx.update(jnp.array([1.0, 1.0]), tx.init(jnp.zeros(2)))
       >>> print(updates, state.window[0])
-      [0.8 0. ] [-1. -0.]
+      [1. 1.] [-1. -1.]
     """
 
     name: str

@@ -1,6 +1,6 @@
 """What M-FAC's state holds, how it starts, and which states a transform refuses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,8 @@ class ScaleByMFACState(NamedTuple):
     """State of `scale_by_mfac`.
 
     Attributes:
+      made_with: the kinds that give the fields their meaning, as in 'metric=diagonal', without leaves. It
+        stands first, so that a library that restores another structure names it first.
       grads_seen: gradients accepted so far; stops at the largest int32.
       grads_rejected: gradients refused because an entry was NaN or Inf; stops there too.
       next_row: row of the window that the next gradient will take, in [0, num_grads).
@@ -37,9 +39,9 @@ class ScaleByMFACState(NamedTuple):
       step_length: what `step_adaptation` has learned: a `mean_cosine`, or without leaves where it is 0.
       log_step: logarithm of the factor on the update's length.
       block_of_leaf: the number of each leaf's block, in the order of `jax.tree.leaves`.
-      made_with: the kinds that give the fields their meaning, as in 'metric=diagonal', without leaves.
     """
 
+    made_with: dict[str, tuple[()]]
     grads_seen: jax.Array  # () int32
     grads_rejected: jax.Array  # () int32
     next_row: jax.Array  # () int32
@@ -52,7 +54,6 @@ class ScaleByMFACState(NamedTuple):
     step_length: Any
     log_step: jax.Array  # (), of the dtype of gram
     block_of_leaf: jax.Array  # (leaves,) int32, of one entry where there is no leaf
-    made_with: dict[str, tuple[()]]
 
 
 class Kinds(NamedTuple):
@@ -88,6 +89,7 @@ def first_state(
 
     num_blocks = number_of_blocks(blocks)
     return ScaleByMFACState(
+        made_with=kinds.names(),
         grads_seen=zeros_on_mesh((), jnp.int32),
         grads_rejected=zeros_on_mesh((), jnp.int32),
         next_row=zeros_on_mesh((), jnp.int32),
@@ -100,7 +102,6 @@ def first_state(
         step_length=kinds.step_adaptation.init(new),
         log_step=new(()),
         block_of_leaf=zeros_on_mesh((max(1, len(blocks)),), jnp.int32) + _labels(blocks),
-        made_with=kinds.names(),
     )
 
 
@@ -158,15 +159,15 @@ def storage_of(state: ScaleByMFACState, storage: Storage | None) -> Storage:
     return found
 
 
-def settled(
-    accept: jax.Array, before: ScaleByMFACState, large: Mapping[str, Any], changed: Mapping[str, Any]
-) -> ScaleByMFACState:
-    """The state after a gradient; where it was refused as before, but for `grads_rejected`.
+# Fields that a step leaves as they were where the gradient is refused. To choose once more between old and
+# new would take another pass over them.
+_LARGE = ("window", "gram", "solver")
 
-    What is `large` was kept as it was where it is refused. To choose once more would take another pass.
-    """
-    small = before._replace(**dict.fromkeys(large))
-    accepted = small._replace(**changed)
-    rejected = small._replace(grads_rejected=optax.safe_increment(before.grads_rejected))
+
+def settled(accept: jax.Array, before: ScaleByMFACState, after: ScaleByMFACState) -> ScaleByMFACState:
+    """The state after a gradient; where it was refused as before, but for `grads_rejected`."""
+    large = {name: getattr(after, name) for name in _LARGE}
+    accepted, old = (state._replace(**dict.fromkeys(_LARGE)) for state in (after, before))
+    rejected = old._replace(grads_rejected=optax.safe_increment(before.grads_rejected))
     chosen = jax.tree.map(lambda new, old: jnp.where(accept, new, old), accepted, rejected)
     return chosen._replace(**large)

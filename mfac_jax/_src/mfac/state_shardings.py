@@ -18,26 +18,27 @@ from mfac_jax._src.rows.mesh import axes_of, replicated, row_sharding, window_sh
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params, param_shardings: Any) -> Any:
-    """Shardings for the state of any optax chain, M-FAC's window split over all axes it can use.
+    """Tell `jax.jit` where the state of any optax chain lies on a mesh.
 
-    What has the shape of a parameter is sharded as the parameter. An array with one more axis in front (a
-    window, the memory of L-BFGS) is sharded as the parameter, and further over mesh axes that the parameter
-    does not use: all to the longest axis of the parameter that they divide together, the last axis only
-    where there is no other (TPUs pad it to 128); else one after the other; what divides none is not used.
-    With replicated parameters the window so takes 1 / devices of its memory on each. The second moment of
-    the diagonal metric goes with the window. All else is replicated.
+    Use the result for `jax.jit(tx.init, out_shardings=...)`, which never holds the window on one device,
+    for `out_shardings` of the training step, for the specs of `jax.shard_map` (the `.spec` of each), and to
+    restore a checkpoint.
 
-    For `jax.jit(tx.init, out_shardings=...)`, which makes the window in place and never holds it on one
-    device, for `out_shardings` of the training step, for `in_specs` and `out_specs` of `jax.shard_map` (the
-    `.spec` of each), and for the restore of a checkpoint.
+    - An array shaped like a parameter is sharded as the parameter.
+    - An array with one more axis in front (a window, the memory of L-BFGS) is sharded as the parameter, and
+      further over mesh axes that the parameter does not use: M-FAC's window is split as far as it can be.
+      Rows are never split.
+    - The state of M-FAC's metric goes with the window. All else is replicated.
+
+    The further mesh axes all go to the longest axis of the parameter that they divide together, to the last
+    only where there is no other. Where there is none, they go one after the other, the largest first.
 
     Args:
       tx: any transform.
       params: the parameters, arrays or `jax.ShapeDtypeStruct`.
       param_shardings: a `NamedSharding` for every parameter, or a `PartitionSpec` on the mesh of
-        `jax.set_mesh`, in a tree like `params`, or one for all. Flax gives such trees: linen by
-        `nn.get_sharding` and `nn.logical_to_mesh_sharding`, nnx by `nnx.get_named_sharding`. Parameters may
-        be in linen's boxes.
+        `jax.set_mesh`; a tree like `params`, a prefix of one, or one for all. Flax gives such trees:
+        linen by `nn.get_sharding`, nnx by `nnx.get_named_sharding`.
 
     Returns:
       A tree of `NamedSharding` with the structure of `tx.init(params)`.

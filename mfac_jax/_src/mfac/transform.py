@@ -1,6 +1,6 @@
 """One step of M-FAC, as an optax transform."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +8,25 @@ import optax
 
 from mfac_jax._src.base import checks, numerics, schedules, trees
 from mfac_jax._src.linalg import gram as _gram
-from mfac_jax._src.mfac import damping as _damping
+from mfac_jax._src.mfac import damping as damping_rules
 from mfac_jax._src.mfac import metrics, solvers, step_length
-from mfac_jax._src.mfac import state as _state
 from mfac_jax._src.mfac.metrics import Metric
 from mfac_jax._src.mfac.momentum import weights_by_age
 from mfac_jax._src.mfac.solvers import Solver
-from mfac_jax._src.mfac.state import Kinds, ScaleByMFACState
+from mfac_jax._src.mfac.state import (
+    Kinds,
+    ScaleByMFACState,
+    check_made_with,
+    check_sizes,
+    first_state,
+    has_blocks,
+    settled,
+)
 from mfac_jax._src.mfac.step_length import StepLength, StepView
 from mfac_jax._src.rows import host_memory, storages
 from mfac_jax._src.rows.blocks import Blocks, block_of_leaf
 from mfac_jax._src.rows.manual_axes import AxisName, check_named
-from mfac_jax._src.rows.window import make_plan, write_row
+from mfac_jax._src.rows.window import Plan, make_plan, write_row
 
 METRICS = {metric.name: metric for metric in (metrics.IDENTITY, metrics.DIAGONAL)}
 SOLVERS = {solver.name: solver for solver in (solvers.CHOLESKY, solvers.KEPT_INVERSE)}
@@ -104,8 +111,6 @@ def scale_by_mfac(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
-    num_grads = checks.check_size("num_grads", num_grads, "64")
-    host_chunk = None if host_chunk is None else checks.check_size("host_chunk", host_chunk, "8")
     if not callable(damping):
         checks.check_positive("damping", damping, "1e-3")
     checks.check_decay("window_momentum", window_momentum, "0.9")
@@ -120,76 +125,127 @@ def scale_by_mfac(
         storage=storages.as_storage(storage),
         step_adaptation=_as_step_length(step_adaptation),
     )
+    settings = _Settings(
+        num_grads=checks.check_size("num_grads", num_grads, "64"),
+        damping=damping,
+        relative_damping=relative_damping,
+        window_momentum=window_momentum,
+        nesterov=nesterov,
+        blocks=blocks,
+        kinds=kinds,
+        axis_name=axis_name,
+        host_chunk=None if host_chunk is None else checks.check_size("host_chunk", host_chunk, "8"),
+    )
 
     def init(params: optax.Params) -> ScaleByMFACState:
         trees.check_params(params)
         labels = block_of_leaf(params, blocks)
-        return _state.first_state(params, kinds, labels, num_grads, axis_name, host_chunk is not None)
-
-    def plan_of(updates, state):
-        """The plan of a step, and whether the state has its blocks; raises for what does not fit."""
-        _state.check_made_with(state, kinds)
-        labels = block_of_leaf(updates, blocks)
-        plan = make_plan("updates", updates, state.window, kinds.storage, labels, axis_name, host_chunk)
-        check_named(updates, state.gram, axis_name)
-        host_memory.check_memory(state.window, host_chunk)
-        _state.check_sizes(state, labels, num_grads)
-        return plan, _state.has_blocks(state, updates, labels)
-
-    def system(gram, seen):
-        rho = schedules.damping_at(damping, seen - 1, gram.dtype)
-        if relative_damping:
-            return _damping.relative(gram, rho, jnp.clip(seen, 1, num_grads))
-        return _damping.absolute(gram, rho)
+        return first_state(params, kinds, labels, settings.num_grads, axis_name, host_chunk is not None)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        plan, has_blocks = plan_of(updates, state)
-        newest, seen = state.next_row, jnp.asarray(optax.safe_increment(state.grads_seen))
-
-        # What is not finite becomes NaN, and a NaN anywhere in the gradient makes all products NaN. So
-        # every device learns of it without extra communication, and the row is written after the reading.
-        dtype = state.gram.dtype
-        own = plan.own_parts(updates, state.window)
-        gradient = jax.tree.map(lambda x: numerics.bounded(x, dtype), own)
-        metric_state, coordinates = kinds.metric.update(state.metric, gradient, seen)
-        row = plan.encode(coordinates.into(gradient), state.window)
-        products = plan.dots(state.window, plan.decode(row), state.coefficients, newest)
-        accept = jnp.all(jnp.isfinite(products)) & has_blocks
-        window = write_row(state.window, row, newest, accept)
-        gram = jnp.where(accept, _gram.replace_row(state.gram, products, newest), state.gram)
-
-        solver_state = kinds.solver.replace_row(state.solver, products, newest, accept)
-        shift, gain = system(gram, seen)
-        weights = weights_by_age(newest, seen, num_grads, window_momentum, nesterov, dtype)
-        weights = jnp.broadcast_to(weights, gram.shape[:-1])
-        solution, solver_state = kinds.solver.solve(solver_state, gram, shift, weights)
-        coefficients = gain[:, None] * solution
-        last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
-        view = StepView(gram, last_update, newest, state.grads_seen, state.log_step)
-        step_state, log_step = kinds.step_adaptation.update(state.step_length, view)
-
-        combined = plan.combine(coefficients * jnp.exp(log_step), window)
-        preconditioned = plan.whole(coordinates.out_of(combined), updates)
-
-        def chosen(x, u):
-            refused = jnp.where(has_blocks, x, jnp.nan)  # a state of other blocks is not to be overlooked
-            return jnp.where(accept, numerics.narrow(u, x.dtype), refused)
-
-        updates = jax.tree.map(chosen, updates, preconditioned)
-        large = {"window": window, "gram": gram, "solver": solver_state}
-        changed = {
-            "grads_seen": seen,
-            "next_row": (newest + 1) % num_grads,
-            "metric": metric_state,
-            "coefficients": coefficients,
-            "shift": shift,
-            "step_length": step_state,
-            "log_step": log_step,
-        }
-        return updates, _state.settled(accept, state, large, changed)
+        return _step(settings, updates, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Settings(NamedTuple):
+    """What a step depends on beside the state: the arguments of `scale_by_mfac`, and its components."""
+
+    num_grads: int
+    damping: optax.ScalarOrSchedule
+    relative_damping: bool
+    window_momentum: float | jax.Array
+    nesterov: bool
+    blocks: Blocks
+    kinds: Kinds
+    axis_name: AxisName
+    host_chunk: int | None
+
+
+def _step(
+    settings: _Settings, updates: optax.Updates, state: ScaleByMFACState
+) -> tuple[optax.Updates, ScaleByMFACState]:
+    """The update and the state after a gradient."""
+    plan, has_blocks = _plan_of(settings, updates, state)
+    metric, solver, _, step_adaptation = settings.kinds
+    newest, seen = state.next_row, jnp.asarray(optax.safe_increment(state.grads_seen))
+
+    # What is not finite becomes NaN, and a NaN anywhere in the gradient makes all products NaN. So every
+    # device learns of it without extra communication, and the row is written after the reading.
+    own = plan.own_parts(updates, state.window)
+    gradient = jax.tree.map(lambda x: numerics.bounded(x, state.gram.dtype), own)
+    metric_state, coordinates = metric.update(state.metric, gradient, seen)
+    row = plan.encode(coordinates.into(gradient), state.window)
+    products = plan.dots(state.window, plan.decode(row), state.coefficients, newest)
+    accept = jnp.all(jnp.isfinite(products)) & has_blocks
+    window = write_row(state.window, row, newest, accept)
+    gram = jnp.where(accept, _gram.replace_row(state.gram, products, newest), state.gram)
+
+    # The update is a combination of the rows: all that decides about it is m x m.
+    solver_state = solver.replace_row(state.solver, products, newest, accept)
+    shift, gain = _system(settings, gram, seen)
+    weights = _weights(settings, gram, newest, seen)
+    solution, solver_state = solver.solve(solver_state, gram, shift, weights)
+    coefficients = gain[:, None] * solution
+    last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
+    view = StepView(gram, last_update, newest, state.grads_seen, state.log_step)
+    step_state, log_step = step_adaptation.update(state.step_length, view)
+
+    combined = coordinates.out_of(plan.combine(coefficients * jnp.exp(log_step), window))
+    preconditioned = plan.whole(combined, updates)
+    after = state._replace(
+        grads_seen=seen,
+        next_row=(newest + 1) % settings.num_grads,
+        window=window,
+        metric=metric_state,
+        gram=gram,
+        solver=solver_state,
+        coefficients=coefficients,
+        shift=shift,
+        step_length=step_state,
+        log_step=log_step,
+    )
+    return _chosen(accept, has_blocks, updates, preconditioned), settled(accept, state, after)
+
+
+def _plan_of(settings: _Settings, updates: optax.Updates, state: ScaleByMFACState) -> tuple[Plan, Any]:
+    """The plan of a step, and whether the state has its blocks; raises for what does not fit."""
+    check_made_with(state, settings.kinds)
+    blocks = block_of_leaf(updates, settings.blocks)
+    place = (settings.axis_name, settings.host_chunk)
+    plan = make_plan("updates", updates, state.window, settings.kinds.storage, blocks, *place)
+    check_named(updates, state.gram, settings.axis_name)
+    host_memory.check_memory(state.window, settings.host_chunk)
+    check_sizes(state, blocks, settings.num_grads)
+    return plan, has_blocks(state, updates, blocks)
+
+
+def _system(settings: _Settings, gram: jax.Array, seen: jax.Array) -> damping_rules.System:
+    """The damped system after `seen` gradients."""
+    damping = schedules.damping_at(settings.damping, seen - 1, gram.dtype)
+    if settings.relative_damping:
+        return damping_rules.relative(gram, damping, jnp.clip(seen, 1, settings.num_grads))
+    return damping_rules.absolute(gram, damping)
+
+
+def _weights(settings: _Settings, gram: jax.Array, newest: jax.Array, seen: jax.Array) -> jax.Array:
+    """Which mean of the rows is preconditioned, `(blocks, m)`."""
+    momentum = (settings.window_momentum, settings.nesterov)
+    weights = weights_by_age(newest, seen, settings.num_grads, *momentum, gram.dtype)
+    return jnp.broadcast_to(weights, gram.shape[:-1])
+
+
+def _chosen(accept: jax.Array, has_blocks: Any, updates: optax.Updates, preconditioned: optax.Updates):
+    """The preconditioned updates; the gradient as it came where it was refused.
+
+    NaN where the state has other blocks, which nobody overlooks.
+    """
+
+    def choose(x, u):
+        return jnp.where(accept, numerics.narrow(u, x.dtype), jnp.where(has_blocks, x, jnp.nan))
+
+    return jax.tree.map(choose, updates, preconditioned)
 
 
 def _as_step_length(step_adaptation: optax.ScalarOrSchedule | StepLength) -> StepLength:

@@ -1,9 +1,7 @@
-"""Contractions between the window and a tree of parameters, leaf by leaf.
+"""Contractions of rows `(m, *shape)` with a leaf `(*shape)`, or with each other.
 
-The window mirrors the parameter tree; each of its leaves has a leading axis of `num_grads` rows.
-This is the only file that knows precision and the dtypes of sums. Contractions ask for full
-precision: the TF32 and bfloat16 products that are the default on GPU and TPU would cost the Gram matrix
-its digits.
+Only this file knows precision and how sums are split. Contractions ask for full precision: the TF32 and
+bfloat16 products that are the default on GPU and TPU would cost the Gram matrix its digits.
 """
 
 import functools
@@ -17,10 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mfac_jax._src.rows import chunks
 from mfac_jax._src.rows import mesh as _mesh
 
-# On CPU a matrix-vector product adds each row up in one running sum a lane, so its relative error
-# grows with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at
-# 10 M. Multiply-and-sum adds in partial sums (1e-6 at 10 M) and takes 1.1 to 4 times as long; a product
-# of two matrices does too, and with rows in 4 parts takes 1.1 to 1.5 times as long.
+# On CPU a matrix-vector product adds each row up in one running sum per lane. So its relative error grows
+# with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at 10 M.
+# Multiply-and-sum adds partial sums (1e-6 at 10 M), and takes 1.1 to 4 times as long. A product of two
+# matrices does too; with rows in 4 parts it takes 1.1 to 1.5 times as long.
 _MAX_DOT_COLUMNS = 300_000
 _PARTS = (4, 3, 2)  # the fastest first: 4.4 M columns in 94, 94, 109 ms; multiply-and-sum 130 to 190
 _GRAM_COLUMNS = 2**11  # of a product of matrices on CPU: a chunk of 256 rows is 2 MiB and stays in cache

@@ -85,7 +85,7 @@ def combine(storage: Storage, coefficients: jax.Array, rows: Rows, length: int |
 
 
 def check_memory(window: optax.Params, host_chunk: int | None) -> None:
-    """Refuse a window that is not in the memory that the transform keeps it in."""
+    """Raise for a window that is not in the memory that the transform keeps it in."""
     expected = host_chunk is not None
     can_be = any(may_be_on_host(rows.shape[1:]) for rows in jax.tree.leaves(window))
     if is_on_host(window) != expected and can_be:

@@ -1,6 +1,6 @@
-"""How the window lies inside of shard_map and pmap, where only the local shapes can be seen.
+"""How the window lies inside of shard_map and pmap, where a device sees its own part alone.
 
-The policy is that of `_mesh.split`; here a leaf's `Layout` is found again from the shapes of its parts.
+`mesh.split` has the policy. Here a leaf's `Layout` is found again, from the shapes of its parts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def bound_axes(axis_name: AxisName) -> dict[str, int]:
 
 
 def check_bound(axis_name: AxisName) -> None:
-    """Refuse an update outside of the axes."""
+    """Raise for an update outside of the shard_map or pmap whose axes are named."""
     if axis_name is not None and not bound_axes(axis_name):
         raise ValueError(
             f"axis_name={axis_name!r} is not bound: call update inside of jax.shard_map or jax.pmap with "
@@ -107,10 +107,10 @@ def _layout_of(path, x: jax.Array, row: tuple[int, ...], axes: Mapping[str, int]
 def _check_replicated(
     leaves: Sequence[tuple[Any, jax.Array]], found: Sequence[Layout], axes: Mapping[str, int]
 ) -> None:
-    """Where types do not tell shards from replicated leaves, refuse what may be a shard.
+    """Raise for what may be a shard, where types do not tell shards from replicated leaves.
 
-    A window that is split over all axes is that of a replicated leaf; what the policy cannot split so
-    passes next to one of them.
+    A window that is split over all axes belongs to a replicated leaf. A leaf that the policy cannot split so
+    passes beside one that it could.
     """
     everywhere = {name for name, size in axes.items() if size > 1}
     is_split = [set(names_in(layout.split)) == everywhere for layout in found]
@@ -126,7 +126,7 @@ def _check_replicated(
 
 
 def check_named(updates: optax.Updates, gram: jax.Array, axis_name: AxisName) -> None:
-    """Refuse a leaf that varies along a mesh axis that is not named, where the state does not."""
+    """Raise for a leaf that varies along a mesh axis that is not named, unless the state varies too."""
     known = varying(gram) | set(bound_axes(axis_name))
     for path, x in jax.tree_util.tree_leaves_with_path(updates):
         unnamed = tuple(sorted(varying(x) - known))

@@ -20,10 +20,11 @@ Split = tuple[tuple[str, ...], ...]
 def split(shape: Sequence[int], axes: Mapping[str, int]) -> Split:
     """The policy: which of the free mesh axes, name to size, go where on a leaf of the local shape.
 
-    All to the longest axis of the parameter that they divide together, the last axis only where there is no
-    other, because TPUs pad it to 128; else one after the other, the largest first, in the same way; an axis
-    that divides none is not used, and a leaf without entries is not split. (Rows are never split: under
-    automatic mesh axes the compiler would split the m x m algebra too.)
+    All go to the longest axis of the leaf that they divide together. Where there is none, they go one after
+    the other, the largest first, each to the longest axis that it divides. The last axis of the leaf is taken
+    only where there is no other, because TPUs pad it to 128. A mesh axis that divides none is not used.
+
+    Rows are never split: under automatic mesh axes the compiler would split the m x m algebra too.
     """
     names = sorted((name for name in axes if axes[name] > 1), key=lambda name: (-axes[name], name))
     local = list(shape)
@@ -66,7 +67,7 @@ def row_sharding(shape: Sequence[int], sharding: NamedSharding) -> NamedSharding
         length // math.prod(mesh.shape[name] for name in entry)
         for length, entry in zip(shape, entries, strict=True)
     ]
-    # Explicit axes take part in types, the others do not: of a mesh with both, a type can name the former.
+    # Only explicit axes take part in types. On a mesh with both kinds a type can name no other.
     nameable = mesh.explicit_axes or mesh.axis_names
     free = {name: mesh.shape[name] for name in nameable if name not in used}
     spec = (own + more for own, more in zip(entries, split(local, free), strict=True))

@@ -137,7 +137,7 @@ def _sum(leaves: Sequence[jax.Array]) -> jax.Array:
     return jnp.sum(jnp.concatenate(leaves).reshape(len(leaves), -1), axis=0)
 
 
-def gram(window: Any, storage: Storage, blocks: Sequence[Any], like: jax.Array) -> jax.Array:
+def gram(window: Any, storage: Storage, blocks: Sequence[int] | jax.Array, like: jax.Array) -> jax.Array:
     """The Gram matrices of the whole window, `(blocks, m, m)` as `like`."""
     total = jnp.zeros_like(like)
     for block, rows in zip(blocks, storages.split(storage, window), strict=True):
