@@ -248,7 +248,7 @@ OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"step_adaptation": 0.3}, "step_adaptation=adapted, got step_adaptation=none"),
     ({"host_chunk": 2}, "pinned memory of the host with host_chunk=2"),
     ({"num_grads": 5}, r"num_grads=5 and 1 block\(s\), got num_grads=2 and 1"),
-    ({"blocks": "leaf"}, r"num_grads=2 and 3 block\(s\), got num_grads=2 and 1"),
+    ({"blocks": "leaf"}, r"num_grads=2 and 4 block\(s\), got num_grads=2 and 1"),
 ]
 HOST_PARAMS = {**PARAMS, "table": jnp.ones((8, 128))}  # has a leaf that can be on the host
 
