@@ -38,3 +38,10 @@ def programs_of_one_module():
     """Compiled programs would add up to gigabytes in a worker; what comes again is read from the folder."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def x64():
+    """Python's floats are float64 on the device."""
+    with jax.enable_x64(True):
+        yield

@@ -17,12 +17,6 @@ def strict():
         yield
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def as_shift(shift: float, blocks: int, dtype=jnp.float32) -> jax.Array:
     return jnp.full((blocks, 1), shift, dtype)
 

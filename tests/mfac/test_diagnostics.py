@@ -207,7 +207,7 @@ STREAMS = {
     ("damping", "relative"),
     [
         (1e-38, True),
-        (10, True),
+        (10.0, True),
         *(pytest.param(d, False, marks=slow) for d in (1e-38, 1e-7, 1e30)),
     ],
 )
@@ -227,11 +227,10 @@ def test_all_is_finite_at_extremes(name, dtype, damping, relative):
     assert np.all(result.spectrum >= 0)
 
 
+@slow
 @pytest.mark.parametrize("scale", [1e-15, 1e12])
 def test_ratios_do_not_depend_on_the_scale_of_the_gradients(scale):
-    expected, actual = (
-        diagnostics(walk(c * random_grads(7), relative=True, blocks="leaf")[1]) for c in (1, scale)
-    )
+    expected, actual = (diagnostics(walk(c * random_grads(7), relative=True)[1]) for c in (1, scale))
     for name in ("effective_rank", "condition_number", "damping_share", "similarity", "alignment"):
         np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=1e-4, err_msg=name)
     np.testing.assert_allclose(actual.step_norm / scale, expected.step_norm, rtol=1e-4)
@@ -247,6 +246,7 @@ def test_jit_and_vmap_agree_with_plain_calls():
             np.testing.assert_allclose(z, x, rtol=1e-4, atol=1e-6)
 
 
+@slow
 def test_float64_parameters_have_float64_diagnostics():
     with jax.enable_x64(True):
         result = diagnostics(walk(random_grads(6), dtype=jnp.float64)[1])
@@ -327,6 +327,7 @@ def test_the_mean_cosine_tells_short_steps_from_long_ones():
     assert means[1] < -0.9
 
 
+@slow
 def test_the_update_is_the_one_with_the_momentum_in_the_window():
     grads = random_grads(6)
     updates, state = walk(grads)  # with window_momentum=0.5

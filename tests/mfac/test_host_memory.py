@@ -130,6 +130,7 @@ def test_on_a_mesh_each_device_streams_its_shard(axis_type):
     assert_equal_to_device_memory(params, state)
 
 
+@slow
 def test_in_shard_map_each_device_streams_its_shard():
     tx, param_shardings = mfac(0.01, NUM_GRADS, axis_name=("x", "y"), host_chunk=3), on_mesh(AxisType.Auto)
     params = jax.device_put(start(), param_shardings)
@@ -178,10 +179,9 @@ def test_outside_of_jit_with_products_with_the_fisher_inverse_and_diagnostics():
     assert relative_error(diagnostics(state), diagnostics(expected)) < 1e-6
 
 
+@slow
 @pytest.mark.parametrize(
-    "args",
-    [ocp.args.StandardRestore, pytest.param(ocp.args.PyTreeRestore, marks=slow)],
-    ids=lambda a: a.__name__,
+    "args", [ocp.args.StandardRestore, ocp.args.PyTreeRestore], ids=lambda a: a.__name__
 )
 def test_a_checkpoint_is_restored_to_the_host(tmp_path, args):
     tx, params = scale_by_mfac(4, host_chunk=3), start()

@@ -17,12 +17,6 @@ MFAC = mfac(0.01, 4)
 WIDTH = 12
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def gradients(length: int) -> np.ndarray:
     """Correlated gradients whose coordinates differ in scale by six decades."""
     random = np.random.default_rng(0)

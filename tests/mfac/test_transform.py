@@ -7,71 +7,27 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from mfac_jax import ihvp, scale_by_mfac
 from tests.dense_reference import inverse_of_newest, inverse_product, mean_by_age, relative_error
+from tests.mfac.dense_streams import (
+    BLOCKS,
+    ONE_BLOCKING,
+    as_flat,
+    as_tree,
+    by_rank,
+    constant,
+    decaying,
+    dense_run,
+    jitted_run,
+    run,
+    stream,
+    worst_error,
+)
 
-SIZES = {"bias": (3,), "kernel": (2, 3), "scale": ()}  # in the order of the leaves: 10 parameters
-WIDTH = 10
 EPS = float(np.finfo(np.float32).eps)
 slow = pytest.mark.slow
-
-
-def by_rank(path) -> bool:
-    return path[0].key == "kernel"
-
-
-# The slices of the flattened parameters that make up each block; `by_rank` splits off the kernel alone.
-BLOCKS = {
-    None: (slice(None),),
-    "leaf": (slice(0, 3), slice(3, 9), slice(9, 10)),
-    by_rank: (np.array([0, 1, 2, 9]), slice(3, 9)),
-}
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
-def as_tree(flat):
-    """Flat gradients `(*batch, 10)` as the tree of SIZES."""
-    leaves = jnp.split(jnp.asarray(flat), [3, 9], axis=-1)
-    shapes = zip(SIZES.items(), leaves, strict=True)
-    return {name: leaf.reshape(*flat.shape[:-1], *shape) for (name, shape), leaf in shapes}
-
-
-def as_flat(tree) -> np.ndarray:
-    """The inverse of `as_tree`."""
-    batch = tree["scale"].shape
-    return np.concatenate([np.reshape(tree[name], (*batch, -1)) for name in SIZES], axis=-1)
-
-
-def stream(length: int, width: int = WIDTH, seed: int = 0) -> np.ndarray:
-    """Correlated float64 gradients of different norms."""
-    rng = np.random.default_rng(seed)
-    grads = rng.standard_normal((length, width)) + rng.standard_normal(width)
-    return grads * rng.uniform(0.3, 3, (length, 1))
-
-
-def run(tx: optax.GradientTransformationExtraArgs, grads) -> tuple[Any, Any]:
-    """All updates over a stream of gradients, stacked, and the last state."""
-    state = tx.init(jax.tree.map(lambda g: g[0], grads))
-
-    def step(state, g):
-        updates, state = tx.update(g, state)
-        return state, updates
-
-    state, updates = jax.lax.scan(step, state, grads)
-    return updates, state
-
-
-@functools.partial(jax.jit, static_argnames="tx")
-def jitted_run(tx, grads):
-    return run(tx, grads)
 
 
 @functools.partial(jax.jit, static_argnames=("num_grads", "blocks", "damping"))
@@ -92,28 +48,6 @@ def run_four(grads, damping, relative=False):
     return run(scale_by_mfac(4, damping, relative_damping=relative), grads)
 
 
-def dense_run(grads, num_grads, damping, window_momentum, blocks) -> np.ndarray:
-    """What `scale_by_mfac` should answer at every step; `damping` is a schedule."""
-    answers = []
-    for step in range(len(grads)):
-        window = grads[max(0, step + 1 - num_grads) : step + 1]
-        x = mean_by_age(window, window_momentum)
-        answers.append(inverse_product(window, x, damping(step), num_grads, BLOCKS[blocks]))
-    return np.stack(answers)
-
-
-def constant(step):
-    return 0.05
-
-
-def decaying(step):
-    return 0.5 * 0.9**step
-
-
-def worst_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    return max(map(relative_error, actual, expected))
-
-
 CASES = [(7, by_rank, constant), (32, None, decaying)]
 MORE_CASES = [(n, blocks, d) for n in (1, 2, 7, 32) for blocks in BLOCKS for d in (constant, decaying)]
 
@@ -130,11 +64,6 @@ def test_every_step_of_a_long_stream_is_the_closed_form(x64, num_grads, blocks, 
         updates, _ = run_and_states(as_tree(grads), window_momentum, **options)
         expected = dense_run(grads, num_grads, damping, window_momentum, blocks)
         assert worst_error(as_flat(updates), expected) < 1e-9, window_momentum
-
-
-ONE_BLOCKING = pytest.mark.parametrize(
-    "blocks", [by_rank, pytest.param(None, marks=slow), pytest.param("leaf", marks=slow)]
-)
 
 
 @ONE_BLOCKING
@@ -179,110 +108,6 @@ def test_nesterov_counts_the_newest_gradient_once_more(x64):
         window = grads[max(0, step - 3) : step + 1]
         x = 0.7 * mean_by_age(window, 0.7) + 0.3 * window[-1]
         assert relative_error(as_flat(updates)[step], inverse_product(window, x, 0.05, 4)) < 1e-9
-
-
-def cosine(x: np.ndarray, y: np.ndarray) -> float:
-    return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
-
-
-def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float) -> np.ndarray:
-    """What `log_step` should be after each gradient, as long as the window wraps never."""
-    log_steps, mean = [0.0], 0.0
-    for step in range(1, len(grads)):
-        newest = cosine(grads[step], directions[step - 1])
-        share = max(0.05, 1 / step)
-        mean += share * (newest - mean)
-        pairs = [cosine(grads[i], grads[j]) for i in range(step + 1) for j in range(i)]
-        noise = np.sqrt(np.mean(np.square(pairs)) * share / (2 - share))
-        significant = np.sign(mean) * max(abs(mean) - 2 * noise, 0)
-        newer, older = np.array_split(np.log(np.sum(grads[step::-1] ** 2, axis=1)), 2)
-        difference = older.mean() - newer.mean()
-        standard_error = np.sqrt(sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0 for x in (newer, older)))
-        shrinkage = np.sign(difference) * (1 - np.exp(-max(abs(difference) - standard_error, 0)))
-        beyond = significant + 0.06 * shrinkage - 0.005
-        move = newest + 0.06 if log_steps[-1] < np.log(5) else beyond
-        log_steps.append(np.clip(log_steps[-1] + rate * move, -np.log(30), np.log(30)))
-    return np.array(log_steps)
-
-
-@ONE_BLOCKING
-def test_the_step_factor_follows_the_cosine_of_gradient_and_last_update(x64, blocks):
-    signs = np.where(np.arange(40) < 8, 1, (-1) ** np.arange(40))  # along the updates, then against them
-    grads = stream(40) / 3 + signs[:, None] * stream(1, seed=1)
-    plain = dense_run(grads, 40, lambda step: 0.5, 0.3, blocks)
-    tx = scale_by_mfac(40, 0.5, window_momentum=0.3, blocks=blocks, step_adaptation=1.0)
-    updates, state = jitted_run(tx, as_tree(grads))
-    log_steps = adapted_log_steps(grads, plain, 1.0)
-    assert log_steps.max() > np.log(5)
-    assert log_steps[-1] < log_steps.max()
-    np.testing.assert_allclose(state.log_step, log_steps[-1], rtol=1e-9)
-    assert worst_error(as_flat(updates), np.exp(log_steps)[:, None] * plain) < 1e-9
-
-
-def noise(norms: str, dimensions: int) -> np.ndarray:
-    """Unrelated gradients; a bound on the step's length is all they can teach."""
-    rng = np.random.default_rng(0)
-    lengths = {
-        "equal": np.ones(2000),
-        "spread": np.exp(rng.standard_normal(2000)),
-        "outliers": np.where(rng.random(2000) < 0.02, 30, 1),
-        "waves": np.where(np.arange(2000) % 100 < 50, 3, 1),
-    }[norms]
-    return (lengths[:, None] * rng.standard_normal((2000, dimensions))).astype(np.float32)
-
-
-@functools.partial(jax.jit, static_argnames="num_grads")
-def log_steps_of(num_grads, grads):
-    tx = scale_by_mfac(num_grads, 0.2, relative_damping=True, window_momentum=0.9, step_adaptation=0.3)
-
-    def step(state, gradient):
-        state = tx.update(gradient, state)[1]
-        return state, optax.tree.get(state, "log_step")
-
-    return jax.lax.scan(step, tx.init(grads[0]), grads)[1]
-
-
-@pytest.mark.parametrize(
-    ("num_grads", "dimensions"),
-    [(4, 64), *(pytest.param(*case, marks=slow) for case in [(4, 2), (64, 2), (64, 64)])],
-)
-@pytest.mark.parametrize("norms", ["equal", "spread", "outliers", "waves"])
-def test_the_step_factor_does_not_grow_on_noise(norms, num_grads, dimensions):
-    log_steps = log_steps_of(num_grads, noise(norms, dimensions))
-    assert np.log(4) < np.median(log_steps[1000:]) < np.log(8)
-    assert log_steps.max() < np.log(20)
-
-
-@pytest.mark.parametrize(("sign", "factor"), [(1, 30), (-1, 1 / 30)])
-def test_the_step_factor_stays_in_its_band(sign, factor):
-    """Equal gradients point along every update; alternating ones against every other."""
-    grads = noise("equal", 64)[:1] * np.float32(sign) ** np.arange(2000, dtype=np.float32)[:, None]
-    np.testing.assert_allclose(np.exp(log_steps_of(4, grads)[-1]), factor, rtol=1e-5)
-
-
-@slow
-@pytest.mark.parametrize(("num_grads", "factors"), [(2, (30, 1 / 30)), (1, (1, 1))])
-def test_the_step_factor_of_a_short_window_stays_in_its_band(num_grads, factors):
-    """In a window of one row the last update's gradient is gone when the next one comes."""
-    g, tx = stream(1)[0].astype(np.float32), scale_by_mfac(num_grads, 0.05, step_adaptation=1.0)
-    for sign, factor in zip((1, -1), factors, strict=True):
-        grads = np.stack([g * sign**step for step in range(200)])
-        _, state = jitted_run(tx, as_tree(grads))
-        np.testing.assert_allclose(np.exp(state.log_step), factor, rtol=1e-5)
-
-
-@slow
-def test_the_step_factor_grows_while_gradients_shrink():
-    shrinking = noise("spread", 64) * np.exp(-np.arange(2000) / 50, dtype=np.float32)[:, None]
-    np.testing.assert_allclose(np.exp(log_steps_of(64, shrinking)[999]), 30, rtol=1e-5)
-
-
-@slow
-def test_a_schedule_of_nan_does_not_poison_the_state():
-    tx = scale_by_mfac(4, lambda count: jnp.nan, step_adaptation=lambda count: jnp.nan)
-    updates, state = jitted_run(tx, as_tree(stream(6)))
-    chex.assert_tree_all_finite((updates, state))
-    assert state.log_step == 0
 
 
 @slow
