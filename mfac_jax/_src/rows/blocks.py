@@ -1,4 +1,4 @@
-"""How the parameters are split into blocks that do not interact."""
+"""Blocks of leaves: parts of the tree whose Fisher matrices do not interact."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
@@ -20,5 +20,5 @@ def block_of_leaf(tree: optax.Params, blocks: Blocks) -> list[int]:
 
 
 def number_of_blocks(block_of_leaf: Sequence[int]) -> int:
-    """At least one."""
+    """The number of blocks; a tree without leaves has one, which is empty."""
     return max(block_of_leaf, default=0) + 1

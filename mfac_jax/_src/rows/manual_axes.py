@@ -109,8 +109,8 @@ def _check_replicated(
 ) -> None:
     """Raise for what may be a shard, where types do not tell shards from replicated leaves.
 
-    A window that is split over all axes belongs to a replicated leaf. A leaf that the policy cannot split so
-    passes beside one that it could.
+    A window that is split over all axes belongs to a replicated leaf. A leaf that the policy cannot split
+    like that passes beside one that it could.
     """
     everywhere = {name for name, size in axes.items() if size > 1}
     is_split = [set(names_in(layout.split)) == everywhere for layout in found]

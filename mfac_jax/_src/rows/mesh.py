@@ -21,8 +21,8 @@ def split(shape: Sequence[int], axes: Mapping[str, int]) -> Split:
     """The policy: which of the free mesh axes, name to size, go where on a leaf of the local shape.
 
     All go to the longest axis of the leaf that they divide together. Where there is none, they go one after
-    the other, the largest first, each to the longest axis that it divides. The last axis of the leaf is taken
-    only where there is no other, because TPUs pad it to 128. A mesh axis that divides none is not used.
+    the other, the largest first, each to the longest axis that it divides. The last axis of the leaf is
+    taken only where there is no other, because TPUs pad it to 128. An axis that divides none is not used.
 
     Rows are never split: under automatic mesh axes the compiler would split the m x m algebra too.
     """
