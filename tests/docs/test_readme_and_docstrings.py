@@ -15,20 +15,19 @@ from mfac_jax import components, pruning
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-# What has an example in its docstring too, which runs by default, and takes longest here.
-LONG = re.compile(r"\b(ihvp|cgfac|pruning)\b")
+QUICK_SNIPPETS = 2  # the first, which show how to begin; all others are slow
 MODULES = [module.name for module in pkgutil.walk_packages(mfac_jax.__path__, "mfac_jax.")]
 NAMESPACES = (mfac_jax, pruning, components)
 # Classes that functions return, or hand to a user's own.
 RETURNED = ("Diagnostics", "StepView")
 
 
-def marks(code: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if LONG.search(code) else []
-
-
 @pytest.mark.parametrize(
-    "snippet", [pytest.param(s, id=s.strip().splitlines()[0], marks=marks(s)) for s in SNIPPETS]
+    "snippet",
+    [
+        pytest.param(s, id=s.strip().splitlines()[0], marks=pytest.mark.slow if i >= QUICK_SNIPPETS else [])
+        for i, s in enumerate(SNIPPETS)
+    ],
 )
 def test_readme_code_runs(snippet):
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
