@@ -49,10 +49,9 @@ _CONFIGURATIONS = {
         },
     ),
 }
-# One of each kind; the others are slow.
+# The quickest; the others are slow.
 _QUICK = (
     "AliasTest.test_preserve_dtype-default-bfloat16",
-    "ContribTest.test_optimizers_can_be_wrapped_in_inject_hyperparams-default",
     "ShardingTest.test_init_with_abstract_input-default",
 )
 _BATTERIES = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mfac_jax._src.base import numerics
-from mfac_jax._src.rows import storages, window
+from mfac_jax._src.rows import host_memory, storages, window
 from mfac_jax._src.rows.storages import Storage, floats
 from mfac_jax._src.rows.zeros import empty_row, empty_window
 
@@ -59,14 +59,16 @@ def _step_of(x: jax.Array) -> jax.Array:
     return jnp.where(largest > 0, largest, jnp.where(jnp.isnan(largest), jnp.nan, 1)) / 32767
 
 
-@pytest.mark.parametrize("storage", [floats(None), floats(jnp.dtype(jnp.bfloat16)), SCALED])
+@pytest.mark.parametrize(
+    "storage", [floats(None), floats(jnp.dtype(jnp.bfloat16)), SCALED], ids=lambda s: s.name
+)
 def test_an_empty_window_has_the_axes_of_each_leaf_behind_its_rows(storage):
     params = tree_of(jnp.float16)
     empty = empty_window(params, storage, 4, None, False)
     for leaf, rows in zip(params.values(), storages.split(storage, empty), strict=True):
         assert storages.main_array(rows).shape == (4, *leaf.shape)
         assert all(array.shape[0] == 4 and not array.any() for array in jax.tree.leaves(rows))
-        if storage.name == "float":
+        if storage is floats(None):
             assert rows.dtype == leaf.dtype
     row = empty_row(params, jnp.float32, None)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), row) == {
@@ -197,3 +199,9 @@ def test_a_tree_that_does_not_fit_the_window_has_no_plan():
         plan_of({**params, "b": jnp.ones(4)}, rows, SCALED)
     with pytest.raises(ValueError, match=r"must have the tree .* leaf \['c'\] is only in one of the two"):
         plan_of({**params, "c": jnp.ones(4)}, rows, SCALED)
+
+
+def test_rows_of_whole_tiles_can_be_on_the_host():
+    tiled = [(8, 128), (256, 1024), (8, 8, 128), (128, 5, 16)]
+    others = [(128,), (128, 12), (8, 64), (0, 128), ()]
+    assert [shape for shape in (*tiled, *others) if host_memory.may_be_on_host(shape)] == tiled
