@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mfac_jax import ihvp, mfac, pruning, scale_by_mfac, state_shardings
 from mfac_jax.components import Coordinates, Metric, Solver, StepLength, Storage
-from tests.dense_reference import inverse_power
+from tests.dense_reference import inverse_product
 
 DAMPING, NUM_GRADS, STEPS = 1e-2, 6, 9
 SHAPES = {"kernel": (5, 3), "bias": (4,), "scale": ()}
@@ -112,7 +112,9 @@ def run(tx, grads):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"blocks": "leaf", "solver": "inverse"}], ids=["one block", "leaf"]
+    "options",
+    [{}, pytest.param({"blocks": "leaf", "solver": "inverse"}, marks=pytest.mark.slow)],
+    ids=["one block", "leaf"],
 )
 def test_a_storage_of_ones_own_gives_the_dense_answer_on_the_window_as_stored(options):
     grads = gradients()
@@ -120,7 +122,7 @@ def test_a_storage_of_ones_own_gives_the_dense_answer_on_the_window_as_stored(op
     stored = as_stored(HALF, grads)[-NUM_GRADS:]
     rows = np.stack([flat(g) for g in stored])
     blocks = [slice(0, 4), slice(4, 19), slice(19, 20)] if "blocks" in options else [slice(None)]
-    expected = inverse_power(rows, rows[-1], DAMPING, NUM_GRADS, blocks=blocks)
+    expected = inverse_product(rows, rows[-1], DAMPING, NUM_GRADS, blocks=blocks)
     np.testing.assert_allclose(flat(updates), expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
     assert state.window.values["kernel"].dtype == jnp.float16
     assert state.window.scale["kernel"].shape == (NUM_GRADS,)
@@ -155,7 +157,7 @@ def test_a_storage_of_ones_own_is_seen_by_map_params_products_and_masks():
     np.testing.assert_allclose(gram, rows @ rows.T, rtol=1e-4, atol=1e-4)
     x = gradients(10)[-1]
     product = ihvp(state, x, DAMPING, storage=HALF)
-    expected = inverse_power(rows, flat(x), DAMPING, NUM_GRADS)
+    expected = inverse_product(rows, flat(x), DAMPING, NUM_GRADS)
     np.testing.assert_allclose(flat(product), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(ValueError, match=r"'scaled float16', got None"):
         ihvp(state, x, DAMPING)
@@ -165,7 +167,7 @@ def test_a_metric_of_ones_own_sees_whole_matrices():
     grads = gradients()
     updates, state = run(scale_by_mfac(NUM_GRADS, DAMPING, metric=ROTATED), grads)
     rows = np.stack([flat(g) for g in grads[-NUM_GRADS:]])
-    expected = inverse_power(rows, rows[-1], DAMPING, NUM_GRADS)  # no rotation changes F^-1 g
+    expected = inverse_product(rows, rows[-1], DAMPING, NUM_GRADS)  # no rotation changes F^-1 g
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     newest = (int(state.next_row) - 1) % NUM_GRADS
     in_metric = rotation(5) @ grads[-1]["kernel"]
@@ -176,10 +178,11 @@ def test_a_solver_and_a_step_length_of_ones_own():
     grads = gradients()
     updates, _ = run(scale_by_mfac(NUM_GRADS, DAMPING, solver=LU, step_adaptation=HALVED), grads)
     rows = np.stack([flat(g) for g in grads[-NUM_GRADS:]])
-    expected = inverse_power(rows, rows[-1], DAMPING, NUM_GRADS) / 2
+    expected = inverse_product(rows, rows[-1], DAMPING, NUM_GRADS) / 2
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_components_of_ones_own_run_in_mfac_and_under_inject_hyperparams():
     make = optax.inject_hyperparams(mfac, static_args=("num_grads",))
     options = {"metric": ROTATED, "storage": HALF, "solver": LU}

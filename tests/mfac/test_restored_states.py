@@ -54,9 +54,9 @@ def transform(options):
 def state_to_restore():
     """After some steps."""
     tx = transform({})
-    state = tx.init(PARAMS)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
     for power in (1, 2, 3):
-        _, state = tx.update(jax.tree.map(lambda g, p=power: g**p, GRADS), state)
+        _, state = update(jax.tree.map(lambda g, p=power: g**p, GRADS), state)
     return state
 
 
@@ -121,8 +121,9 @@ def test_a_state_of_the_same_settings_comes_back_and_goes_on(tmp_path):
     # Labels that are spelled otherwise, and split the leaves alike.
     alike = {"blocks": lambda path: 7 if first_alone(path) else "rest"}
     for options in ({}, alike):
+        step = jax.jit(transform(options).update)
         for restored in (by_flax(options), by_orbax(options, tmp_path / str(len(options)))):
-            found, state = jax.jit(transform(options).update)(GRADS, restored)
+            found, state = step(GRADS, restored)
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, updates)
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), state, expected)
 
