@@ -40,7 +40,9 @@ from tqdm import tqdm
 from benchmarks import optimizers as opt
 from benchmarks import provenance
 from examples import comparison, train_cifar10, train_digits, train_text
-from examples import workload as wl
+from examples.common.json_lines import without_nan
+from examples.common.provenance import revision
+from examples.common.workload import DataError, Workload
 
 # Losses are measured before the first step and this many times in a run of "tuning"; else at its end alone.
 EVALUATIONS = {"digits-mlp": 22, "digits-cnn": 22, "noisy-digits": 12, "cifar10": 6, "text": 10}
@@ -79,7 +81,7 @@ class Options(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def make_workload(problem: str, seed: int, limit: int | None, data_dir: Path | None) -> wl.Workload:
+def make_workload(problem: str, seed: int, limit: int | None, data_dir: Path | None) -> Workload:
     """The problem; the digits are always those of scikit-learn."""
     if problem.startswith("digits"):
         workload = train_digits.make_workload(problem.removeprefix("digits-"), epochs=12, seed=seed)
@@ -94,7 +96,7 @@ def make_workload(problem: str, seed: int, limit: int | None, data_dir: Path | N
     return workload._replace(batches=workload.batches[:limit])
 
 
-def with_noisy_labels(workload: wl.Workload, seed: int) -> wl.Workload:
+def with_noisy_labels(workload: Workload, seed: int) -> Workload:
     """30 % of the training labels drawn at random; those for validation stay right."""
     rng = np.random.default_rng(seed)
     labels = np.array(workload.data["y"])
@@ -164,14 +166,14 @@ class Store:
         self.path = path
         self.records = read_records(path)
         self.context = {
-            "revision": comparison.git_revision(),
+            "revision": revision(),
             "versions": versions(soap),
             "machine": provenance.machine(),
         }
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a line, complete with revision, versions and machine."""
-        self.records.append(comparison.without_nan(record | self.context))
+        self.records.append(without_nan(record | self.context))
         with self.path.open("a") as file:
             file.write(json.dumps(self.records[-1], allow_nan=False) + "\n")
 
@@ -199,7 +201,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise wl.DataError(f"{path} is not a file of this command: {error}; pass another --out") from error
+        raise DataError(f"{path} is not a file of this command: {error}; pass another --out") from error
 
 
 def versions(soap: Path | None) -> dict[str, str]:
@@ -255,7 +257,7 @@ class Runner:
         for future in tqdm(finished, description, total=len(waiting), unit="run", disable=not waiting):
             try:
                 self.store.append(future.result())
-            except (wl.DataError, OSError, concurrent.futures.BrokenExecutor):
+            except (DataError, OSError, concurrent.futures.BrokenExecutor):
                 raise
             except Exception as error:  # other people's optimizers may raise anything
                 self.failed += 1
@@ -369,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             compare(args, runner)
         finally:
             runner.pool.shutdown(cancel_futures=True)
-    except (wl.DataError, OSError) as error:
+    except (DataError, OSError) as error:
         parser.error(str(error))
     except concurrent.futures.BrokenExecutor as error:
         sys.exit(f"A process ended, perhaps for want of memory: pass a smaller --jobs. {error}")

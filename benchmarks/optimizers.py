@@ -17,7 +17,9 @@ import optax.contrib
 
 import mfac_jax
 from benchmarks import ideas
-from examples import workload as wl
+from examples.common.optimizers import NeedsFactors
+from examples.common.training import TrainState, train_step
+from examples.common.workload import Workload
 
 MFAC_RATE = inspect.signature(mfac_jax.mfac).parameters["learning_rate"].default  # its untuned rate
 # Peak rates tried, for each family of problems; "all" where one grid serves all of them.
@@ -139,15 +141,15 @@ def make_transform(optimizer: str, steps: int, sweeps_damping: bool) -> optax.Gr
 
     hyperparameters = {"peak_rate": 1.0} | ({"swept_damping": 1.0} if sweeps_damping else {})
     tx = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(**hyperparameters)
-    return wl.NeedsFactors(*tx) if optimizer == "cgfac" else tx
+    return NeedsFactors(*tx) if optimizer == "cgfac" else tx
 
 
 # A run's first state, and a step: `(state, indices) -> (state, loss)`.
-Start = tuple[wl.TrainState, Callable[[wl.TrainState, np.ndarray], tuple[wl.TrainState, jax.Array]]]
-_compiled = {}  # (loss, transform) -> compiled `wl.train_step`, in this process
+Start = tuple[TrainState, Callable[[TrainState, np.ndarray], tuple[TrainState, jax.Array]]]
+_compiled = {}  # (loss, transform) -> compiled `train_step`, in this process
 
 
-def start(workload: wl.Workload, optimizer: str, rate: float, damping: float | None, seed: int) -> Start:
+def start(workload: Workload, optimizer: str, rate: float, damping: float | None, seed: int) -> Start:
     """The run's first state and its compiled step."""
     if optimizer == "kfac":
         return _start_kfac(workload, rate, seed)
@@ -155,11 +157,11 @@ def start(workload: wl.Workload, optimizer: str, rate: float, damping: float | N
     params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
     swept = {} if damping is None else {"swept_damping": jnp.float32(damping)}
     opt_state = optax.tree.set(tx.init(params), peak_rate=jnp.float32(rate), **swept)
-    state = wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
+    state = TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
     state = jax.device_put(state, jax.devices()[0])
     data, key, program = workload.data, jax.random.key(seed), (workload.loss, tx)
     if program not in _compiled:
-        lowered = wl.train_step.lower(*program, state, data, workload.batches[0], key)
+        lowered = train_step.lower(*program, state, data, workload.batches[0], key)
         _compiled[program] = lowered.compile()
     step = _compiled[program]
     return state, lambda state, indices: step(state, data, indices, key)
@@ -214,7 +216,7 @@ def _kfac(loss: Callable):
     )
 
 
-def _start_kfac(workload: wl.Workload, rate: float, seed: int) -> Start:
+def _start_kfac(workload: Workload, rate: float, seed: int) -> Start:
     """As `start`; a first step, thrown away, compiles."""
     optimizer, key, peak = _kfac(workload.loss), jax.random.key(seed), schedule(len(workload.batches))
     settings = {name: jnp.float32(value) for name, value in KFAC.items()}
@@ -229,12 +231,12 @@ def _start_kfac(workload: wl.Workload, rate: float, seed: int) -> Start:
             learning_rate=jnp.float32(rate) * peak(state.step),
             **settings,
         )
-        return wl.TrainState(state.step + 1, params, model_state, opt_state), stats["loss"]
+        return TrainState(state.step + 1, params, model_state, opt_state), stats["loss"]
 
     def first_state():
         params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
         opt_state = optimizer.init(params, key, (workload.data, workload.batches[0]), model_state)
-        return wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
+        return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
 
     jax.block_until_ready(step(first_state(), workload.batches[0])[1])
     return first_state(), step

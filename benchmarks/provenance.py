@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from examples import comparison
+from examples.common.provenance import revision
 
 
 def provenance(packages: Iterable[str]) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def provenance(packages: Iterable[str]) -> dict[str, Any]:
     versions = {name: installed[name] for name in packages if name in installed}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "revision": comparison.git_revision(),
+        "revision": revision(),
         "versions": versions | {"python": platform.python_version()},
         "machine": machine(),
     }

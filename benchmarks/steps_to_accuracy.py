@@ -28,7 +28,9 @@ import mfac_jax
 from benchmarks import optimizers, tpu_tables
 from benchmarks.provenance import provenance
 from examples import train_digits
-from examples import workload as wl
+from examples.common.optimizers import NeedsFactors
+from examples.common.training import TrainState, train_step
+from examples.common.workload import Workload
 
 TARGET, EVERY = 0.97, 4  # steps between two evaluations
 WINDOW = "cgfac, 4 batches"  # and a damping of 1e-3
@@ -42,14 +44,14 @@ RATES = {
 }
 
 
-def start(workload: wl.Workload, optimizer: str, rate: float, seed: int) -> optimizers.Start:
+def start(workload: Workload, optimizer: str, rate: float, seed: int) -> optimizers.Start:
     """A run's first state and its compiled step, its first result thrown away."""
     if optimizer != WINDOW:
         return optimizers.start(workload, optimizer, rate, None, seed)
     peak, key = optimizers.schedule(len(workload.batches)), jax.random.key(seed)
     arguments = (workload.params, workload.model_state, workload.data, workload.batches[0], key)
     step = mfac_jax.value_and_grad_with_factors(workload.loss, has_aux=True)
-    tx = wl.NeedsFactors(
+    tx = NeedsFactors(
         *mfac_jax.cgfac(
             lambda count: rate * peak(count),
             1e-3,
@@ -60,10 +62,10 @@ def start(workload: wl.Workload, optimizer: str, rate: float, seed: int) -> opti
 
     def first_state():
         params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
-        return wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
 
     def advance(state, indices):
-        return wl.train_step(workload.loss, tx, state, workload.data, indices, key)
+        return train_step(workload.loss, tx, state, workload.data, indices, key)
 
     jax.block_until_ready(advance(first_state(), workload.batches[0]))
     return first_state(), advance

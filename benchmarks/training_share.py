@@ -25,9 +25,10 @@ import mfac_jax
 from benchmarks import optimizers, step_time, tpu_tables
 from benchmarks.provenance import provenance
 from examples import train_cifar10, train_text
-from examples import workload as wl
+from examples.common.training import TrainState, train_step
+from examples.common.workload import Workload
 
-WORKLOADS: dict[str, Callable[[], wl.Workload]] = {
+WORKLOADS: dict[str, Callable[[], Workload]] = {
     "ResNet-20": functools.partial(train_cifar10.make_workload, epochs=200, batch_size=128, seed=0),
     "transformer": functools.partial(train_text.make_workload, seed=0),
 }
@@ -49,20 +50,20 @@ def _gradient(loss, params, model_state, data, indices, key):
     return jax.grad(loss, has_aux=True)(params, model_state, data, indices, key)[0]
 
 
-def gradients(workload: wl.Workload, number: int) -> list[Any]:
+def gradients(workload: Workload, number: int) -> list[Any]:
     """At the first parameters, of the first batches."""
     fixed = workload.loss, workload.params, workload.model_state, workload.data
     return [_gradient(*fixed, indices, jax.random.key(0)) for indices in workload.batches[:number]]
 
 
-def start(workload: wl.Workload, tx: optax.GradientTransformation) -> wl.TrainState:
+def start(workload: Workload, tx: optax.GradientTransformation) -> TrainState:
     """A state of its own."""
     params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
     opt_state = jax.tree.map(jnp.copy, tx.init(params))  # some hold one array twice: no donation
-    return wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
 
 
-def training(state: wl.TrainState, step: Callable[..., tuple[wl.TrainState, jax.Array]]) -> step_time.Timed:
+def training(state: TrainState, step: Callable[..., tuple[TrainState, jax.Array]]) -> step_time.Timed:
     """From indices of a batch to the loss, a step further at each call."""
 
     def advance(indices):
@@ -73,9 +74,7 @@ def training(state: wl.TrainState, step: Callable[..., tuple[wl.TrainState, jax.
     return advance
 
 
-def updating(
-    workload: wl.Workload, tx: optax.GradientTransformation, grads: Sequence[Any]
-) -> step_time.Timed:
+def updating(workload: Workload, tx: optax.GradientTransformation, grads: Sequence[Any]) -> step_time.Timed:
     """The optimizer alone, on one of these gradients after the other."""
     _, params, _, state = start(workload, tx)
     following = itertools.cycle(grads)
@@ -93,7 +92,7 @@ def updating(
     return advance
 
 
-def steps(workload: wl.Workload, rounds: int) -> dict[str, step_time.Timed]:
+def steps(workload: Workload, rounds: int) -> dict[str, step_time.Timed]:
     """Whole steps by name of the optimizer, and the optimizer alone."""
     found, chosen = {}, {}
     for name in OTHERS:
@@ -107,7 +106,7 @@ def steps(workload: wl.Workload, rounds: int) -> dict[str, step_time.Timed]:
     chosen |= {f"mfac, m = {m}": mfac_jax.mfac(RATE, m) for m in NUM_GRADS}
     grads, key = gradients(workload, rounds + 1), jax.random.key(0)
     for name, tx in chosen.items():
-        step = functools.partial(wl.train_step, workload.loss, tx)
+        step = functools.partial(train_step, workload.loss, tx)
         found[name] = training(
             start(workload, tx), lambda state, indices, step=step: step(state, workload.data, indices, key)
         )

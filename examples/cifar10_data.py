@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.datasets import load_digits
 
-from examples.workload import READ_ERRORS, DataError
+from examples.common.workload import READ_ERRORS, DataError
 
 TRAIN_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 IMAGE_KEYS = {"train_images", "train_labels", "test_images", "test_labels"}

@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 import mfac_jax
 from examples import comparison, pruning, train_digits
-from examples import workload as wl
+from examples.common.optimizers import RATES, make_optimizer
+from examples.common.training import train
+from examples.common.workload import DataError, Workload
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9, 0.95, 0.98)
 
@@ -42,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def trained(workload: wl.Workload, seed: int) -> optax.Params:
+def trained(workload: Workload, seed: int) -> optax.Params:
     """The parameters at the end of a training with M-FAC."""
     last = {}
 
@@ -50,17 +52,17 @@ def trained(workload: wl.Workload, seed: int) -> optax.Params:
         last.update(evaluation, params=jax.tree.map(jnp.copy, state.params))
 
     steps = len(workload.batches)
-    wl.train(workload, make_optimizer(steps), seed, evaluate_every=steps, callback=keep)
+    train(workload, make_mfac(steps), seed, evaluate_every=steps, callback=keep)
     print(f"Trained: {workload.source}, {steps} steps; train loss {last['train_loss']:.4f}")
     return last["params"]
 
 
-def make_optimizer(steps: int) -> optax.GradientTransformation:
+def make_mfac(steps: int) -> optax.GradientTransformation:
     """M-FAC, as in the training of the digits."""
-    return wl.make_optimizer("mfac", wl.RATES["digits"]["mfac"], steps)
+    return make_optimizer("mfac", RATES["digits"]["mfac"], steps)
 
 
-def gradients_function(workload: wl.Workload, num_grads: int, seed: int):
+def gradients_function(workload: Workload, num_grads: int, seed: int):
     """From parameters to gradients of single training images, other ones at each call."""
     random = np.random.default_rng(seed)
     data, num_grads = workload.data, min(num_grads, len(workload.data["x"]))
@@ -78,14 +80,14 @@ def gradients_function(workload: wl.Workload, num_grads: int, seed: int):
 
 
 def prune_in_all_ways(
-    workload: wl.Workload, args: argparse.Namespace, tuning: wl.Workload, accuracy
+    workload: Workload, args: argparse.Namespace, tuning: Workload, accuracy
 ) -> tuple[dict[str, list[float]], Any]:
     """Accuracies of each way to prune at each sparsity, and the masks of the last."""
     params = workload.params
     gradients = gradients_function(workload, args.num_grads, args.seed)
     given = gradients(params)
     all_kept = mfac_jax.pruning.kernel_masks(params)
-    tx = mfac_jax.pruning.keep_pruned(make_optimizer(len(tuning.batches)), all_kept)
+    tx = mfac_jax.pruning.keep_pruned(make_mfac(len(tuning.batches)), all_kept)
     rows, masks = {}, all_kept
     for sparsity in tqdm(args.sparsity, unit="sparsity"):
         pruned = {
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         workload, tuning = make(args.epochs), make(args.fine_tuning)
-    except (wl.DataError, OSError) as error:
+    except (DataError, OSError) as error:
         parser.error(str(error))
     params = trained(workload, args.seed)
     workload, tuning = workload._replace(params=params), tuning._replace(params=params)

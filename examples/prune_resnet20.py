@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import mfac_jax
 from examples import comparison, pruning, resnet20, train_cifar10
-from examples import workload as wl
+from examples.common.workload import DataError, Workload
 from examples.resnet20 import Network
 
 SPARSITIES = (0.5, 0.75, 0.875, 0.9)
@@ -148,7 +148,7 @@ def without_training(args, network: Network, training: Images, accuracy) -> tupl
     return rows, masks
 
 
-def gradually(args, problem: wl.Workload, training: Images, accuracy) -> tuple[dict, Any, list[str]]:
+def gradually(args, problem: Workload, training: Images, accuracy) -> tuple[dict, Any, list[str]]:
     """Accuracies of each method after every epoch, the last masks, and the sparsity in every epoch."""
     steps = len(problem.batches) // args.epochs
     last = max(1, args.epochs * 2 // 3)  # pruning ends there, and the last third is for recovery
@@ -224,11 +224,11 @@ def make_parser() -> argparse.ArgumentParser:
 def weights_file(args: argparse.Namespace) -> Path:
     """The file given, or the one beside CIFAR-10."""
     if args.weights is None and args.data_dir is None:
-        raise wl.DataError(f"pass --weights, or a --data-dir with {WEIGHTS}")
+        raise DataError(f"pass --weights, or a --data-dir with {WEIGHTS}")
     return args.weights or (args.data_dir.parent if args.data_dir.is_file() else args.data_dir) / WEIGHTS
 
 
-def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Network, wl.Workload]:
+def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Network, Workload]:
     """The network, and the training of it."""
     if args.data_dir is None and not args.tfds:
         parser.error("pass --data-dir with CIFAR-10, or --tfds")
@@ -243,11 +243,11 @@ def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Net
             len(problem.data["images"]) < resnet20.BATCH
             or len(problem.data["valid_images"]) < resnet20.PIECE
         ):
-            raise wl.DataError(
+            raise DataError(
                 f"{resnet20.BATCH} training images and {resnet20.PIECE} test images are needed, or more; "
                 f"got {problem.source}"
             )
-    except (wl.DataError, OSError) as error:
+    except (DataError, OSError) as error:
         parser.error(str(error))
     return network, problem._replace(params=network.params, model_state={"batch_stats": network.stats})
 

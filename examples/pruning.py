@@ -14,7 +14,8 @@ import optax
 
 import mfac_jax
 from examples import comparison
-from examples import workload as wl
+from examples.common.training import TrainState, train_step
+from examples.common.workload import Workload
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and line styles for print.
 COLORS = {"magnitude": "#D55E00", "M-FAC, one step": "#56B4E9", "M-FAC": "#0072B2", "published": "#009E73"}
@@ -55,14 +56,14 @@ def by_magnitude(params: optax.Params, sparsity: float, **options: Any) -> tuple
 
 
 def train_and_prune(
-    workload: wl.Workload,
+    workload: Workload,
     tx: optax.GradientTransformation,
     masks: Any,
     sparsities: Mapping[int, float],
-    prune: Callable[[wl.TrainState, Any, float], tuple[optax.Params, Any]],
+    prune: Callable[[TrainState, Any, float], tuple[optax.Params, Any]],
     seed: int,
-    callback: Callable[[wl.TrainState], object] = lambda state: None,
-) -> tuple[wl.TrainState, Any]:
+    callback: Callable[[TrainState], object] = lambda state: None,
+) -> tuple[TrainState, Any]:
     """Train on all batches of the workload, and prune on the way.
 
     Args:
@@ -78,7 +79,7 @@ def train_and_prune(
       The last state, and the masks.
     """
     params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
-    state = wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
     key = jax.random.key(seed)
     for step, indices in enumerate(workload.batches):
         if step in sparsities:
@@ -86,7 +87,7 @@ def train_and_prune(
             # Momentum and M-FAC's window forget what they knew of the weights that went.
             opt_state = mfac_jax.pruning.set_masks(tx, state.opt_state, masks)
             state = state._replace(params=jax.tree.map(jnp.copy, params), opt_state=opt_state)
-        state, loss = wl.train_step(workload.loss, tx, state, workload.data, indices, key)
+        state, loss = train_step(workload.loss, tx, state, workload.data, indices, key)
         jax.block_until_ready(loss)
         callback(state)
     return state, masks

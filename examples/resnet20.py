@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from examples.common.workload import READ_ERRORS, DataError
 from examples.train_cifar10 import ResNet, augment, normalize
-from examples.workload import READ_ERRORS, DataError
 
 PIECE = 200  # images evaluated at a time
 BATCH = 128  # images that a set of batch statistics is taken from

@@ -19,7 +19,7 @@ import optax
 from flax import linen as nn
 
 from examples import cifar10_data, comparison
-from examples.workload import Workload, epoch_batches
+from examples.common.workload import Workload, epoch_batches
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's pixels in [0, 1]
 EVALUATED = 4000  # training images, picked at random once, that the training loss is measured on

@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 
 import mfac_jax
 from examples import comparison
-from examples.workload import READ_ERRORS, DataError, Workload, epoch_batches
+from examples.common.workload import READ_ERRORS, DataError, Workload, epoch_batches
 
 
 class MLP(nn.Module):

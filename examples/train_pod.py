@@ -36,7 +36,8 @@ from tqdm import tqdm
 import mfac_jax
 from examples import comparison, train_text
 from examples import pod_transformer as pod
-from examples import workload as wl
+from examples.common.checkpoints import CheckpointError, check_settings
+from examples.common.workload import DataError
 
 VOCABULARY = 256  # bytes
 VALID_BATCHES = 4
@@ -270,7 +271,7 @@ def restore(
         return run.init(), Progress([], [])
     items = ocp.args.Composite(progress=ocp.args.JsonRestore())
     record: Any = checkpoints.restore(latest, args=items)["progress"]
-    wl.check_settings(record["settings"], settings, checkpoints.directory)
+    check_settings(record["settings"], settings, checkpoints.directory)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(run.shapes))
     state: Any = checkpoints.restore(latest, args=items)["state"]
     return state, Progress(record["losses"], record["reports"])
@@ -295,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         content, source = train_text.read_text(args.data_dir, args.text)
-    except wl.DataError as error:
+    except DataError as error:
         content, source = b"", str(error)
     text = f"{len(content)} characters, {zlib.crc32(content)}" if content else source
     versions = f"jax {jax.__version__}, mfac_jax {mfac_jax.__version__}"
@@ -324,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             reports = train(run, args, checkpoints, settings)
             is_done = checkpoints.latest_step() == args.steps
-        except wl.CheckpointError as error:
+        except CheckpointError as error:
             parser.error(str(error))
     if jax.process_index() == 0 and reports:
         print(f"{describe(reports[-1])}. Checkpoints are in {args.checkpoint_dir}")

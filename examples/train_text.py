@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from examples import comparison
-from examples.workload import DataError, Workload
+from examples.common.workload import DataError, Workload
 
 LIBRARY_BYTES = 1_000_000  # about what Tiny Shakespeare has
 WINDOWS = 1024  # windows of each part that the losses are measured on

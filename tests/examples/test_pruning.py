@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import mfac_jax
-from examples import prune_digits, prune_resnet20, pruning, resnet20, train_digits, workload
+from examples import prune_digits, prune_resnet20, pruning, resnet20, train_digits
+from examples.common.workload import DataError
 
 ROOT = Path(__file__).parents[2]
 
@@ -203,5 +204,5 @@ def test_a_wrong_argument_is_refused_with_the_cure(name, arguments, message, dat
 
 def test_weights_of_another_network_are_refused(tmp_path):
     write_weights(tmp_path / "weights.npz", **{"fc.weight": np.zeros((100, 64))})
-    with pytest.raises(workload.DataError, match="have not the shapes of a ResNet-20 for 10 classes"):
+    with pytest.raises(DataError, match="have not the shapes of a ResNet-20 for 10 classes"):
         resnet20.read(tmp_path / "weights.npz")

@@ -16,7 +16,10 @@ import numpy as np
 import optax
 import pytest
 
-from examples import comparison, train_cifar10, train_digits, train_text, workload
+from examples import comparison, train_cifar10, train_digits, train_text
+from examples.common import training
+from examples.common.checkpoints import CheckpointError
+from examples.common.optimizers import OPTIMIZERS, NeedsFactors, make_optimizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +63,7 @@ def test_an_example_prints_a_row_for_each_optimizer_and_writes_its_report(name, 
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["rates"][optimizers[0]] == 0.01
     assert {"mfac_jax", "jax", "flax", "optax", "python"} <= set(results["versions"])
-    assert set(results["machine"]) == {"platform", "cpus", "device"}
+    assert set(results["machine"]) == {"platform", "processor", "cpus"}
     assert "revision" in results
     assert list(results["optimizers"]) == optimizers
     for figures in results["optimizers"].values():
@@ -146,7 +149,7 @@ def tiny_workload(name: str):
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_path):
     problem = tiny_workload(name)
-    tx = workload.make_optimizer(optimizer, 0.01, len(problem.batches))
+    tx = make_optimizer(optimizer, 0.01, len(problem.batches))
 
     def train(interrupt_at=None, **options):
         states = {}
@@ -157,7 +160,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_pat
             states[evaluation["step"]] = jax.tree.map(np.array, state)
             return comparison.diagnose(state) if optimizer == "mfac" else None
 
-        return workload.train(problem, tx, 1, evaluate_every=2, callback=keep, **options), states
+        return training.train(problem, tx, 1, evaluate_every=2, callback=keep, **options), states
 
     history, states = train()
     with pytest.raises(InterruptionError):
@@ -230,10 +233,10 @@ def test_checkpoints_are_continued_only_on_demand_and_only_with_their_settings(t
 
 def test_checkpoints_of_another_state_are_refused_with_their_folder(tmp_path):
     problem = tiny_workload("mlp")
-    sgd, adamw = (workload.make_optimizer(name, 0.01, len(problem.batches)) for name in ("sgd", "adamw"))
-    workload.train(problem, sgd, 0, evaluate_every=99, checkpoint_dir=tmp_path)
-    with pytest.raises(workload.CheckpointError, match=f"cannot restore {tmp_path}"):
-        workload.train(problem, adamw, 0, evaluate_every=99, checkpoint_dir=tmp_path)
+    sgd, adamw = (make_optimizer(name, 0.01, len(problem.batches)) for name in ("sgd", "adamw"))
+    training.train(problem, sgd, 0, evaluate_every=99, checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=f"cannot restore {tmp_path}"):
+        training.train(problem, adamw, 0, evaluate_every=99, checkpoint_dir=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -267,7 +270,7 @@ def test_the_optimizer_gets_the_loss_of_its_step_as_value():
         return updates, (inner, extra_args["value"])
 
     values = []
-    history = workload.train(
+    history = training.train(
         problem,
         optax.GradientTransformationExtraArgs(lambda params: (init(params), jnp.zeros(())), keep_value),
         0,
@@ -280,9 +283,9 @@ def test_the_optimizer_gets_the_loss_of_its_step_as_value():
 
 def test_every_optimizer_warms_up_and_ends_at_zero():
     params = jnp.ones(())
-    for name in workload.OPTIMIZERS:
-        tx = workload.make_optimizer(name, 0.1, 20)
-        extra = {"curvature": lambda v: v} if isinstance(tx, workload.NeedsFactors) else {}
+    for name in OPTIMIZERS:
+        tx = make_optimizer(name, 0.1, 20)
+        extra = {"curvature": lambda v: v} if isinstance(tx, NeedsFactors) else {}
         update = jax.jit(functools.partial(tx.update, **extra))
         state, sizes = tx.init(params), []
         for _ in range(21):
