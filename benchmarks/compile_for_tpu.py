@@ -4,15 +4,14 @@ The step is that of a transformer (forward, backward, M-FAC, the new parameters)
 `tensor`. libtpu compiles for a topology that is only named; it has to be installed: `pip install '.[tpu]'`.
 """
 
-import argparse
+import dataclasses
 import functools
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 # libtpu looks for a TPU's metadata when it starts.
 os.environ |= {
@@ -27,14 +26,16 @@ os.environ |= {
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from flax import nnx
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mfac_jax
-from benchmarks import provenance, tpu_tables
+from benchmarks import tpu_tables
 from benchmarks.compiled_update import collectives, figures, placed
 from examples import pod_transformer as pod
+from examples.common import json_lines, provenance
 
 SIZES = {
     "tiny": pod.Size(512, 128, 256, 2, 4),
@@ -73,6 +74,33 @@ CASES = {
     "tpu7x:16x16x32": Case("206b", tensor=8),
     "tpu7x:16x24x24": Case("533b", tensor=8),
 }
+
+
+if TYPE_CHECKING:
+    SizeName = str
+else:
+    SizeName = Literal[tuple(SIZES)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line; what is None is that of the topology in CASES.
+
+    Attributes:
+      topologies: what to compile for.
+      size: of the transformer.
+      num_grads: gradients in the window.
+      tensor: devices along the tensor axis.
+      batch: sequences for each step of fsdp.
+      out: file to add a line of JSON to for each topology.
+    """
+
+    topologies: tuple[str, ...] = tuple(CASES)
+    size: SizeName | None = None
+    num_grads: int | None = None
+    tensor: int | None = None
+    batch: int | None = None
+    out: Path | None = None
 
 
 def make_mesh(topology: str, tensor: int) -> Mesh:
@@ -145,30 +173,19 @@ def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: i
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile for each topology; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, cases = parser.add_argument, "(default: that of the topology in CASES)"
-    add("--topologies", nargs="+", default=list(CASES), help="(default: %(default)s)")
-    add("--size", choices=SIZES, help=f"of the transformer {cases}")
-    add("--num-grads", type=int, help=cases)
-    add("--tensor", type=int, help=f"devices along the tensor axis {cases}")
-    add("--batch", type=int, help=f"sequences for each step of fsdp {cases}")
-    add("--out", type=Path, help="file to add a line of JSON to for each topology")
-    args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in Case._fields if getattr(args, name) is not None}
+    options = tyro.cli(Options, args=argv, description=__doc__)
+    given = {name: getattr(options, name) for name in Case._fields if getattr(options, name) is not None}
     rows = []
-    for topology in args.topologies:
+    for topology in options.topologies:
         case = CASES.get(topology, Case())._replace(**given)
         try:
             row = measure(topology, SIZES[case.size], case.num_grads, case.tensor, case.batch)
         except Exception as error:  # a topology that does not compile is a result too
             print(f"{topology}: {type(error).__name__}: {str(error)[:500]}", file=sys.stderr)
             continue
-        rows.append(row | provenance.provenance(("jax", "jaxlib", "libtpu", "flax", "optax")))
-        if args.out is not None:
-            with args.out.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+        rows.append(row | provenance.record(("jax", "jaxlib", "libtpu", "flax", "optax")))
+        if options.out is not None:
+            json_lines.append(options.out, rows[-1])
         print(f"{topology}: compiled in {row['compile_seconds']} s", file=sys.stderr)
     if not rows:
         sys.exit("Nothing compiled: see above. libtpu comes with pip install '.[tpu]'")
