@@ -68,17 +68,15 @@ class Worker:
             text=True,
             env=os.environ | {"PYTHONPATH": str(checkout.absolute())},
         )
-        found = self._answer()
-        if not Path(found).is_relative_to(checkout.absolute()):
-            raise RuntimeError(f"{checkout} has no mfac_jax: {found} was imported. Pass a checkout of it.")
 
     def ask(self, **request: Any) -> str:
         """Send a request; return the answer."""
         assert self.process.stdin is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        return self._answer()
+        return self.answer()
 
-    def _answer(self) -> str:
+    def answer(self) -> str:
+        """The next line that the process prints."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -101,6 +99,9 @@ def workers(**checkouts: Path) -> Iterator[dict[str, Worker]]:
         for name, checkout in checkouts.items():
             found[name] = Worker(checkout)
             stack.callback(found[name].close)
+            imported = found[name].answer()
+            if not Path(imported).is_relative_to(checkout.absolute()):
+                raise RuntimeError(f"{checkout} has no mfac_jax: {imported} was imported. Pass a checkout.")
         yield found
 
 
