@@ -32,14 +32,9 @@ def read_rate(text: str) -> Rate:
             f"unknown optimizer {name!r}: write NAME=RATE with a NAME of {', '.join(OPTIMIZERS)}"
         )
     try:
-        rate = float(value)
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < math.inf:
-        raise ValueError(
-            f"the rate of {name} must be a number above 0, got {value!r}: write e.g. {name}=0.01"
-        )
-    return name, rate
+        return name, command_line.positive(value)
+    except ValueError as error:
+        raise ValueError(f"the rate of {name} {error}: write e.g. {name}=0.01") from error
 
 
 def names(problem: str) -> Any:

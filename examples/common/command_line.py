@@ -7,6 +7,7 @@ options are read; the first error is then printed in one line.
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +47,7 @@ def option(
 
     def read_all(words: Sequence[str]) -> Any:
         try:
-            if not words or len(words) > 1 and not many:
+            if not words or (len(words) > 1 and not many):
                 raise ValueError(f"needs {'at least ' * many}one value, got {len(words)}")
             return tuple(map(read, words)) if many else read(words[0])
         except ValueError as error:
@@ -69,23 +70,43 @@ def parse(options: type[T], argv: Sequence[str] | None, description: str | None)
       argv: the words after the command, None for those of this process.
       description: what the help starts with.
     """
-    module = options.__module__
-    spec = sys.modules["__main__"].__spec__ if module == "__main__" else None
-    prog = f"python -m {spec.name if spec else module}"
-    values, unknown = tyro.cli(
-        options, prog=prog, description=description, args=argv, return_unknown_args=True
-    )
-    fields: Any = dataclasses.fields(values)
-    names = {field.name: f"--{field.name.replace('_', '-')}" for field in fields}
+    values, unknown = _read(options, argv, description)
     if unknown:
-        known = difflib.get_close_matches(unknown[0].split("=")[0], names.values(), n=1)
+        names = [_typed(field.name) for field in dataclasses.fields(values)]
+        known = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
         hint = f"did you mean {known[0]}?" if known else "--help lists all options"
         refuse(f"unknown argument {unknown[0]!r}: {hint}")
-    for name, typed in names.items():
-        value = getattr(values, name)
-        if isinstance(value, _Invalid):
-            refuse(f"{typed}: {value.message}")
     return values
+
+
+def parse_known(options: type[T], argv: Sequence[str] | None) -> tuple[T, list[str]]:
+    """As `parse`, and return the words that it does not know, --help among them, unread."""
+    return _read(options, argv, None, add_help=False)
+
+
+def _read(
+    options: type[T], argv: Sequence[str] | None, description: str | None, add_help: bool = True
+) -> tuple[Any, list[str]]:
+    module = options.__module__
+    spec = sys.modules["__main__"].__spec__ if module == "__main__" else None
+    values, unknown = tyro.cli(
+        options,
+        prog=f"python -m {spec.name if spec else module}",
+        description=description,
+        args=argv,
+        return_unknown_args=True,
+        add_help=add_help,
+    )
+    for field in dataclasses.fields(values):  # pyright: ignore[reportArgumentType]
+        value = getattr(values, field.name)
+        if isinstance(value, _Invalid):
+            refuse(f"{_typed(field.name)}: {value.message}")
+    return values, unknown
+
+
+def _typed(name: str) -> str:
+    """The option of a field, as users type it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def number(low: int) -> Callable[[str], int]:
@@ -120,11 +141,22 @@ def output_folder(text: str) -> Path:
     return Path(text)
 
 
+def positive(text: str) -> float:
+    """Read a finite number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise ValueError(f"must be a number above 0, got {text!r}")
+
+
 # Kinds of options. An optional one is None if it is not given, and its help shows no default.
 NO_DEFAULT = tyro.conf.arg(help_behavior_hint="")
 Count = Annotated[int, option(number(1), "N")]
 OptionalCount = Annotated[int | None, option(number(1), "N"), NO_DEFAULT]
 Seed = Annotated[int, option(number(0), "N")]
+OptionalSeed = Annotated[int | None, option(number(0), "N"), NO_DEFAULT]
+OptionalText = Annotated[str | None, option(str, "TEXT"), NO_DEFAULT]
+Positive = Annotated[float, option(positive, "X")]
 OptionalPath = Annotated[Path | None, option(Path, "PATH"), NO_DEFAULT]
 Folder = Annotated[Path, option(output_folder, "FOLDER")]
 OptionalFolder = Annotated[Path | None, option(output_folder, "FOLDER"), NO_DEFAULT]
