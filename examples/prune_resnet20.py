@@ -6,26 +6,26 @@ leaves and with those estimated anew from training images; fine-tuning makes its
 with the arrays of the PyTorch state dict.
 """
 
-import argparse
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from tqdm import tqdm
 
 import mfac_jax
-from examples import comparison, pruning, resnet20, train_cifar10
+from examples import cifar10_data, pruning, resnet20, train_cifar10
+from examples.common import command_line
+from examples.common.command_line import NO_DEFAULT, Count, Flag, Folder, OptionalCount, OptionalPath
 from examples.common.workload import DataError, Workload
 from examples.resnet20 import Network
 
-SPARSITIES = (0.5, 0.75, 0.875, 0.9)
 WEIGHTS = "resnet20_cifar10_torch.npz"
 STATS_IMAGES = 2048  # that batch statistics are estimated from
 RATE = 0.02  # of SGD, at the start of the training between prunings
@@ -33,6 +33,8 @@ STEPS = 4  # of M-FAC at each pruning between epochs: one does less, and 16 do n
 CHUNK = 32  # images in a batch that gradients are taken of
 PUBLISHED_GRADS = 64  # of such batches
 PUBLISHED = {"damping": 1e-5, "update": "independent", "gradient_term": 0.0, "step_limit": math.inf}
+MODES = ("one-shot", "recomputed", "gradual")
+PATTERNS = ("2:4", "block:4")
 KINDS = ("statistics as they are", "statistics estimated anew")
 
 
@@ -128,19 +130,45 @@ def prunable(params: optax.Params, pattern: str | None) -> Any:
     return jax.tree.map(mask, masks, params, is_leaf=lambda kept: kept is None)
 
 
-def without_training(args, network: Network, training: Images, accuracy) -> tuple[dict, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(pruning.Options):
+    """What the user can choose."""
+
+    out: Folder = Path("out", "prune_resnet20")
+    data_dir: OptionalPath = None
+    """folder with CIFAR-10 in any of its forms and resnet20_cifar10_torch.npz; or an *.npz with CIFAR-10"""
+    tfds: Flag = False
+    """take CIFAR-10 from tensorflow_datasets, kept in --data-dir"""
+    weights: OptionalPath = None
+    """npz with the weights, in place of resnet20_cifar10_torch.npz in --data-dir"""
+    mode: Annotated[str, command_line.choices(MODES, many=False)] = "recomputed"
+    """one-shot: one step; recomputed: 16 steps; gradual: 4 at the start of each of the first two thirds of
+    the epochs of training, up to the last of --sparsity on a cubic curve"""
+    methods: Annotated[tuple[str, ...], command_line.choices(METHODS)] = ("magnitude", "M-FAC")
+    """which to compare; the sparsity of each leaf is printed for the last one"""
+    pattern: Annotated[str | None, command_line.choices(PATTERNS, many=False), NO_DEFAULT] = None
+    """2:4 keeps at most 2 of 4 consecutive inputs; in block:4 each 4 go together; else single weights go"""
+    samples: OptionalCount = 10_000
+    """use only the first N training images"""
+    epochs: Count = 6
+    """passes over them, when gradual"""
+    batch_size: Count = 64
+    """images a step of the training, when gradual"""
+
+
+def without_training(options: Options, network: Network, training: Images, accuracy) -> tuple[dict, Any]:
     """Accuracies of each method at each sparsity with both kinds of statistics, and the last masks."""
-    steps = {"num_steps": 1} if args.mode == "one-shot" else {}
+    steps = {"num_steps": 1} if options.mode == "one-shot" else {}
     rows: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
     masks = None
-    with tqdm(total=len(args.methods) * len(args.sparsity), unit="network") as bar:
-        for name in args.methods:
-            for sparsity in args.sparsity:
-                training = training.from_start(args.seed)
-                prune = functools.partial(METHODS[name], training=training, num_grads=args.num_grads)
+    with tqdm(total=len(options.methods) * len(options.sparsity), unit="network") as bar:
+        for name in options.methods:
+            for sparsity in options.sparsity:
+                training = training.from_start(options.seed)
+                prune = functools.partial(METHODS[name], training=training, num_grads=options.num_grads)
                 bar.set_description(f"{name}, {sparsity:g}")
-                before = prunable(network.params, args.pattern)
-                params, masks = prune(network, before, sparsity, pattern=args.pattern, **steps)
+                before = prunable(network.params, options.pattern)
+                params, masks = prune(network, before, sparsity, pattern=options.pattern, **steps)
                 pruned = network._replace(params=params)
                 for kind, result in zip(KINDS, (pruned, with_new_stats(pruned, training)), strict=True):
                     rows[kind].setdefault(name, []).append(accuracy(result))
@@ -148,25 +176,27 @@ def without_training(args, network: Network, training: Images, accuracy) -> tupl
     return rows, masks
 
 
-def gradually(args, problem: Workload, training: Images, accuracy) -> tuple[dict, Any, list[str]]:
+def gradually(
+    options: Options, problem: Workload, training: Images, accuracy
+) -> tuple[dict, Any, list[float]]:
     """Accuracies of each method after every epoch, the last masks, and the sparsity in every epoch."""
-    steps = len(problem.batches) // args.epochs
-    last = max(1, args.epochs * 2 // 3)  # pruning ends there, and the last third is for recovery
-    schedule = optax.polynomial_schedule(0.0, args.sparsity[-1], power=3, transition_steps=last)
+    steps = len(problem.batches) // options.epochs
+    last = max(1, options.epochs * 2 // 3)  # pruning ends there, and the last third is for recovery
+    schedule = optax.polynomial_schedule(0.0, options.sparsity[-1], power=3, transition_steps=last)
     earlier = np.asarray([schedule(epoch) for epoch in range(1, last)]).tolist()
-    sparsities = [*earlier, args.sparsity[-1]]  # the last one not rounded to float32
-    masks = prunable(problem.params, args.pattern)
+    sparsities = [*earlier, options.sparsity[-1]]  # the last one not rounded to float32
+    masks = prunable(problem.params, options.pattern)
     optimizer = optax.sgd(optax.cosine_decay_schedule(RATE, len(problem.batches)), momentum=0.9)
     tx = mfac_jax.pruning.keep_pruned(optimizer, masks)
     rows, last_masks = {}, masks
-    with tqdm(total=len(args.methods) * len(problem.batches), unit="step") as bar:
-        for name in args.methods:
-            draws = training.from_start(args.seed)
-            method = functools.partial(METHODS[name], training=draws, num_grads=args.num_grads)
+    with tqdm(total=len(options.methods) * len(problem.batches), unit="step") as bar:
+        for name in options.methods:
+            draws = training.from_start(options.seed)
+            method = functools.partial(METHODS[name], training=draws, num_grads=options.num_grads)
 
             def prune(state, masks, sparsity, method=method):
                 network = Network(state.params, state.model_state["batch_stats"])
-                return method(network, masks, sparsity, num_steps=STEPS, pattern=args.pattern)
+                return method(network, masks, sparsity, num_steps=STEPS, pattern=options.pattern)
 
             def callback(state, name=name):
                 bar.update()
@@ -178,90 +208,66 @@ def gradually(args, problem: Workload, training: Images, accuracy) -> tuple[dict
             bar.set_description(name)
             prune_at = {epoch * steps: sparsity for epoch, sparsity in enumerate(sparsities)}
             _, last_masks = pruning.train_and_prune(
-                problem, tx, masks, prune_at, prune, args.seed, callback
+                problem, tx, masks, prune_at, prune, options.seed, callback
             )
-    in_epoch = sparsities + sparsities[-1:] * (args.epochs - last)
-    return rows, last_masks, [f"{i + 1}\n{sparsity:.2f}" for i, sparsity in enumerate(in_epoch)]
+    return rows, last_masks, sparsities + sparsities[-1:] * (options.epochs - last)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Every option, with its default."""
-    parser = pruning.make_parser("prune_resnet20", __doc__, SPARSITIES)
-    add, count = parser.add_argument, comparison.count
-    add(
-        "--data-dir",
-        type=Path,
-        help=f"folder with CIFAR-10 in any of its forms and {WEIGHTS}; or an *.npz with CIFAR-10",
-    )
-    add("--tfds", action="store_true", help="take CIFAR-10 from tensorflow_datasets, kept in --data-dir")
-    add("--weights", type=Path, help=f"npz with the weights, in place of {WEIGHTS} in --data-dir")
-    add(
-        "--mode",
-        choices=["one-shot", "recomputed", "gradual"],
-        default="recomputed",
-        help="one step; 16 steps; or 4 at the start of each of the first "
-        "two thirds of the epochs of training, up to the last of --sparsity on a cubic curve",
-    )
-    add(
-        "--methods",
-        nargs="+",
-        choices=list(METHODS),
-        default=list(METHODS)[:2],
-        metavar="NAME",
-        help=f"which to compare, of {', '.join(METHODS)}; the last one's sparsity by leaf is printed",
-    )
-    add(
-        "--pattern",
-        choices=["2:4", "block:4"],
-        help="at most 2 of 4 consecutive inputs are kept, or 4 go together; without it, single weights",
-    )
-    add("--samples", type=count, default=10_000, metavar="N", help="use only the first N training images")
-    add("--epochs", type=count, default=6, help="passes over them, when gradual")
-    add("--batch-size", type=count, default=64, help="images a step of the training, when gradual")
-    return parser
-
-
-def weights_file(args: argparse.Namespace) -> Path:
+def weights_file(options: Options) -> Path:
     """The file given, or the one beside CIFAR-10."""
-    if args.weights is None and args.data_dir is None:
+    if options.weights is not None:
+        return options.weights
+    if options.data_dir is None:
         raise DataError(f"pass --weights, or a --data-dir with {WEIGHTS}")
-    return args.weights or (args.data_dir.parent if args.data_dir.is_file() else args.data_dir) / WEIGHTS
+    return (options.data_dir.parent if options.data_dir.is_file() else options.data_dir) / WEIGHTS
 
 
-def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Network, Workload]:
+def read(options: Options) -> tuple[Network, Workload]:
     """The network, and the training of it."""
-    if args.data_dir is None and not args.tfds:
-        parser.error("pass --data-dir with CIFAR-10, or --tfds")
-    if args.pattern == "2:4" and max(args.sparsity) > 0.5:
-        parser.error("--pattern 2:4 prunes half at most: pass --sparsity 0.5")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        network = resnet20.read(weights_file(args))
-        names = ("epochs", "batch_size", "samples", "data_dir", "tfds", "seed")
-        problem = train_cifar10.make_workload(**{name: getattr(args, name) for name in names})
-        if (
-            len(problem.data["images"]) < resnet20.BATCH
-            or len(problem.data["valid_images"]) < resnet20.PIECE
-        ):
-            raise DataError(
-                f"{resnet20.BATCH} training images and {resnet20.PIECE} test images are needed, or more; "
-                f"got {problem.source}"
-            )
-    except (DataError, OSError) as error:
-        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    network = resnet20.read(weights_file(options))
+    arrays = cifar10_data.load(options.data_dir, options.tfds)
+    training, tested = len(arrays.images[: options.samples]), len(arrays.valid_images)
+    if training < resnet20.BATCH or tested < resnet20.PIECE:
+        raise DataError(
+            f"{resnet20.BATCH} training images and {resnet20.PIECE} test images are needed, or more; got "
+            f"{training} and {tested} from {arrays.source}"
+        )
+    names = ("epochs", "batch_size", "samples", "data_dir", "tfds", "seed")
+    problem = train_cifar10.make_workload(**{name: getattr(options, name) for name in names})
     return network, problem._replace(params=network.params, model_state={"batch_stats": network.stats})
+
+
+def compare(options: Options, network: Network, problem: Workload, accuracy) -> tuple[Any, dict, list, str]:
+    """Prune and print the accuracies; what the picture shows of them: masks, rows, ticks, and its axis."""
+    data = problem.data
+    training = Images(data["images"], data["labels"], np.random.default_rng(options.seed))
+    if options.mode == "gradual":
+        rows, masks, sparsities = gradually(options, problem, training, accuracy)
+        head = [f"{sparsity:.2f}" for sparsity in sparsities]
+        pruning.print_accuracies("Test accuracy after each epoch", head, rows)
+        ticks = [f"{epoch}\n{sparsity}" for epoch, sparsity in enumerate(head, start=1)]
+        return masks, rows, ticks, "epoch, and sparsity of the kernels in it"
+    tables, masks = without_training(options, network, training, accuracy)
+    ticks = [f"{sparsity:g}" for sparsity in options.sparsity]
+    for kind, rows in tables.items():
+        pruning.print_accuracies(f"Test accuracy, batch {kind}", ticks, rows)
+    return masks, tables[KINDS[1]], ticks, f"sparsity of the kernels; batch {KINDS[1]}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, prune, and report; `argv` is the command line."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    network, problem = read(parser, args)
-    plt.switch_backend("Agg")  # pictures go to files; no window is opened
-    data = problem.data
-    training = Images(data["images"], data["labels"], np.random.default_rng(args.seed))
-    tested = len(data["valid_images"]) // resnet20.PIECE * resnet20.PIECE
-    test = data["valid_images"][:tested], data["valid_labels"][:tested]
+    options = command_line.parse(Options, argv, __doc__)
+    if options.data_dir is None and not options.tfds:
+        command_line.refuse("pass --data-dir with CIFAR-10, or --tfds")
+    if options.pattern == "2:4" and max(options.sparsity) > 0.5:
+        command_line.refuse("--pattern 2:4 prunes half at most: pass --sparsity 0.5")
+    try:
+        network, problem = read(options)
+    except (DataError, OSError) as error:
+        command_line.refuse(error)
+    tested = len(problem.data["valid_images"]) // resnet20.PIECE * resnet20.PIECE
+    test = problem.data["valid_images"][:tested], problem.data["valid_labels"][:tested]
 
     def accuracy(network):
         return float(resnet20.accuracy_and_loss(network, *test)[0])
@@ -269,24 +275,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     before, loss = map(float, resnet20.accuracy_and_loss(network, *test))
     print(f"Data: {problem.source}")
     print(f"Before pruning: accuracy {before:.4f}, loss {loss:.4f}, on {tested:,} test images")
-    masks = prunable(network.params, args.pattern)
-    entries = sum(mask.size for mask in jax.tree.leaves(masks))
-    print(f"{args.mode}: {entries:,} weights in {len(jax.tree.leaves(masks))} kernels take part")
-    if args.mode == "gradual":
-        rows, masks, ticks = gradually(args, problem, training, accuracy)
-        pruning.print_table("Test accuracy after each epoch:", [t.split("\n")[1] for t in ticks], rows)
-        labels = {"xlabel": "epoch, and sparsity of the kernels in it"}
-    else:
-        tables, masks = without_training(args, network, training, accuracy)
-        ticks = [f"{sparsity:g}" for sparsity in args.sparsity]
-        for kind, rows in tables.items():
-            pruning.print_table(f"Test accuracy, batch {kind}:", ticks, rows)
-        rows = tables[KINDS[1]]
-        labels = {"xlabel": f"sparsity of the kernels; batch {KINDS[1]}"}
-    print(f"\n{args.methods[-1]}, the last network:\n{mfac_jax.pruning.pruning_report(masks)}")
-    path = args.out / f"{args.mode}.png"
-    title = f"Pruning of a ResNet-20, {args.mode}"
-    pruning.plot_accuracy(rows, ticks, before, labels | {"title": title}, path)
+    kernels = jax.tree.leaves(prunable(network.params, options.pattern))
+    entries = sum(mask.size for mask in kernels)
+    print(f"{options.mode}: {entries:,} weights in {len(kernels)} kernels take part")
+    masks, rows, ticks, xlabel = compare(options, network, problem, accuracy)
+    print(f"\n{options.methods[-1]}, the last network:\n{mfac_jax.pruning.pruning_report(masks)}")
+    path = options.out / f"{options.mode}.png"
+    labels = {"xlabel": xlabel, "title": f"Pruning of a ResNet-20, {options.mode}"}
+    pruning.plot_accuracy(rows, ticks, before, labels, path)
     print(f"\nThe picture is {path}")
 
 

@@ -1,5 +1,6 @@
-"""The ResNet-20 for CIFAR-10 with weights that were trained in PyTorch, and what is measured on it."""
+"""The ResNet-20 for CIFAR-10: the model, its inputs, weights from PyTorch, and what is measured on it."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,15 +8,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 from examples.common.workload import READ_ERRORS, DataError
-from examples.train_cifar10 import ResNet, augment, normalize
 
+MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's pixels in [0, 1]
 PIECE = 200  # images evaluated at a time
 BATCH = 128  # images that a set of batch statistics is taken from
 
 Params = Any
 Stats = Any
+
+
+class ResNet(nn.Module):
+    """The ResNet for CIFAR of He et al. 2016, 6 `blocks` + 2 layers, with projection shortcuts."""
+
+    width: int = 16
+    blocks: int = 3
+
+    @nn.compact
+    def __call__(self, x, train: bool):  # noqa: D102
+        he = nn.initializers.he_normal()
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he)
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        x = nn.relu(norm()(conv(self.width, (3, 3), padding=1)(x)))
+        for stage in range(3):
+            width = self.width * 2**stage
+            for block in range(self.blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                h = nn.relu(norm()(conv(width, (3, 3), stride, padding=1)(x)))
+                h = norm()(conv(width, (3, 3), padding=1)(h))
+                if stride > 1:
+                    x = norm()(conv(width, (1, 1), stride)(x))
+                x = nn.relu(x + h)
+        return nn.Dense(10)(x.mean(axis=(1, 2)))
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 pixels to float32 with about zero mean and unit variance."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+
+
+def augment(images: jax.Array, key: jax.Array, flip: bool) -> jax.Array:
+    """Random crops after padding by four pixels and, with `flip`, random mirror images."""
+    crop_key, flip_key = jax.random.split(key)
+    if flip:
+        mirrored = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    corners = jax.random.randint(crop_key, (len(images), 2), 0, 9)
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), (32, 32, 3)))(padded, corners)
 
 
 class Network(NamedTuple):

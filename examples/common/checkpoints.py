@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 CURE = "pass another --checkpoint-dir"
 
@@ -14,15 +15,20 @@ class CheckpointError(Exception):
     """Checkpoints that do not belong to this run. The message says what to do."""
 
 
-def open_folder(folder: os.PathLike, **options: Any) -> ocp.CheckpointManager:
+def absolute(folder: str | os.PathLike) -> epath.Path:
+    """Make a path absolute, as Orbax wants it; the URL of a bucket, gs://BUCKET/RUN, stays as it is."""
+    return epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
+
+
+def open_folder(folder: str | os.PathLike, **options: Any) -> ocp.CheckpointManager:
     """Open the checkpoints in a folder; use the result as a context. The last two are kept.
 
     Args:
-      folder: any path, or the URL of a bucket as an `epath.Path`.
+      folder: a path or the URL of a bucket.
       **options: more options of `ocp.CheckpointManagerOptions`.
     """
-    path = folder.absolute() if isinstance(folder, Path) else folder
-    return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(max_to_keep=2, **options))
+    settings = ocp.CheckpointManagerOptions(max_to_keep=2, **options)
+    return ocp.CheckpointManager(absolute(folder), options=settings)
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, record: dict[str, Any]) -> None:

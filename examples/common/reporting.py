@@ -53,8 +53,9 @@ def summarize(histories: Sequence[History]) -> Summary:
     return {metric: {"mean": float(x.mean()), "std": float(x.std())} for metric, x in columns.items()}
 
 
-def print_summaries(rates: Mapping[str, float], summaries: Mapping[str, Summary], seeds: int) -> None:
+def print_summaries(rates: Mapping[str, float], histories: Histories) -> None:
     """Print the optimizers side by side. NaN means that a run diverged."""
+    summaries = {name: summarize(runs) for name, runs in histories.items()}
     has_accuracy = all("valid_accuracy" in summary for summary in summaries.values())
     metrics = [metric for metric in METRICS if has_accuracy or metric != "valid_accuracy"]
 
@@ -64,7 +65,7 @@ def print_summaries(rates: Mapping[str, float], summaries: Mapping[str, Summary]
         return [name, f"{rates[name]:g}", *cells, seconds, f"{summary['step']['mean']:.0f}"]
 
     print_table(
-        f"At the end, mean ± standard deviation over {_seeds(seeds)}",
+        f"At the end, mean ± standard deviation over {_seeds(histories)}",
         ["", "rate", *(METRICS[metric] for metric in metrics), "seconds", "steps"],
         [row(name, summary) for name, summary in summaries.items()],
     )
@@ -92,11 +93,12 @@ def plot_curves(title: str, histories: Histories, path: Path) -> None:
         axes.locator_params(axis="x", nbins=6)
         axes.grid(alpha=0.25)
     panels[0].legend()
-    figure.suptitle(f"{title}: mean and range over {_seeds(max(map(len, histories.values())))}")
+    figure.suptitle(f"{title}: mean and range over {_seeds(histories)}")
     figure.savefig(path, dpi=100)
 
 
-def _seeds(number: int) -> str:
+def _seeds(histories: Histories) -> str:
+    number = max(map(len, histories.values()))
     return f"{number} seed{'s' * (number > 1)}"
 
 

@@ -46,6 +46,11 @@ class Workload(NamedTuple):
     loss: Callable[..., tuple[jax.Array, Any]]
     evaluate: Callable[..., dict[str, jax.Array]]
 
+    @property
+    def parameters(self) -> int:
+        """The number of the model's parameters."""
+        return sum(x.size for x in jax.tree.leaves(self.params))
+
 
 def epoch_batches(samples: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:
     """Draw the indices `(steps, batch)`: each epoch has a new order and drops its incomplete batch."""

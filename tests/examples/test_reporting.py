@@ -4,6 +4,7 @@ import json
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mfac_jax
@@ -12,17 +13,16 @@ from examples.common.diagnostics_plot import plot_diagnostics
 
 
 def diagnostics_records(steps: int, blocks) -> list[dict]:
-    """Records from before the first step on."""
-    tx = mfac_jax.scale_by_mfac(4, blocks=blocks)
-    params = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(5)}
-    state, log = tx.init(params), mfac_jax.DiagnosticsLog(every=1)
+    """A record from before the first step, and made-up ones of the same shapes."""
+    state = mfac_jax.scale_by_mfac(4, blocks=blocks).init({"a": jnp.zeros((2, 3)), "b": jnp.zeros(5)})
+    log, random = mfac_jax.DiagnosticsLog(every=1), np.random.default_rng(0)
     log(0, state)
-    for step in range(1, steps + 1):
-        grads = {
-            name: jnp.cos(step * jnp.arange(1.0, 1 + p.size)).reshape(p.shape) for name, p in params.items()
-        }
-        log(step, tx.update(grads, state)[1])
-    return log.records
+    made_up = [
+        {name: random.uniform(0.1, 1, np.shape(value)).tolist() for name, value in log.records[0].items()}
+        for _ in range(steps)
+    ]
+    numbers = enumerate(made_up, start=1)
+    return log.records + [record | {"step": step, "rows_used": min(step, 4)} for step, record in numbers]
 
 
 @pytest.mark.parametrize(("steps", "blocks"), [(6, None), (6, "leaf"), (0, None)])
