@@ -20,58 +20,48 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-import tyro
+from typing import Annotated
 
 from benchmarks import optimizers as opt
 from benchmarks.comparison_pool import Runner, Store
 from benchmarks.comparison_run import EVALUATIONS, Run, Setting
+from benchmarks.peers import OptionalExistingFolder
+from examples.common.command_line import (
+    Count,
+    Flag,
+    Folder,
+    OptionalCount,
+    choices,
+    parse,
+    refuse,
+)
 from examples.common.workload import DataError
-
-if TYPE_CHECKING:
-    Problem = str
-    Optimizer = str
-else:
-    Problem, Optimizer = Literal[tuple(EVALUATIONS)], Literal[tuple(opt.RATES)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      problems: which problems to run.
-      optimizers: which optimizers to run.
-      seeds: runs at the best rate.
-      steps: cut every run to so many steps, for a quick trial.
-      jobs: processes side by side, one thread each.
-      data_dir: folder with data for cifar10 and text, as in examples/.
-      soap: checkout of SOAP_JAX, the package of SOAP.
-      grid: scan rates and dampings of M-FAC, and rates of AdamW, instead.
-      variants: change M-FAC's settings one at a time, and add the ideas of ideas.py, instead.
-      out: folder of runs.jsonl.
-    """
-
-    problems: tuple[Problem, ...] = tuple(EVALUATIONS)
-    optimizers: tuple[Optimizer, ...] = tuple(opt.RATES)
-    seeds: int = 3
-    steps: int | None = None
-    jobs: int = 1
-    data_dir: Path | None = None
-    soap: Path | None = None
-    grid: bool = False
-    variants: bool = False
-    out: Path = Path("out", "comparison")
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "jobs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
-        for option, folder in (("--data-dir", self.data_dir), ("--soap", self.soap)):
-            if folder is not None and not folder.is_dir():
-                raise ValueError(f"{option} must be a folder that exists, got {folder}")
+    problems: Annotated[tuple[str, ...], choices(EVALUATIONS)] = tuple(EVALUATIONS)
+    """which problems to run"""
+    optimizers: Annotated[tuple[str, ...], choices(opt.RATES)] = tuple(opt.RATES)
+    """which optimizers to run"""
+    seeds: Count = 3
+    """runs at the best rate"""
+    steps: OptionalCount = None
+    """cut every run to so many steps, for a quick trial"""
+    jobs: Count = 1
+    """processes side by side, one thread each"""
+    data_dir: OptionalExistingFolder = None
+    """folder with data for cifar10 and text, as in examples/"""
+    soap: OptionalExistingFolder = None
+    """checkout of SOAP_JAX, the package of SOAP"""
+    grid: Flag = False
+    """scan rates and dampings of M-FAC, and rates of AdamW, instead"""
+    variants: Flag = False
+    """change M-FAC's settings one at a time, and add the ideas of ideas.py, instead"""
+    out: Folder = Path("out", "comparison")
+    """folder of runs.jsonl"""
 
 
 def tuning(options: Options, problem: str, optimizer: str) -> list[Run]:
@@ -123,7 +113,7 @@ def compare(options: Options, runner: Runner) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing in runs.jsonl; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     try:
         store = Store(options.out / "runs.jsonl", options.soap)
         runner = Runner(Setting(options.data_dir, options.soap, options.jobs), store)
@@ -132,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         finally:
             runner.pool.shutdown(cancel_futures=True)
     except (DataError, OSError) as error:
-        sys.exit(str(error))
+        refuse(error)
     except concurrent.futures.BrokenExecutor as error:
         sys.exit(f"A process ended, perhaps for want of memory: pass a smaller --jobs. {error}")
     print(f"Results are in {store.path}.")

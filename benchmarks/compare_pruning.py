@@ -16,19 +16,19 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 import mfac_jax
 from benchmarks import timing
-from examples import cifar10_data, prune_resnet20, resnet20
+from examples import cifar10_data, prune_resnet20, pruning, resnet20
 from examples.common import json_lines, markdown, provenance
-from examples.prune_resnet20 import CHUNK, PUBLISHED_GRADS
+from examples.common.command_line import NO_DEFAULT, Count, OptionalPath, choices, parse
+from examples.prune_resnet20 import CHUNK, PATTERNS, PUBLISHED_GRADS
 from examples.resnet20 import Network
 
 IMAGES, EXAMPLES = PUBLISHED_GRADS * CHUNK, 512  # at each recomputation
@@ -73,33 +73,25 @@ METHODS = {
 }
 TABLE = ("magnitude", "published", "mfac_jax", "mfac_jax, statistics along the way")
 
-if TYPE_CHECKING:
-    MethodName = str
-else:
-    MethodName = Literal[tuple(METHODS)]
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      data_dir: folder with CIFAR-10 and resnet20_cifar10_torch.npz. Without it nothing is run.
-      methods: which to run.
-      sparsities: shares of the weights to prune.
-      pattern: 2:4 or block:4; without it, single weights.
-      seeds: runs of each.
-      results: file that lines are appended to.
-      picture: file to draw.
-    """
-
-    data_dir: Path | None = None
-    methods: tuple[MethodName, ...] = TABLE
-    sparsities: tuple[float, ...] = prune_resnet20.SPARSITIES
-    pattern: str | None = None
-    seeds: int = 3
+    data_dir: OptionalPath = None
+    """folder with CIFAR-10 and resnet20_cifar10_torch.npz. Without it nothing is run"""
+    methods: Annotated[tuple[str, ...], choices(METHODS)] = TABLE
+    """which to run"""
+    sparsities: pruning.Shares = pruning.Options.sparsity
+    """shares of the weights to prune"""
+    pattern: Annotated[str | None, choices(PATTERNS, many=False), NO_DEFAULT] = None
+    """groups of weights that are pruned together; without it, single weights"""
+    seeds: Count = 3
+    """runs of each"""
     results: Path = RESULTS
+    """file that lines are appended to"""
     picture: Path = PICTURE
+    """file to draw"""
 
 
 class Data(NamedTuple):
@@ -218,7 +210,7 @@ def read_data(data_dir: Path) -> tuple[Network, Data]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is asked for, then print and draw all results."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     if options.data_dir is not None:
         network, data = read_data(options.data_dir)
         made_with = provenance.record(("jax", "jaxlib", "flax", "optax"))

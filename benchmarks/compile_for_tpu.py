@@ -10,8 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 # libtpu looks for a TPU's metadata when it starts.
 os.environ |= {
@@ -26,7 +25,6 @@ os.environ |= {
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import nnx
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -36,6 +34,7 @@ from benchmarks import tpu_tables
 from benchmarks.compiled_update import collectives, figures, placed
 from examples import pod_transformer as pod
 from examples.common import json_lines, provenance
+from examples.common.command_line import NO_DEFAULT, OptionalCount, OptionalPath, choices, parse
 
 SIZES = {
     "tiny": pod.Size(512, 128, 256, 2, 4),
@@ -76,31 +75,22 @@ CASES = {
 }
 
 
-if TYPE_CHECKING:
-    SizeName = str
-else:
-    SizeName = Literal[tuple(SIZES)]
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line; what is None is that of the topology in CASES.
-
-    Attributes:
-      topologies: what to compile for.
-      size: of the transformer.
-      num_grads: gradients in the window.
-      tensor: devices along the tensor axis.
-      batch: sequences for each step of fsdp.
-      out: file to add a line of JSON to for each topology.
-    """
+    """What the user can choose."""
 
     topologies: tuple[str, ...] = tuple(CASES)
-    size: SizeName | None = None
-    num_grads: int | None = None
-    tensor: int | None = None
-    batch: int | None = None
-    out: Path | None = None
+    """what to compile for"""
+    size: Annotated[str | None, choices(SIZES, many=False), NO_DEFAULT] = None
+    """of the transformer, in place of that of the topology in CASES"""
+    num_grads: OptionalCount = None
+    """gradients in the window, in place of those in CASES"""
+    tensor: OptionalCount = None
+    """devices along the tensor axis, in place of those in CASES"""
+    batch: OptionalCount = None
+    """sequences for each step of fsdp, in place of those in CASES"""
+    out: OptionalPath = None
+    """file to add a line of JSON to for each topology"""
 
 
 def make_mesh(topology: str, tensor: int) -> Mesh:
@@ -173,7 +163,7 @@ def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: i
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile for each topology; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     given = {name: getattr(options, name) for name in Case._fields if getattr(options, name) is not None}
     rows = []
     for topology in options.topologies:

@@ -11,20 +11,19 @@ solutions are compared with each other first.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jax import lax
 from tqdm import tqdm
 
 import mfac_jax
 from benchmarks import timing
 from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import Count, OptionalPath, parse
 
 DAMPING, LARGEST = 1e-2, 10.0  # so that the condition number is a thousand
 TOLERANCE, MAX_ITERATIONS = 0.1, 100
@@ -34,17 +33,14 @@ LARGEST_EXACT = 1024  # an eigendecomposition of 4,096 takes a minute
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      rounds: timed, after one to warm up.
-      largest: inputs or outputs of a layer; larger layers are left out.
-      out: file to add lines of JSON to.
-    """
-
-    rounds: int = 7
-    largest: int = 4096
-    out: Path | None = None
+    rounds: Count = 7
+    """timed, after one to warm up"""
+    largest: Count = 4096
+    """inputs or outputs of a layer; larger layers are left out"""
+    out: OptionalPath = None
+    """file to add lines of JSON to"""
 
 
 class Case(NamedTuple):
@@ -207,7 +203,7 @@ def table(lines: Sequence[dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     lines = []
     for case in CASES:
         if max(case.sizes) <= options.largest:

@@ -18,35 +18,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from benchmarks import timing
-from benchmarks.parameter_trees import RESNET20, count
+from benchmarks.parameter_trees import RESNET20, RESNET20_SIZE, count
+from benchmarks.peers import ExistingFolder
 from examples.common import json_lines, provenance, reporting
+from examples.common.command_line import Count, OptionalPath, parse
 
 NEW = Path(__file__).parents[1]
-TREES = {"one leaf": ((count(RESNET20),),), "ResNet-20": RESNET20}
+TREES = {"one leaf": ((RESNET20_SIZE,),), "ResNet-20": RESNET20}
 OPTIMIZERS = ("cholesky", "inverse", "mfac")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      old: checkout of the revision to compare with.
-      num_grads: rows of the window.
-      rounds: timed, after one to warm up.
-      steps: in each round, on gradients that are drawn before the clock starts.
-      out: file to add lines of JSON to.
-    """
-
-    old: Path
-    num_grads: int = 1024
-    rounds: int = 15
-    steps: int = 2
-    out: Path | None = None
+    old: ExistingFolder
+    """checkout of the revision to compare with"""
+    num_grads: Count = 1024
+    """rows of the window"""
+    rounds: Count = 15
+    """timed, after one to warm up"""
+    steps: Count = 2
+    """in each round, on gradients that are drawn before the clock starts"""
+    out: OptionalPath = None
+    """file to add lines of JSON to"""
 
 
 class Case(NamedTuple):
@@ -130,7 +128,7 @@ def row(case: Case, seconds: dict[str, list[float]]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every case and print the table; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     rows = []
     with workers(old=options.old, new=NEW) as found:
         for case in (Case(tree, optimizer) for tree in TREES for optimizer in OPTIMIZERS):

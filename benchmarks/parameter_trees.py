@@ -6,13 +6,13 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from examples.train_cifar10 import ResNet
+from examples.resnet20 import ResNet
 
 Shapes = tuple[tuple[int, ...], ...]
 
 
 def resnet20_shapes() -> Shapes:
-    """The leaves of the ResNet-20 of `examples.train_cifar10`: 65 kernels, scales and biases."""
+    """The leaves of the ResNet-20 of examples/resnet20.py: 65 kernels, scales and biases."""
 
     def init():
         return ResNet().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)["params"]
@@ -35,3 +35,4 @@ def count(shapes: Iterable[tuple[int, ...]]) -> int:
 
 
 RESNET20 = resnet20_shapes()
+RESNET20_SIZE = count(RESNET20)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import mfac_jax
 from examples.common import markdown
+from examples.common.command_line import Count, Seed, parse
 
 SHAPES = ((12, 60), (40, 24))  # gradients, weights; one program each
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -23,15 +23,12 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      seed: of all cases.
-      cases: how many to draw.
-    """
-
-    seed: int = 0
-    cases: int = 1000
+    seed: Seed = 0
+    """of all cases"""
+    cases: Count = 1000
+    """how many to draw"""
 
 
 class Losses(NamedTuple):
@@ -78,7 +75,7 @@ def _losses_of_cases(key: jax.Array, m: int, d: int) -> Losses:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print quantiles of the ratios of the losses; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     losses = random_losses(options.seed, options.cases)
     rows = []
     for above, below in (("joint", "independent"), ("joint", "zeroing"), ("independent", "zeroing")):

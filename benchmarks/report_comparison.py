@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -18,19 +17,17 @@ from benchmarks.comparison_plots import STYLES, Record, Scan
 from benchmarks.comparison_results import Summary, final_loss, scan_of
 from benchmarks.optimizers import PUBLISHED_NUM_GRADS
 from examples.common import json_lines, markdown
+from examples.common.command_line import Folder, parse, refuse
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
-
-    Attributes:
-      runs: runs.jsonl of `compare_optimizers`.
-      out: folder to write to.
-    """
+    """What the user can choose."""
 
     runs: Annotated[Path, tyro.conf.Positional]
-    out: Path = Path("docs")
+    """runs.jsonl of `compare_optimizers`"""
+    out: Folder = Path("docs")
+    """folder to write to"""
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -288,15 +285,15 @@ def report(records: list[Record], out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, draw the pictures; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     plt.switch_backend("Agg")  # pictures go to files; no window is opened
     try:
         records = json_lines.read(options.runs)
         options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        sys.exit(f"cannot read {options.runs}: {error}; `compare_optimizers` writes it")
+        refuse(f"cannot read {options.runs}: {error}; `compare_optimizers` writes it")
     if not any("evaluations" in record for record in records):
-        sys.exit(f"{options.runs} holds no finished run: run `compare_optimizers` first")
+        refuse(f"{options.runs} holds no finished run: run `compare_optimizers` first")
     text = report(records, options.out)
     (options.out / "comparison.md").write_text(text)
     print(text)

@@ -13,10 +13,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 from benchmarks import scaling_law, step_time, training_share
 from examples.common import json_lines
+from examples.common.command_line import parse
 
 RESULTS, PICTURES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs"
 Line = dict[str, Any]
@@ -32,15 +32,12 @@ BARS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
-
-    Attributes:
-      results: folder of steps.jsonl and training.jsonl.
-      pictures: folder to draw in.
-    """
+    """What the user can choose."""
 
     results: Path = RESULTS
+    """folder of steps.jsonl and training.jsonl"""
     pictures: Path = PICTURES
+    """folder to draw in"""
 
 
 def read(path: Path, *keys: str) -> list[Line]:
@@ -99,7 +96,7 @@ def draw_training(lines: Sequence[Line], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print and draw; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     steps = read(options.results / "steps.jsonl", "case", "num_grads", "parameters", "solver", "grid")
     training = read(options.results / "training.jsonl", "workload")
     of_cases = [line for line in steps if not line["grid"]]

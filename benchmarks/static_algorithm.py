@@ -11,19 +11,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 from tqdm import tqdm
 
 from benchmarks import original, timing
-from benchmarks.parameter_trees import RESNET20, count
+from benchmarks.parameter_trees import RESNET20, RESNET20_SIZE
+from benchmarks.peers import OptionalExistingFolder
 from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import Count, OptionalPath, Positive, Seed, parse
 from mfac_jax import FisherInverse
 
 OURS, TREE, RECURSION = "mfac_jax", "mfac_jax, leaves of ResNet-20", "recursion in JAX"
@@ -35,27 +35,24 @@ TOLERANCE = 1e-2  # relative, beside float64: what is timed has to be the invers
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      num_grads: m.
-      parameters: d; by default that of a ResNet-20, which is then timed as a tree too.
-      damping: added to the diagonal of the Fisher matrix.
-      block: size of the consecutive blocks.
-      rounds: timed, after one to warm up.
-      seed: of the data.
-      original: a checkout of the original, to be timed too.
-      out: file to add a line of JSON to.
-    """
-
-    num_grads: int = 256
-    parameters: int = count(RESNET20)
-    damping: float = 1e-5
-    block: int = 128
-    rounds: int = 7
-    seed: int = 0
-    original: Path | None = None
-    out: Path | None = None
+    num_grads: Count = 256
+    """m"""
+    parameters: Count = RESNET20_SIZE
+    """d; by default that of a ResNet-20, which is then timed as a tree too"""
+    damping: Positive = 1e-5
+    """added to the diagonal of the Fisher matrix"""
+    block: Count = 128
+    """size of the consecutive blocks"""
+    rounds: Count = 7
+    """timed, after one to warm up"""
+    seed: Seed = 0
+    """of the data"""
+    original: OptionalExistingFolder = None
+    """a checkout of the original, to be timed too"""
+    out: OptionalPath = None
+    """file to add a line of JSON to"""
 
 
 class Method(NamedTuple):
@@ -334,7 +331,7 @@ def all_methods(options: Options) -> tuple[dict[str, Method], dict[str, Method]]
     """What is timed on one block, and what on consecutive blocks."""
     damping, size = options.damping, options.block
     methods, blocked = {OURS: ours(damping, None, None)}, {OURS: ours(damping, size, None)}
-    if options.parameters == count(RESNET20):
+    if options.parameters == RESNET20_SIZE:
         methods[TREE] = ours(damping, None, RESNET20)
     methods[RECURSION] = in_jax(damping, options.num_grads)
     methods[f"{RECURSION}, {GROUP} rows a buffer"] = in_jax(damping, GROUP)
@@ -353,7 +350,7 @@ def all_methods(options: Options) -> tuple[dict[str, Method], dict[str, Method]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     methods, blocked = all_methods(options)
     row = {"num_grads": options.num_grads, "parameters": options.parameters, "damping": options.damping}
     row |= {"block": options.block, "rounds": options.rounds, "cores": timing.cores()}

@@ -18,22 +18,23 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU PyTorch needs memory too
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 from tqdm import tqdm
 
 import mfac_jax
 from benchmarks import original, timing
-from benchmarks.parameter_trees import RESNET20, Shapes, count, transformer_shapes
+from benchmarks.parameter_trees import RESNET20, RESNET20_SIZE, Shapes, count, transformer_shapes
+from benchmarks.peers import OptionalExistingFolder
 from benchmarks.timing import Timed
 from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import Count, Flag, OptionalPath, Positive, choices, parse
 
 DAMPING = 1e-3  # of gradients whose squared norm is about one
 TOLERANCE = 1e-3  # relative, of F u = g in float64
@@ -47,27 +48,25 @@ GRID = tuple(
 )
 
 Solver = Literal["cholesky", "inverse"]
+SOLVERS = get_args(Solver)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      grid: flat windows of many sizes, in place of the cases of the table.
-      gigabytes: largest window.
-      solver: of `scale_by_mfac`.
-      rounds: timed, after one to warm up.
-      original: a checkout of the original, to be timed too.
-      out: file to add lines of JSON to.
-    """
-
-    grid: bool = False
-    gigabytes: float = 4.5
-    solver: Solver = "cholesky"
-    rounds: int = 15
-    original: Path | None = None
-    out: Path | None = None
+    grid: Flag = False
+    """flat windows of many sizes, in place of the cases of the table"""
+    gigabytes: Positive = 4.5
+    """largest window"""
+    solver: Annotated[Solver, choices(SOLVERS, many=False)] = "cholesky"
+    """of `scale_by_mfac`"""
+    rounds: Count = 15
+    """timed, after one to warm up"""
+    original: OptionalExistingFolder = None
+    """a checkout of the original, to be timed too"""
+    out: OptionalPath = None
+    """file to add lines of JSON to"""
 
 
 class Case(NamedTuple):
@@ -90,7 +89,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("one leaf", 1024, ((count(RESNET20),),)),
+    Case("one leaf", 1024, ((RESNET20_SIZE,),)),
     Case("ResNet-20", 1024, RESNET20),
     Case("1,000 leaves", 1024, ((272,),) * 1000),
     Case("one leaf", 1024, ((1_000_000,),)),
@@ -264,7 +263,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     cases = [Case("one leaf", m, ((d,),)) for m, d in GRID] if options.grid else CASES
     lines = []
     for case in cases:

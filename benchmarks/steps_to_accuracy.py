@@ -11,18 +11,17 @@ alone.
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 import mfac_jax
 from benchmarks import optimizers, timing
 from examples import train_digits
 from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import OptionalPath, choices, parse
 from examples.common.optimizers import NeedsFactors
 from examples.common.training import bind_step, first_state
 from examples.common.workload import Workload
@@ -39,26 +38,16 @@ RATES = {
 }
 
 
-if TYPE_CHECKING:
-    Model = str
-    Optimizer = str
-else:
-    Model, Optimizer = Literal[tuple(train_digits.MODELS)], Literal[tuple(RATES)]
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      models: networks of `examples.train_digits`.
-      optimizers: which to compare.
-      out: file to add lines of JSON to.
-    """
-
-    models: tuple[Model, ...] = ("mlp",)
-    optimizers: tuple[Optimizer, ...] = tuple(RATES)
-    out: Path | None = None
+    models: Annotated[tuple[str, ...], choices(train_digits.MODELS)] = ("mlp",)
+    """networks of `examples.train_digits`"""
+    optimizers: Annotated[tuple[str, ...], choices(RATES)] = tuple(RATES)
+    """which to compare"""
+    out: OptionalPath = None
+    """file to add lines of JSON to"""
 
 
 def start(workload: Workload, optimizer: str, rate: float, seed: int) -> optimizers.Start:
@@ -130,7 +119,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     lines = []
     for model in options.models:
         for optimizer in options.optimizers:

@@ -14,17 +14,15 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from examples.common import json_lines, markdown
+from examples.common.command_line import parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
-
-    Attributes:
-      results: what `compile_for_tpu --out` wrote.
-    """
+    """What the user can choose."""
 
     results: Annotated[Path, tyro.conf.Positional]
+    """what `compile_for_tpu --out` wrote"""
 
 
 class Chip(NamedTuple):
@@ -201,7 +199,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables of stored results; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     print(report(json_lines.read(options.results)))
 
 

@@ -10,13 +10,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from tqdm import tqdm
 
 import mfac_jax
@@ -24,6 +22,7 @@ from benchmarks import optimizers, timing
 from benchmarks.timing import Timed
 from examples import train_cifar10, train_text
 from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import Count, OptionalPath, parse
 from examples.common.training import Step, TrainState, bind_step, first_state
 from examples.common.workload import Workload
 
@@ -39,15 +38,12 @@ RATE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      rounds: timed, after one to warm up.
-      out: file to add lines of JSON to.
-    """
-
-    rounds: int = 15
-    out: Path | None = None
+    rounds: Count = 15
+    """timed, after one to warm up"""
+    out: OptionalPath = None
+    """file to add lines of JSON to"""
 
 
 def transform(name: str) -> optax.GradientTransformation:
@@ -138,7 +134,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     lines = []
     for name, make in WORKLOADS.items():
         workload = make()

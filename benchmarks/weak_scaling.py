@@ -8,12 +8,10 @@ share takes. Times are medians, everything interleaved in one process.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -21,6 +19,7 @@ import mfac_jax
 from benchmarks import compiled_update, timing
 from benchmarks.timing import Timed
 from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import Count, OptionalPath, parse
 
 DEVICES = (1, 2, 4, 8)
 MODES = ("jit", "shard_map")
@@ -29,19 +28,16 @@ LEAVES, WIDTH = 4, 256  # of each leaf; its rows grow with the devices
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line.
+    """What the user can choose."""
 
-    Attributes:
-      num_grads: rows of the window.
-      rows: of each of the 4 leaves, on each device.
-      repeats: steps timed, after one to warm up.
-      out: file to add a line of JSON to for each row of the table.
-    """
-
-    num_grads: int = 256
-    rows: int = 128
-    repeats: int = 21
-    out: Path | None = None
+    num_grads: Count = 256
+    """rows of the window"""
+    rows: Count = 128
+    """of each of the 4 leaves, on each device"""
+    repeats: Count = 21
+    """steps timed, after one to warm up"""
+    out: OptionalPath = None
+    """file to add a line of JSON to for each row of the table"""
 
 
 class Run(NamedTuple):
@@ -125,7 +121,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = parse(Options, argv, __doc__)
     runs = [prepare(mode, n, options.num_grads, options.rows) for mode in MODES for n in DEVICES]
     made_with = provenance.record(("mfac_jax", "jax", "jaxlib", "optax"))
     made_with |= {"repeats": options.repeats, "cores": timing.cores()}

@@ -52,7 +52,7 @@ def test_steps_are_checked_and_timed_beside_two_readings(tmp_path, capsys, monke
         assert set(line["seconds"]) == {step_time.OURS, "read", step_time.SOLVE}
         assert line["compilations"] == 1
         assert all(0 < s["min"] <= s["median"] <= s["max"] for s in line["seconds"].values())
-    step_time.main(["--grid", "--gigabytes", "0"])
+    step_time.main(["--grid", "--gigabytes", "1e-9"])
     assert "one leaf" not in capsys.readouterr().out
 
 
