@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_SETTINGS
     }
-    settings["text"] = [len(text), zlib.crc32(text)]
+    settings["text"] = [len(text), zlib.crc32(text.tobytes())]
     with open_folder(
         options.checkpoint_dir,
         save_interval_steps=options.save_every,

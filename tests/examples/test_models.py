@@ -18,6 +18,7 @@ def test_the_resnet_20_has_the_parameters_of_the_published_one():
     assert sum(x.size for x in jax.tree.leaves(variables["params"])) == 272_474
 
 
+@pytest.mark.slow
 def test_the_resnet_is_evaluated_on_all_images_though_in_pieces():
     problem = train_cifar10.make_workload(samples=48, width=2, blocks=1, batch_size=16, seed=0)
     measured = jax.jit(problem.evaluate)(problem.params, problem.model_state, problem.data)
