@@ -172,5 +172,5 @@ def test_data_that_do_not_fit_are_refused_with_the_cure(arguments, message, data
 
 def test_weights_of_another_network_are_refused(tmp_path):
     write_weights(tmp_path / "weights.npz", **{"fc.weight": np.zeros((100, 64))})
-    with pytest.raises(DataError, match="have not the shapes of a ResNet-20 for 10 classes"):
+    with pytest.raises(DataError, match="do not have the shapes of a ResNet-20 for 10 classes"):
         resnet20.read(tmp_path / "weights.npz")

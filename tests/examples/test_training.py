@@ -216,7 +216,7 @@ def test_checkpoints_of_another_state_are_refused_with_their_folder(tmp_path):
 # ------------------------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["digits", "text", pytest.param("cifar10", marks=pytest.mark.slow)])
 def test_workloads_of_all_seeds_share_their_functions_and_shapes(name):
     make = {
         "digits": lambda seed: train_digits.make_workload(seed=seed),
