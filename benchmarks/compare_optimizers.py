@@ -39,7 +39,8 @@ from tqdm import tqdm
 # Beside this file, and in examples/, which `optimizers` puts on the path.
 from benchmarks import optimizers as opt
 from benchmarks import provenance
-from examples import comparison, train_cifar10, train_digits, train_text
+from examples import train_cifar10, train_digits, train_text
+from examples.common import command_line
 from examples.common.json_lines import without_nan
 from examples.common.provenance import revision
 from examples.common.workload import DataError, Workload
@@ -331,11 +332,11 @@ def make_parser() -> argparse.ArgumentParser:
     add, problems, names = parser.add_argument, list(EVALUATIONS), list(opt.RATES)
     add("--problems", nargs="+", choices=problems, default=problems, help="which (default: all)")
     add("--optimizers", nargs="+", choices=names, default=names, help="which (default: all)")
-    add("--seeds", type=comparison.count, default=3, help="runs at the best rate (default: 3)")
-    add("--steps", type=comparison.count, help="cut every run to so many steps, for a quick trial")
+    add("--seeds", type=command_line.number(1), default=3, help="runs at the best rate (default: 3)")
+    add("--steps", type=command_line.number(1), help="cut every run to so many steps, for a quick trial")
     add(
         "--jobs",
-        type=comparison.count,
+        type=command_line.number(1),
         default=1,
         help="processes side by side, one thread each (default: 1)",
     )
