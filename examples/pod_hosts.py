@@ -30,17 +30,17 @@ class Connection:
 def connect(argv: Sequence[str] | None) -> None:
     """Find the other hosts. Refuse command lines that differ between hosts, before they are read."""
     options, others = command_line.parse_known(Connection, argv)
-    numbers = [options.num_processes, options.process_id]
-    if options.coordinator in (None, "auto") and numbers != [None, None]:
-        refuse(f"--num-processes and --process-id need --coordinator HOST:PORT, got {options.coordinator}")
-    if options.coordinator is None:
+    coordinator, processes, own = options.coordinator, options.num_processes, options.process_id
+    if coordinator in (None, "auto") and (processes, own) != (None, None):
+        refuse(f"--num-processes and --process-id need --coordinator HOST:PORT, got {coordinator}")
+    if coordinator is None:
         return
-    if options.coordinator == "auto":
+    if coordinator == "auto":
         jax.distributed.initialize()
-    elif None in numbers:
+    elif processes is None or own is None:
         refuse("--coordinator HOST:PORT needs --num-processes and --process-id too")
     else:
-        jax.distributed.initialize(options.coordinator, *numbers)
+        jax.distributed.initialize(coordinator, processes, own)
     check_agreement("flags", " ".join(others))
 
 

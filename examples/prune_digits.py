@@ -36,7 +36,7 @@ class Options(pruning.Options):
     out: Folder = Path("out", "prune_digits")
     model: train_digits.Model = train_digits.Options.model
     """mlp: 64-128-10; cnn: two convolutions"""
-    epochs: Count = 12
+    epochs: Count = train_digits.Options.epochs
     """passes over the training data before pruning"""
     fine_tuning: Count = 12
     """passes over the training data after pruning"""
@@ -45,7 +45,7 @@ class Options(pruning.Options):
 
 
 def trained(workload: Workload, seed: int) -> optax.Params:
-    """The parameters at the end of a training with M-FAC."""
+    """Train with M-FAC, and return the last parameters."""
     last = {}
 
     def keep(state, evaluation):
@@ -58,12 +58,12 @@ def trained(workload: Workload, seed: int) -> optax.Params:
 
 
 def make_mfac(steps: int) -> optax.GradientTransformation:
-    """M-FAC, as in the training of the digits."""
+    """M-FAC with the rate of the training of the digits."""
     return make_optimizer("mfac", RATES["digits"]["mfac"], steps)
 
 
 def gradients_function(workload: Workload, num_grads: int, seed: int):
-    """From parameters to gradients of single training images, other ones at each call."""
+    """Make a function from parameters to gradients of single training images, other images at each call."""
     random = np.random.default_rng(seed)
     data, num_grads = workload.data, min(num_grads, len(workload.data["x"]))
 
@@ -82,7 +82,7 @@ def gradients_function(workload: Workload, num_grads: int, seed: int):
 def prune_in_all_ways(
     workload: Workload, options: Options, tuning: Workload, accuracy
 ) -> tuple[dict[str, list[float]], Any]:
-    """Accuracies of each way to prune at each sparsity, and the masks of the last."""
+    """Prune in each way; return the accuracies at each sparsity, and the masks of the last."""
     params = workload.params
     gradients = gradients_function(workload, options.num_grads, options.seed)
     given = gradients(params)

@@ -1,8 +1,8 @@
 """Prune a ResNet-20 for CIFAR-10 with weights that were trained in PyTorch.
 
-Without any training, in one step (--mode one-shot) or in several with new gradients for each (recomputed),
-or between epochs of fine-tuning (gradual). Every way to prune is measured with the batch statistics that it
-leaves and with those estimated anew from training images; fine-tuning makes its own. The weights are an npz
+Three modes: in one step (one-shot), in several steps with new gradients for each (recomputed), or between
+epochs of fine-tuning (gradual). Without fine-tuning, each way to prune is measured twice: with the batch
+statistics that it leaves, and with statistics estimated anew from training images. The weights are an npz
 with the arrays of the PyTorch state dict.
 """
 
@@ -39,31 +39,31 @@ KINDS = ("statistics as they are", "statistics estimated anew")
 
 
 class Images(NamedTuple):
-    """Training images and labels, and what draws some of them."""
+    """Training images and labels, and a random generator that draws some of them."""
 
     images: jax.Array
     labels: jax.Array
     random: np.random.Generator
 
     def from_start(self, seed: int) -> "Images":
-        """The same that draws as nobody had drawn: what is compared sees the same images."""
+        """Start the draws again, so that all methods see the same images."""
         return self._replace(random=np.random.default_rng(seed))
 
     def draw(self, number: int) -> tuple[jax.Array, jax.Array]:
-        """That many images and labels, none twice in a row of all of them."""
+        """Draw images and labels; none comes again before all others came."""
         rounds = -(-number // len(self.images))
         chosen = np.concatenate([self.random.permutation(len(self.images)) for _ in range(rounds)])[:number]
         return self.images[chosen], self.labels[chosen]
 
 
 def with_new_stats(network: Network, training: Images) -> Network:
-    """The network with the batch statistics of some training images."""
+    """Take new batch statistics from some training images."""
     images, _ = training.draw(min(STATS_IMAGES, len(training.images)))
     return resnet20.with_new_stats(network, images, jax.random.key(training.random.integers(1 << 31)))
 
 
 def gradients(network: Network, training: Images, num_grads: int, *, per_example: bool) -> optax.Params:
-    """Gradients of single images or of batches of `CHUNK`, other ones at each call."""
+    """Collect gradients of single images or of batches of `CHUNK`, others at each call."""
     images, labels = training.draw(num_grads if per_example else num_grads * CHUNK)
     batches = ((images[i : i + CHUNK], labels[i : i + CHUNK]) for i in range(0, len(images), CHUNK))
     loss_fn = jax.tree_util.Partial(resnet20.loss, network.stats)  # new statistics compile nothing anew
@@ -74,13 +74,13 @@ Pruned = tuple[optax.Params, Any]
 
 
 def by_magnitude(network, masks, sparsity, *, training, num_grads, num_steps=1, **options: Any) -> Pruned:
-    """The smallest weights go."""
+    """Prune the smallest weights."""
     del training, num_grads, num_steps
     return pruning.by_magnitude(network.params, sparsity, masks=masks, **options)
 
 
 def by_mfac(network, masks, sparsity, *, training, num_grads, **options: Any) -> Pruned:
-    """The package's default; before each step the batch statistics are estimated anew."""
+    """Prune by the package's default; before each step the batch statistics are estimated anew."""
 
     def new_gradients(params):
         current = with_new_stats(network._replace(params=params), training)
@@ -90,7 +90,7 @@ def by_mfac(network, masks, sparsity, *, training, num_grads, **options: Any) ->
 
 
 def of_kernels(grads: optax.Params, masks: Any) -> optax.Params:
-    """The gradients, zeros where nothing is pruned: there F is diagonal, and no weight moves."""
+    """Set gradients to zero where nothing is pruned: there F is diagonal, and no weight moves."""
 
     def kept(mask, g):
         return jnp.zeros_like(g) if mask is None else g
@@ -99,7 +99,7 @@ def of_kernels(grads: optax.Params, masks: Any) -> optax.Params:
 
 
 def as_published(network, masks, sparsity, *, training, num_grads, num_steps=16, **options: Any) -> Pruned:
-    """The procedure of M-FAC's authors: gradients of batches, of the kernels that are pruned alone."""
+    """Prune as M-FAC's authors do: with gradients of batches, and only of the kernels that are pruned."""
     del num_grads
 
     def new_gradients(params):
@@ -120,7 +120,7 @@ METHODS: dict[str, Callable[..., Pruned]] = {
 
 
 def prunable(params: optax.Params, pattern: str | None) -> Any:
-    """Masks that keep everything, of the kernels whose inputs the groups of the pattern divide."""
+    """Masks that keep everything, for kernels whose number of inputs the pattern's groups divide."""
     size = int(pattern.split(":")[1]) if pattern else 1
 
     def mask(kept, w):
@@ -157,7 +157,7 @@ class Options(pruning.Options):
 
 
 def without_training(options: Options, network: Network, training: Images, accuracy) -> tuple[dict, Any]:
-    """Accuracies of each method at each sparsity with both kinds of statistics, and the last masks."""
+    """Prune by each method to each sparsity; return accuracies for each kind of statistics, and masks."""
     steps = {"num_steps": 1} if options.mode == "one-shot" else {}
     rows: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
     masks = None
@@ -179,7 +179,7 @@ def without_training(options: Options, network: Network, training: Images, accur
 def gradually(
     options: Options, problem: Workload, training: Images, accuracy
 ) -> tuple[dict, Any, list[float]]:
-    """Accuracies of each method after every epoch, the last masks, and the sparsity in every epoch."""
+    """Train and prune by each method; return accuracies, the last masks, and the sparsity of each epoch."""
     steps = len(problem.batches) // options.epochs
     last = max(1, options.epochs * 2 // 3)  # pruning ends there, and the last third is for recovery
     schedule = optax.polynomial_schedule(0.0, options.sparsity[-1], power=3, transition_steps=last)
@@ -214,7 +214,7 @@ def gradually(
 
 
 def weights_file(options: Options) -> Path:
-    """The file given, or the one beside CIFAR-10."""
+    """Find the weights: the file given, or the one beside CIFAR-10."""
     if options.weights is not None:
         return options.weights
     if options.data_dir is None:
@@ -223,7 +223,7 @@ def weights_file(options: Options) -> Path:
 
 
 def read(options: Options) -> tuple[Network, Workload]:
-    """The network, and the training of it."""
+    """Read the network, and make the workload that trains it."""
     options.out.mkdir(parents=True, exist_ok=True)
     network = resnet20.read(weights_file(options))
     arrays = cifar10_data.load(options.data_dir, options.tfds)
@@ -239,7 +239,7 @@ def read(options: Options) -> tuple[Network, Workload]:
 
 
 def compare(options: Options, network: Network, problem: Workload, accuracy) -> tuple[Any, dict, list, str]:
-    """Prune and print the accuracies; what the picture shows of them: masks, rows, ticks, and its axis."""
+    """Prune and print the accuracies; return the last masks, and rows, ticks and axis of the picture."""
     data = problem.data
     training = Images(data["images"], data["labels"], np.random.default_rng(options.seed))
     if options.mode == "gradual":

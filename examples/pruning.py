@@ -51,7 +51,7 @@ class Options:
 
 
 def by_magnitude(params: optax.Params, sparsity: float, **options: Any) -> tuple[optax.Params, Any]:
-    """`mfac_jax.pruning.prune` without second order: the smallest weights go, and nothing else moves."""
+    """Prune the smallest weights as `mfac_jax.pruning.prune` does; the others do not move."""
     no_grads = jax.tree.map(lambda w: jnp.zeros((1, *w.shape), w.dtype), params)
     return mfac_jax.pruning.prune(params, no_grads, sparsity, **options)
 
@@ -105,12 +105,12 @@ def plot_accuracy(
     labels: dict[str, str],
     path: Path,
 ) -> None:
-    """Accuracy, a curve for each way to prune.
+    """Draw the accuracy, one curve for each way to prune.
 
     Args:
-      rows: accuracies; a name that starts as one in `COLORS` has that colour.
+      rows: accuracies. A name that starts like one in `COLORS` has that colour.
       ticks: what stands below each of them.
-      before: the accuracy of the network that was not pruned yet.
+      before: the accuracy of the network before pruning.
       labels: `xlabel` and `title` of the picture.
       path: of the picture.
     """

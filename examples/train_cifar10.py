@@ -1,9 +1,9 @@
 """Train a ResNet-20 in Flax linen on CIFAR-10.
 
-Without --data-dir, on scikit-learn's digits enlarged to 32 x 32 x 3, so that it runs anywhere. Images are
-cropped at random, and CIFAR-10's also mirrored, on the device. A seed sets the initial parameters, the
-order of the batches, and crops and mirrors. The training loss is measured as the validation loss is: with
-running batch statistics, without crops, on 4,000 training images (all, where there are fewer).
+Without --data-dir it trains on scikit-learn's digits, enlarged to 32 x 32 x 3, so that it runs anywhere.
+Images are cropped at random on the device; those of CIFAR-10 are also mirrored. A seed sets the initial
+parameters, the order of the batches, and crops and mirrors. The training loss is measured like the
+validation loss: with running batch statistics and without crops, on at most 4,000 training images.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Options(comparison.Options):
 
 @functools.cache
 def loss_and_evaluate(width: int, blocks: int, flip: bool):
-    """The two functions of the workload; the same objects for equal arguments."""
+    """Make the two functions of the workload; equal arguments give the same objects."""
     model = ResNet(width, blocks)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
@@ -99,7 +99,7 @@ def make_workload(
     *,
     seed: int,
 ) -> Workload:
-    """CIFAR-10, or digits enlarged to its size; the seed sets parameters and batches."""
+    """Make the workload; the seed sets parameters and batches."""
     arrays = cifar10_data.load(data_dir, tfds)
     images, labels = arrays.images[:samples], arrays.labels[:samples]
     batches = epoch_batches(len(images), batch_size, epochs, seed)

@@ -77,7 +77,7 @@ class Options(comparison.Options):
 
 @functools.cache
 def loss_and_evaluate(model: nn.Module):
-    """The two functions of the workload; the same objects at every call."""
+    """Make the two functions of the workload; equal arguments give the same objects."""
 
     def cross_entropy(params, x, y):
         logits: Any = model.apply({"params": params}, x)
@@ -100,7 +100,7 @@ def loss_and_evaluate(model: nn.Module):
 
 
 def load(data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Samples (n, 64), scaled to at most one, and labels 0 to 9."""
+    """Load samples (n, 64), scaled to at most one, and labels 0 to 9."""
     if data_dir is None:
         x, y = load_digits(return_X_y=True)
     else:
@@ -128,7 +128,7 @@ def make_workload(
     *,
     seed: int,
 ) -> Workload:
-    """Digits; the seed sets the split into training and validation data, parameters and batches."""
+    """Make the workload; the seed sets the split into training and validation data, parameters, batches."""
     x, y = load(data_dir)
     try:  # a fifth is for validation, with its share of every digit
         x, x_valid, y, y_valid = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
@@ -149,13 +149,13 @@ def make_workload(
 
 
 def gram_by_age(state: mfac_jax.ScaleByMFACState) -> np.ndarray:
-    """Inner products of the gradients in M-FAC's window, oldest first."""
+    """Order the inner products of the gradients in M-FAC's window, oldest first."""
     seen = min(int(state.grads_seen), state.gram.shape[-1])
     return np.roll(np.asarray(state.gram[0]), -int(state.next_row), axis=(0, 1))[-seen:, -seen:]
 
 
 def plot_fisher(records: list[dict[str, Any]], last: np.ndarray, path: Path) -> None:
-    """Eigenvalues of the window's Fisher matrix, and the cosines between its last gradients.
+    """Draw eigenvalues of the window's Fisher matrix, and cosines between its last gradients.
 
     Args:
       records: diagnostics of the run.

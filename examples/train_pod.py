@@ -52,8 +52,8 @@ from examples.common.workload import DataError
 
 VOCABULARY = 256  # bytes
 VALID_BATCHES = 4
-PREEMPTED = 75  # the exit code by which programs say that it is worth to try again
-# What a run may be continued with another value of.
+PREEMPTED = 75  # the exit code that asks to be started again (EX_TEMPFAIL)
+# Settings that may differ when a run is continued.
 FREE_SETTINGS = ("fsdp", "tensor", "host_chunk", "coordinator", "num_processes", "process_id")
 FREE_SETTINGS += ("checkpoint_dir", "save_every", "data_dir", "text")
 
@@ -122,7 +122,7 @@ class Run(NamedTuple):
 
 
 def make_mesh(options: Options) -> Mesh:
-    """All devices, `fsdp` times `tensor`."""
+    """Arrange all devices as `fsdp` times `tensor`."""
     devices = jax.device_count()
     fsdp = options.fsdp or devices // options.tensor
     if fsdp * options.tensor != devices:
@@ -140,10 +140,10 @@ def make_mesh(options: Options) -> Mesh:
 
 
 def make_run(options: Options, text: np.ndarray, mesh: Mesh) -> Run:
-    """The model, the optimizer and the batches; nothing is on a device yet but held-out tokens.
+    """Make model, optimizer and batches. Nothing is on a device yet but held-out tokens.
 
     Raises:
-      ValueError: a parameter cannot be split so.
+      ValueError: the mesh cannot split a parameter.
     """
     size = pod.Size(VOCABULARY, options.context, options.width, options.layers, options.heads)
     dtype = jnp.dtype(options.dtype)
@@ -188,7 +188,7 @@ def make_run(options: Options, text: np.ndarray, mesh: Mesh) -> Run:
 def sequences(
     text: np.ndarray, seed: Sequence[int], shape: tuple[int, int], sharding: NamedSharding
 ) -> jax.Array:
-    """Random pieces of the text; a host reads those of its own devices.
+    """Draw random pieces of the text; each host reads those of its own devices.
 
     They depend on the seed alone, so a resumed run sees what it would have seen, on any number of hosts.
     """
@@ -231,7 +231,7 @@ def train(
 def restore(
     run: Run, checkpoints: ocp.CheckpointManager, settings: dict[str, Any]
 ) -> tuple[TrainState, list[Any], list[dict[str, float]]]:
-    """The last complete checkpoint on this mesh, or a new run: state, losses since a report, reports."""
+    """Restore the last checkpoint, or begin: the state, losses since the last report, all reports."""
     if checkpoints.latest_step() is None:
         return run.init(), [], []
     record = restore_record(checkpoints)
@@ -240,19 +240,19 @@ def restore(
 
 
 def measure(run: Run, state: TrainState, step: int, losses: Sequence[Any]) -> dict[str, float]:
-    """A report: the mean loss of the batches since the last one, and that of held-out text."""
+    """Make a report: the mean loss of the batches since the last one, and that of held-out text."""
     valid = [float(run.evaluate(state.params, batch)) for batch in run.valid_batches]
     train = [float(loss) for loss in losses]
     return {"step": step, "train_loss": float(np.mean(train)), "valid_loss": float(np.mean(valid))}
 
 
 def describe(report: dict[str, float]) -> str:
-    """A report in words."""
+    """Put a report in words."""
     return f"step {report['step']}: loss {report['train_loss']:.3f}, held out {report['valid_loss']:.3f}"
 
 
 def read_text(options: Options) -> tuple[np.ndarray, str]:
-    """The bytes of the text and where they are from; refuse what is too short or differs between hosts."""
+    """Read the text and where it is from; refuse one that is too short or differs between hosts."""
     try:
         content, source = train_text.read_text(options.data_dir, options.text)
     except DataError as error:
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_SETTINGS
     }
-    settings["text"] = [len(text), zlib.crc32(text)]
+    settings["text"] = [len(text), zlib.crc32(text.tobytes())]
     with open_folder(
         options.checkpoint_dir,
         save_interval_steps=options.save_every,
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_start(run: Run, mesh: Mesh, source: str, latest: int | None) -> None:
-    """What is about to be trained, where."""
+    """Print what is about to be trained, and where."""
     params = sum(math.prod(x.shape) for x in jax.tree.leaves(run.shapes.params))
     leaves = jax.tree.leaves(run.shapes)
     share = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -1,8 +1,8 @@
 """Train a character transformer in Flax nnx.
 
-The text is that of --text or --data-dir, by default the Python standard library's own sources. Nine tenths
-of it are for training. A seed sets the initial parameters and the batches; the windows of text that the
-losses are measured on are always the same.
+The text is that of --text or --data-dir, by default the sources of Python's standard library. Nine tenths
+of it are for training. A seed sets the initial parameters and the batches. The windows of text that losses
+are measured on are always the same.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class Transformer(nnx.Module):
 
 @functools.cache
 def loss_and_evaluate(graph: nnx.GraphDef, context: int):
-    """The two functions of the workload; the same objects for equal models."""
+    """Make the two functions of the workload; equal models give the same objects."""
 
     def cross_entropy(params, model_state, text, starts):
         windows = text[starts[:, None] + jnp.arange(context + 1)]
@@ -133,7 +133,7 @@ def loss_and_evaluate(graph: nnx.GraphDef, context: int):
 
 
 def read_text(data_dir: Path | None = None, text: Path | None = None) -> tuple[bytes, str]:
-    """The text of the file, of the folder, or else of Python's library, and where it is from."""
+    """Read the text of the file, the folder, or else Python's library; return also where it is from."""
     if text is not None:
         paths, source = [text], str(text)
     elif data_dir is not None:

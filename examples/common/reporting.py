@@ -27,7 +27,7 @@ STYLES = {
     "muon": {"color": "#000000", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
 }
 METRICS = {"train_loss": "train loss", "valid_loss": "valid loss", "valid_accuracy": "valid accuracy"}
-LOG_WIDTH = 200  # characters a line where the output is no terminal
+MIN_WIDTH = 200  # characters a line; in fewer, rich would cut off what does not fit
 
 Histories = dict[str, list[History]]  # optimizer -> one history a seed
 Summary = dict[str, dict[str, float]]  # metric -> its mean and standard deviation
@@ -36,13 +36,20 @@ Summary = dict[str, dict[str, float]]  # metric -> its mean and standard deviati
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table. The first column is on the left, the others are on the right."""
     console = Console()
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    console.width = max(console.width, MIN_WIDTH)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for number, name in enumerate(header):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
+    console.print()
     console.print(table)
 
 

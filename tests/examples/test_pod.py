@@ -42,7 +42,9 @@ def arguments(text: Path, folder: Path, *more: str) -> list[str]:
 
 def on_processes(processes: int, devices: int, argv: list[str]) -> None:
     """Run the script to its end."""
-    assert launch_local.wait(launch_local.start([MODULE, *argv], processes, devices)) == 0
+    command = [sys.executable, "-m", "examples.launch_local", "--processes", str(processes)]
+    command += ["--devices", str(devices), MODULE, *argv]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=1000)
 
 
 def result(argv: list[str]) -> tuple[dict[str, Any], TrainState]:
@@ -82,6 +84,7 @@ def assert_bit_identical(found: list[str], expected: list[str]) -> None:
     jax.tree.map(np.testing.assert_array_equal, state, expected_state)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(text, tmp_path):
     two, one = (arguments(text, tmp_path / name, "--steps", "20") for name in ("two", "one"))
     on_processes(2, 1, two)
@@ -105,8 +108,16 @@ def on_two_hosts(argv: list[str], *own: list[str], folders: tuple[Path, Path]) -
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ((["--width", "32"], ["--width", "none"]), "all hosts must have the same flags, got"),
-        ((["--text", "words.txt"],) * 2, "all hosts must have the same text and versions, got"),
+        pytest.param(
+            (["--width", "32"], ["--width", "none"]),
+            "all hosts must have the same flags, got",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (["--text", "words.txt"],) * 2,
+            "all hosts must have the same text and versions, got",
+            marks=pytest.mark.slow,
+        ),
         ((["--checkpoint-dir", "runs"],) * 2, "all hosts must have the same --checkpoint-dir, got"),
     ],
 )

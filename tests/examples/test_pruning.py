@@ -58,6 +58,7 @@ def figures(printed: str, name: str) -> list[list[float]]:
 # ---------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_the_digits_are_pruned_in_five_ways_and_m_fac_beats_magnitude(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     prune_digits.main(["--sparsity", "0.5", "0.9", "--num-grads", "128", "--out", str(out)])
@@ -136,6 +137,7 @@ def test_pruned_weights_stay_so_while_others_train_and_every_sparsity_is_met():
     jax.tree.map(np.testing.assert_array_equal, kept, state.params)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_resnet_20_are_those_of_its_loss_with_the_statistics_it_has(data_dir):
     network = resnet20.read(data_dir / prune_resnet20.WEIGHTS)
     network = network._replace(stats=jax.tree.map(lambda s: s + 0.5, network.stats))
@@ -170,5 +172,5 @@ def test_data_that_do_not_fit_are_refused_with_the_cure(arguments, message, data
 
 def test_weights_of_another_network_are_refused(tmp_path):
     write_weights(tmp_path / "weights.npz", **{"fc.weight": np.zeros((100, 64))})
-    with pytest.raises(DataError, match="have not the shapes of a ResNet-20 for 10 classes"):
+    with pytest.raises(DataError, match="do not have the shapes of a ResNet-20 for 10 classes"):
         resnet20.read(tmp_path / "weights.npz")

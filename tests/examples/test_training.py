@@ -118,7 +118,7 @@ def tiny_workload(name: str):
         ("mlp", "nadamw"),
         pytest.param("cnn", "sgd", marks=pytest.mark.slow),
         pytest.param("text", "muon", marks=pytest.mark.slow),
-        ("cifar10", "mfac"),
+        pytest.param("cifar10", "mfac", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_path):
@@ -193,12 +193,12 @@ def test_checkpoints_are_continued_only_on_demand_and_only_with_their_settings(t
     options += ["--checkpoint-dir", tmp_path / "checkpoints", "--out", tmp_path]
     train_digits.main([str(option) for option in options])
     message = error_of("train_digits", capsys, *options)
-    assert "pass --resume to continue them, or another --checkpoint-dir" in message
+    assert "pass --resume to continue them, or pass another --checkpoint-dir" in message
 
     options += ["--resume"]
     train_digits.main([str(option) for option in [*options, "--seeds", "2"]])  # more seeds may be added
     message = error_of("train_digits", capsys, *options, "--epochs", "2", "--rates", "sgd=0.1")
-    assert "epochs was 1, is 2, rate was 0.2, is 0.1. Pass the same settings, or another" in message
+    assert "epochs was 1, is 2, rate was 0.2, is 0.1. Pass the same settings, or pass another" in message
 
     settings = tmp_path / "checkpoints" / "sgd-seed0" / "settings.json"
     settings.write_text("{")
@@ -216,7 +216,7 @@ def test_checkpoints_of_another_state_are_refused_with_their_folder(tmp_path):
 # ------------------------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["digits", "text", pytest.param("cifar10", marks=pytest.mark.slow)])
 def test_workloads_of_all_seeds_share_their_functions_and_shapes(name):
     make = {
         "digits": lambda seed: train_digits.make_workload(seed=seed),
