@@ -5,20 +5,18 @@ published procedure (Frantar et al., 2021) takes 64 gradients of batches of 32 f
 gradients of 512 single images. Each result is measured with batch statistics frozen and estimated again
 after pruning; where a method estimates them along the way, its gradients are taken with these.
 
-    python benchmarks/compare_pruning.py --data-dir DIR
+    python -m benchmarks.compare_pruning --data-dir DIR
 
 appends a line for each run to benchmarks/results/pruning.jsonl, prints all of them as tables, and draws
 docs/pruning.png; without --data-dir it only prints and draws.
 """
 
-import argparse
+import dataclasses
 import itertools
-import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +24,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import mfac_jax
-from benchmarks.provenance import provenance
-from examples import cifar10_data, prune_resnet20, resnet20
+from benchmarks import timing
+from examples import cifar10_data, prune_resnet20, pruning, resnet20
+from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import NO_DEFAULT, Count, OptionalPath, choices, parse
+from examples.prune_resnet20 import CHUNK, PATTERNS, PUBLISHED_GRADS
 from examples.resnet20 import Network
 
-SPARSITIES = (0.5, 0.75, 0.875, 0.9)
-IMAGES, BATCH, EXAMPLES = 2048, 32, 512  # at each recomputation
+IMAGES, EXAMPLES = PUBLISHED_GRADS * CHUNK, 512  # at each recomputation
 TEST_IMAGES = 2000
 RESULTS = Path(__file__).parent / "results" / "pruning.jsonl"
 PICTURE = Path(__file__).parents[1] / "docs" / "pruning.png"
@@ -68,12 +68,30 @@ METHODS = {
     "damping 1e-1": Method({"damping": 1e-1}),
     "gradient term 0.1": Method({"gradient_term": 0.1}),
     "gradient term 1": Method({"gradient_term": 1.0}),
-    "linear steps": Method({"spacing": "linear"}),
-    "per leaf": Method({"per_leaf": True}),
     "without step limit": Method({"step_limit": math.inf}),
     "step limit 0.1": Method({"step_limit": 0.1}),
 }
 TABLE = ("magnitude", "published", "mfac_jax", "mfac_jax, statistics along the way")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    data_dir: OptionalPath = None
+    """folder with CIFAR-10 and resnet20_cifar10_torch.npz. Without it nothing is run"""
+    methods: Annotated[tuple[str, ...], choices(METHODS)] = TABLE
+    """which to run"""
+    sparsities: pruning.Shares = pruning.Options.sparsity
+    """shares of the weights to prune"""
+    pattern: Annotated[str | None, choices(PATTERNS, many=False), NO_DEFAULT] = None
+    """groups of weights that are pruned together; without it, single weights"""
+    seeds: Count = 3
+    """runs of each"""
+    results: Path = RESULTS
+    """file that lines are appended to"""
+    picture: Path = PICTURE
+    """file to draw"""
 
 
 class Data(NamedTuple):
@@ -111,8 +129,8 @@ def pruned(network: Network, data: Data, request: Request) -> Network:
         grads = mfac_jax.collect_gradients(
             jax.tree_util.Partial(resnet20.loss, stats),
             params,
-            ((images[i : i + BATCH], labels[i : i + BATCH]) for i in range(0, IMAGES, BATCH)),
-            EXAMPLES if method.per_example else IMAGES // BATCH,
+            ((images[i : i + CHUNK], labels[i : i + CHUNK]) for i in range(0, IMAGES, CHUNK)),
+            EXAMPLES if method.per_example else PUBLISHED_GRADS,
             per_example=method.per_example,
         )
         return prune_resnet20.of_kernels(grads, masks) if method.kernels_only else grads
@@ -125,9 +143,7 @@ def pruned(network: Network, data: Data, request: Request) -> Network:
 
 def measure(network: Network, data: Data, request: Request) -> dict[str, Any]:
     """Accuracy and loss of a method's result, with its statistics and with statistics estimated again."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(pruned(network, data, request))
-    seconds = time.perf_counter() - start
+    result, seconds = timing.stopwatch(pruned, network, data, request)
     again = resnet20.with_new_stats(result, data.images[:IMAGES], jax.random.key(request.seed))
     line: dict[str, Any] = {**request._asdict(), "seconds": round(seconds, 1)}
     for name, measured in (("kept", result), ("estimated", again)):
@@ -139,20 +155,25 @@ def measure(network: Network, data: Data, request: Request) -> dict[str, Any]:
 def table(lines: list[dict[str, Any]], statistics: str) -> str:
     """Accuracies in percent, mean and standard deviation over the seeds, as Markdown."""
     kinds = sorted({(line["pattern"] or "", line["sparsity"]) for line in lines})
-    heads = [f"{sparsity:.1%} {pattern}".strip() for pattern, sparsity in kinds]
-    rows = [f"| batch statistics {statistics} | {' | '.join(heads)} |", "|---" * (len(kinds) + 1) + "|"]
+    rows = []
     for method in METHODS:
         cells = []
-        for kind in kinds:
-            found = [
-                100 * line[f"accuracy_{statistics}"]
-                for line in lines
-                if line["method"] == method and (line["pattern"] or "", line["sparsity"]) == kind
-            ]
-            cells.append(f"{np.mean(found):.1f} ± {np.std(found):.1f} ({len(found)})" if found else "")
+        for pattern, sparsity in kinds:
+            found = 100 * accuracies(lines, statistics, method, pattern, sparsity)
+            cells.append(f"{np.mean(found):.1f} ± {np.std(found):.1f} ({len(found)})" if len(found) else "")
         if any(cells):
-            rows.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+            rows.append([method, *cells])
+    heads = [f"{sparsity:.1%} {pattern}".strip() for pattern, sparsity in kinds]
+    return markdown.table([f"batch statistics {statistics}", *heads], rows)
+
+
+def accuracies(
+    lines: list[dict[str, Any]], statistics: str, method: str, pattern: str, sparsity: float
+) -> np.ndarray:
+    """Of the runs of a method with this pattern, empty for none, and this sparsity."""
+    wanted = (method, pattern, sparsity)
+    own = [line for line in lines if (line["method"], line["pattern"] or "", line["sparsity"]) == wanted]
+    return np.array([line[f"accuracy_{statistics}"] for line in own])
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
@@ -162,21 +183,12 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         "kept": "batch statistics as the method leaves them",
         "estimated": "estimated again after pruning",
     }
+    sparsities = sorted({line["sparsity"] for line in lines if not line["pattern"]})
     for axis, (statistics, title) in zip(axes, titles.items(), strict=True):
         for method in TABLE:
-            points = {
-                sparsity: np.mean(
-                    [
-                        line[f"accuracy_{statistics}"]
-                        for line in lines
-                        if (line["method"], line["sparsity"], line["pattern"]) == (method, sparsity, None)
-                    ]
-                )
-                for sparsity in sorted(
-                    {x["sparsity"] for x in lines if x["method"] == method and not x["pattern"]}
-                )
-            }
-            axis.plot([100 * s for s in points], [100 * a for a in points.values()], "o-", label=method)
+            found = {s: 100 * accuracies(lines, statistics, method, "", s) for s in sparsities}
+            points = {100 * s: values.mean() for s, values in found.items() if len(values)}
+            axis.plot(list(points), list(points.values()), "o-", label=method)
         axis.set(title=title, xlabel="sparsity in %")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on 2,000 test images in %")
@@ -193,42 +205,23 @@ def read_data(data_dir: Path) -> tuple[Network, Data]:
         arrays.valid_images[:TEST_IMAGES],
         arrays.valid_labels[:TEST_IMAGES],
     )
-    return resnet20.read(data_dir / "resnet20_cifar10_torch.npz"), Data(*map(jnp.asarray, parts))
+    return resnet20.read(data_dir / prune_resnet20.WEIGHTS), Data(*map(jnp.asarray, parts))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is asked for, then print and draw all results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data-dir", type=Path, help="folder with CIFAR-10 and resnet20_cifar10_torch.npz")
-    add(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        default=TABLE,
-        metavar="NAME",
-        help=f"of {', '.join(METHODS)}",
-    )
-    add("--sparsities", nargs="+", type=float, default=SPARSITIES)
-    add("--pattern", help="2:4 or block:4")
-    add("--seeds", type=int, default=3, help="runs of each")
-    add("--results", type=Path, default=RESULTS, help="file that lines are appended to")
-    add("--picture", type=Path, default=PICTURE)
-    args = parser.parse_args(argv)
-    if args.data_dir is not None:
-        network, data = read_data(args.data_dir)
-        lineage = provenance(["jax", "jaxlib", "flax", "optax"])
-        requests = itertools.product(args.methods, args.sparsities, [args.pattern], range(args.seeds))
-        for request in sorted(itertools.starmap(Request, requests), key=lambda request: request.seed):
-            line = measure(network, data, request)
+    options = parse(Options, argv, __doc__)
+    if options.data_dir is not None:
+        network, data = read_data(options.data_dir)
+        made_with = provenance.record(("jax", "jaxlib", "flax", "optax"))
+        kinds = itertools.product(options.methods, options.sparsities, [options.pattern])
+        for seed, kind in itertools.product(range(options.seeds), kinds):
+            line = measure(network, data, Request(*kind, seed))
             print(line, flush=True)
-            with args.results.open("a") as file:
-                file.write(json.dumps(line | lineage) + "\n")
-    lines = [json.loads(line) for line in args.results.read_text().splitlines()]
-    print(table(lines, "kept"), table(lines, "estimated"), sep="\n\n")
-    draw(lines, args.picture)
+            json_lines.append(options.results, line | made_with)
+    lines = json_lines.read(options.results)
+    print(table(lines, "kept"), table(lines, "estimated"), sep="\n")
+    draw(lines, options.picture)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pictures of report_comparison.py: curves, sensitivity to the rate, rate times damping."""
+"""The pictures of `report_comparison`: curves, sensitivity to the rate, rate times damping."""
 
 import math
 from collections.abc import Mapping, Sequence

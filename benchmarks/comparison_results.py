@@ -1,4 +1,4 @@
-"""What report_comparison.py reads off the runs of compare_optimizers.py: groups, rates, times."""
+"""What `report_comparison` reads off the runs of `compare_optimizers`: groups, rates, times."""
 
 import inspect
 import math
@@ -8,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 import mfac_jax
-
-# Beside this file.
 from benchmarks.comparison_plots import STYLES, Record, Scan
 
 PEERS = ("sgd", "adamw", "nadamw")  # the best of these, tuned, sets the loss that all have to reach

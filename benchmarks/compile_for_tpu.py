@@ -4,15 +4,13 @@ The step is that of a transformer (forward, backward, M-FAC, the new parameters)
 `tensor`. libtpu compiles for a topology that is only named; it has to be installed: `pip install '.[tpu]'`.
 """
 
-import argparse
+import dataclasses
 import functools
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 # libtpu looks for a TPU's metadata when it starts.
 os.environ |= {
@@ -32,9 +30,11 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mfac_jax
-from benchmarks import provenance, tpu_tables
+from benchmarks import tpu_tables
 from benchmarks.compiled_update import collectives, figures, placed
 from examples import pod_transformer as pod
+from examples.common import json_lines, provenance
+from examples.common.command_line import NO_DEFAULT, OptionalCount, OptionalPath, choices, parse
 
 SIZES = {
     "tiny": pod.Size(512, 128, 256, 2, 4),
@@ -73,6 +73,24 @@ CASES = {
     "tpu7x:16x16x32": Case("206b", tensor=8),
     "tpu7x:16x24x24": Case("533b", tensor=8),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    topologies: tuple[str, ...] = tuple(CASES)
+    """what to compile for"""
+    size: Annotated[str | None, choices(SIZES, many=False), NO_DEFAULT] = None
+    """of the transformer, in place of that of the topology in CASES"""
+    num_grads: OptionalCount = None
+    """gradients in the window, in place of those in CASES"""
+    tensor: OptionalCount = None
+    """devices along the tensor axis, in place of those in CASES"""
+    batch: OptionalCount = None
+    """sequences for each step of fsdp, in place of those in CASES"""
+    out: OptionalPath = None
+    """file to add a line of JSON to for each topology"""
 
 
 def make_mesh(topology: str, tensor: int) -> Mesh:
@@ -145,30 +163,19 @@ def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: i
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile for each topology; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, cases = parser.add_argument, "(default: that of the topology in CASES)"
-    add("--topologies", nargs="+", default=list(CASES), help="(default: %(default)s)")
-    add("--size", choices=SIZES, help=f"of the transformer {cases}")
-    add("--num-grads", type=int, help=cases)
-    add("--tensor", type=int, help=f"devices along the tensor axis {cases}")
-    add("--batch", type=int, help=f"sequences for each step of fsdp {cases}")
-    add("--out", type=Path, help="file to add a line of JSON to for each topology")
-    args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in Case._fields if getattr(args, name) is not None}
+    options = parse(Options, argv, __doc__)
+    given = {name: getattr(options, name) for name in Case._fields if getattr(options, name) is not None}
     rows = []
-    for topology in args.topologies:
+    for topology in options.topologies:
         case = CASES.get(topology, Case())._replace(**given)
         try:
             row = measure(topology, SIZES[case.size], case.num_grads, case.tensor, case.batch)
         except Exception as error:  # a topology that does not compile is a result too
             print(f"{topology}: {type(error).__name__}: {str(error)[:500]}", file=sys.stderr)
             continue
-        rows.append(row | provenance.provenance(("jax", "jaxlib", "libtpu", "flax", "optax")))
-        if args.out is not None:
-            with args.out.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+        rows.append(row | provenance.record(("jax", "jaxlib", "libtpu", "flax", "optax")))
+        if options.out is not None:
+            json_lines.append(options.out, rows[-1])
         print(f"{topology}: compiled in {row['compile_seconds']} s", file=sys.stderr)
     if not rows:
         sys.exit("Nothing compiled: see above. libtpu comes with pip install '.[tpu]'")

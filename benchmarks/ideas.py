@@ -1,7 +1,7 @@
 """Ideas that were tried on M-FAC's default and did not earn a place in it.
 
-Each is a function from a schedule of learning rates to a transform. compare_optimizers.py --variants runs
-them beside the default, report_comparison.py prints what they gave.
+Each is a function from a schedule of learning rates to a transform. `compare_optimizers --variants` runs
+them beside the default, and `report_comparison` prints what they gave.
 """
 
 import inspect
@@ -32,9 +32,7 @@ def _adaptation(schedule: optax.Schedule) -> optax.Schedule:
 
 def _norm_of_products(state: optax.OptState) -> jax.Array:
     """Root mean square of g.u over the window's gradients: the norm of the update u in their Fisher."""
-    fisher = optax.tree.get(state, "ScaleByMFACState")
-    products = jnp.einsum("bij,bj->i", fisher.gram, fisher.coefficients) * jnp.exp(fisher.log_step)
-    return jnp.sqrt(jnp.sum(jnp.square(products)) / jnp.minimum(fisher.grads_seen, NUM_GRADS))
+    return mfac_jax.diagnostics(state).fisher_norm[0]
 
 
 def _scaled(updates: optax.Updates, factor: jax.Array) -> optax.Updates:
@@ -60,7 +58,7 @@ def fisher_trust_region(schedule: optax.Schedule, radius: float = 1e-3) -> optax
 
     def update(updates, state, params=None):
         updates, state = inner.update(updates, state, params)
-        count = optax.tree.get(state, "ScaleByMFACState").grads_seen - 1
+        count = optax.tree.get(state, "grads_seen") - 1
         norm = schedule(count) * _norm_of_products(state)
         return _scaled(updates, jnp.minimum(1, jnp.sqrt(radius) / jnp.maximum(norm, 1e-30))), state
 
@@ -157,7 +155,7 @@ def levenberg_marquardt(
 
     def update(updates, state, params=None, *, value: Any = None, **extra_args):
         del extra_args
-        count = optax.tree.get(state.inner, "ScaleByMFACState").grads_seen
+        count = optax.tree.get(state.inner, "grads_seen")
         actual = 0.95 * state.actual + 0.05 * jnp.where(count > 0, state.last_value - value, 0)
         predicted = 0.95 * state.predicted + 0.05 * state.last_prediction
         ratio = actual / jnp.maximum(predicted, 1e-12)

@@ -6,20 +6,12 @@ their place. CG-FAC has the exact damping. `in the span` is the exact solution f
 in the space of the examples, where CG-FAC iterates too. Everything is timed in turn in one process;
 solutions are compared with each other first.
 
-    python benchmarks/kronecker_cost.py --out benchmarks/results/kronecker.jsonl
+    python -m benchmarks.kronecker_cost --out benchmarks/results/kronecker.jsonl
 """
 
-import argparse
-import contextlib
-import functools
-import json
-import os
-import time
+import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +21,26 @@ from jax import lax
 from tqdm import tqdm
 
 import mfac_jax
-from benchmarks import tpu_tables
-from benchmarks.provenance import provenance
-from mfac_jax._src.cgfac.layers import LayerFisher
+from benchmarks import timing
+from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import Count, OptionalPath, parse
 
 DAMPING, LARGEST = 1e-2, 10.0  # so that the condition number is a thousand
 TOLERANCE, MAX_ITERATIONS = 0.1, 100
 CG, EXPLICIT, EXACT, SPAN = "CG-FAC", "K-FAC", "K-FAC, exact damping", "in the span"
 LARGEST_EXACT = 1024  # an eigendecomposition of 4,096 takes a minute
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    rounds: Count = 7
+    """timed, after one to warm up"""
+    largest: Count = 4096
+    """inputs or outputs of a layer; larger layers are left out"""
+    out: OptionalPath = None
+    """file to add lines of JSON to"""
 
 
 class Case(NamedTuple):
@@ -96,11 +100,14 @@ def cg(gradient, inputs, output_grads):
     return jax.tree.leaves(updates)[0], optax.tree.get(state, "iterations")[0]
 
 
+def _dot(x, y):
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+
 def kronecker_factors(inputs, output_grads):
     """A and B."""
     a, b = (x.reshape(-1, x.shape[-1]) for x in (inputs, output_grads))
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    return product(a.T, a) / len(inputs), product(b.T, b) / len(b)
+    return _dot(a.T, a) / len(inputs), _dot(b.T, b) / len(b)
 
 
 def explicit(gradient, inputs, output_grads):
@@ -117,20 +124,25 @@ def exact(gradient, inputs, output_grads):
 
 def span(gradient, inputs, output_grads):
     """The same, from eigendecompositions in the space of the examples."""
-    layer = LayerFisher.of(mfac_jax.LayerFactors(inputs, output_grads), jnp.dtype(jnp.float32))
-    coordinates = layer.coordinates(gradient)
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    solved = _in_eigenvectors(
-        coordinates, layer.scale * product(layer.a.T, layer.a), product(layer.b.T, layer.b)
-    )
-    return layer.vectors(solved) + layer.outside(gradient, coordinates) / DAMPING
+    (a, Q_in), (b, Q_out) = (_spanned(x.reshape(-1, x.shape[-1])) for x in (inputs, output_grads))
+    coordinates = _dot(_dot(Q_in.T, gradient), Q_out)
+    solved = _in_eigenvectors(coordinates, _dot(a.T, a) / len(inputs), _dot(b.T, b) / len(b))
+    outside = gradient - _dot(_dot(Q_in, coordinates), Q_out.T)  # F is zero there
+    return _dot(_dot(Q_in, solved), Q_out.T) + outside / DAMPING
+
+
+def _spanned(rows):
+    """Coordinates of the rows in the space that they span, and an orthonormal basis of it."""
+    if len(rows) >= rows.shape[1]:
+        return rows, jnp.eye(rows.shape[1])
+    Q, R = jnp.linalg.qr(rows.T)
+    return R.T, Q
 
 
 def _in_eigenvectors(V, A, B):
     (s, P), (t, Q) = map(jnp.linalg.eigh, (A, B))
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    inside = product(product(P.T, V), Q) / (jnp.maximum(s[:, None] * t, 0) + DAMPING)
-    return product(product(P, inside), Q.T)
+    inside = _dot(_dot(P.T, V), Q) / (jnp.maximum(s[:, None] * t, 0) + DAMPING)
+    return _dot(_dot(P, inside), Q.T)
 
 
 def relative_error(actual, expected) -> float:
@@ -156,14 +168,9 @@ def measure(case: Case, rounds: int) -> dict:
     error = relative_error(solution, reference)
     if not error < TOLERANCE:
         raise RuntimeError(f"{case.name}: the solution is off by {error}")
-    seconds = {name: [] for name in compiled}
-    for number in tqdm(range(rounds + 1), desc=case.name, unit="round"):
-        batch = jax.block_until_ready(batch_of(case, number))
-        for name, program in compiled.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(program(*batch))
-            if number:
-                seconds[name].append(time.perf_counter() - begin)
+    programs = {name: lambda batch, f=program: f(*batch) for name, program in compiled.items()}
+    numbers = tqdm(range(rounds + 1), case.name, unit="round", leave=False)
+    seconds = timing.in_turn(programs, (batch_of(case, number) for number in numbers))
     return case._asdict() | {
         "iterations": int(iterations),
         "error": error,
@@ -191,27 +198,20 @@ def table(lines: Sequence[dict]) -> str:
         body.append(
             [line["name"], rows, str(line["iterations"]), f"{line['error']:.2g}", *times, *megabytes]
         )
-    return tpu_tables.markdown(header, body)
+    return markdown.table(header, body)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="timed, after one to warm up")
-    parser.add_argument("--largest", type=int, default=4096, help="inputs or outputs of a layer")
-    parser.add_argument("--out", type=Path, help="file to add lines of JSON to")
-    args = parser.parse_args(argv)
+    options = parse(Options, argv, __doc__)
     lines = []
-    with contextlib.ExitStack() as stack:
-        out = None if args.out is None else stack.enter_context(args.out.open("a"))
-        for case in CASES:
-            if max(case.sizes) <= args.largest:
-                lines.append(measure(case, args.rounds))
-                if out is not None:
-                    print(json.dumps(lines[-1] | provenance(("mfac_jax", "jax", "jaxlib"))), file=out)
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; medians of {args.rounds} rounds\n")
+    for case in CASES:
+        if max(case.sizes) <= options.largest:
+            lines.append(measure(case, options.rounds))
+            if options.out is not None:
+                made_with = provenance.record(("mfac_jax", "jax", "jaxlib"))
+                json_lines.append(options.out, lines[-1] | made_with)
+    print(timing.conditions(options.rounds))
     print(table(lines))
 
 

@@ -11,14 +11,16 @@ from unittest import mock
 import jax
 import jax.extend
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optax.contrib
 
 import mfac_jax
 from benchmarks import ideas
-from examples import workload as wl
+from examples.common.optimizers import NeedsFactors, warmup_cosine
+from examples.common.training import Step, TrainState, first_state, train_step
+from examples.common.workload import Workload
 
+PUBLISHED_NUM_GRADS = 512
 MFAC_RATE = inspect.signature(mfac_jax.mfac).parameters["learning_rate"].default  # its untuned rate
 # Peak rates tried, for each family of problems; "all" where one grid serves all of them.
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
@@ -52,8 +54,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mfac, step_adaptation=0": {"step_adaptation": 0.0},
     "mfac, metric='identity'": {"metric": "identity"},
     "mfac, momentum=None": {"momentum": None},
-    "mfac, momentum_in='update', step_adaptation=0": {"momentum_in": "update", "step_adaptation": 0.0},
-    "mfac, power=0.5": {"power": 0.5},
     "mfac, blocks='leaf'": {"blocks": "leaf"},
     "mfac, damping=0.05": {"damping": 0.05},
     "mfac, damping=1": {"damping": 1.0},
@@ -85,9 +85,9 @@ def _soap(schedule: optax.Schedule) -> optax.GradientTransformation:
     return importlib.import_module("soap_jax").soap(schedule)
 
 
-def _published(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The settings of the paper's authors for ResNet-20."""
-    recipe = {"num_grads": 512, "damping": 1e-5, "momentum": 0.9, "weight_decay": 3e-3}
+def published(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """M-FAC with the settings of the paper's authors for ResNet-20."""
+    recipe = {"num_grads": PUBLISHED_NUM_GRADS, "damping": 1e-5, "momentum": 0.9, "weight_decay": 3e-3}
     plain = {"metric": "identity", "relative_damping": False, "step_adaptation": 0.0}
     return mfac_jax.mfac(schedule, **recipe, **plain, momentum_in="update", decoupled_weight_decay=False)
 
@@ -101,8 +101,8 @@ TRANSFORMS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "nadamw": optax.nadamw,
     "muon": functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices),
     "soap": _soap,
-    "mfac-published": _published,
-    "mfac-published-tuned": _published,
+    "mfac-published": published,
+    "mfac-published-tuned": published,
     "mfac-default": mfac_jax.mfac,
     "cgfac": mfac_jax.cgfac,
     **{name: functools.partial(mfac_jax.mfac, **options) for name, options in VARIANTS.items()},
@@ -125,8 +125,8 @@ def why_missing(optimizer: str) -> str | None:
 
 
 def schedule(steps: int) -> optax.Schedule:
-    """What all share, with a peak of one: a tenth of warm-up, then a cosine to zero."""
-    return optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), max(2, steps))
+    """The shape that all share, with a peak of one."""
+    return warmup_cosine(1.0, steps)
 
 
 @functools.cache
@@ -139,27 +139,25 @@ def make_transform(optimizer: str, steps: int, sweeps_damping: bool) -> optax.Gr
 
     hyperparameters = {"peak_rate": 1.0} | ({"swept_damping": 1.0} if sweeps_damping else {})
     tx = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(**hyperparameters)
-    return wl.NeedsFactors(*tx) if optimizer == "cgfac" else tx
+    return NeedsFactors(*tx) if optimizer == "cgfac" else tx
 
 
-# A run's first state, and a step: `(state, indices) -> (state, loss)`.
-Start = tuple[wl.TrainState, Callable[[wl.TrainState, np.ndarray], tuple[wl.TrainState, jax.Array]]]
-_compiled = {}  # (loss, transform) -> compiled `wl.train_step`, in this process
+Start = tuple[TrainState, Step]  # a run's first state, and its compiled step
+_compiled = {}  # (loss, transform) -> compiled `train_step`, in this process
 
 
-def start(workload: wl.Workload, optimizer: str, rate: float, damping: float | None, seed: int) -> Start:
+def start(workload: Workload, optimizer: str, rate: float, damping: float | None, seed: int) -> Start:
     """The run's first state and its compiled step."""
     if optimizer == "kfac":
         return _start_kfac(workload, rate, seed)
     tx = make_transform(optimizer, len(workload.batches), damping is not None)
-    params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
     swept = {} if damping is None else {"swept_damping": jnp.float32(damping)}
-    opt_state = optax.tree.set(tx.init(params), peak_rate=jnp.float32(rate), **swept)
-    state = wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
+    state = first_state(workload, tx)
+    state = state._replace(opt_state=optax.tree.set(state.opt_state, peak_rate=jnp.float32(rate), **swept))
     state = jax.device_put(state, jax.devices()[0])
     data, key, program = workload.data, jax.random.key(seed), (workload.loss, tx)
     if program not in _compiled:
-        lowered = wl.train_step.lower(*program, state, data, workload.batches[0], key)
+        lowered = train_step.lower(*program, state, data, workload.batches[0], key)
         _compiled[program] = lowered.compile()
     step = _compiled[program]
     return state, lambda state, indices: step(state, data, indices, key)
@@ -214,7 +212,7 @@ def _kfac(loss: Callable):
     )
 
 
-def _start_kfac(workload: wl.Workload, rate: float, seed: int) -> Start:
+def _start_kfac(workload: Workload, rate: float, seed: int) -> Start:
     """As `start`; a first step, thrown away, compiles."""
     optimizer, key, peak = _kfac(workload.loss), jax.random.key(seed), schedule(len(workload.batches))
     settings = {name: jnp.float32(value) for name, value in KFAC.items()}
@@ -229,12 +227,12 @@ def _start_kfac(workload: wl.Workload, rate: float, seed: int) -> Start:
             learning_rate=jnp.float32(rate) * peak(state.step),
             **settings,
         )
-        return wl.TrainState(state.step + 1, params, model_state, opt_state), stats["loss"]
+        return TrainState(state.step + 1, params, model_state, opt_state), stats["loss"]
 
-    def first_state():
+    def fresh():
         params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
         opt_state = optimizer.init(params, key, (workload.data, workload.batches[0]), model_state)
-        return wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
+        return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
 
-    jax.block_until_ready(step(first_state(), workload.batches[0])[1])
-    return first_state(), step
+    jax.block_until_ready(step(fresh(), workload.batches[0])[1])
+    return fresh(), step

@@ -8,8 +8,6 @@ does.
 """
 
 import importlib
-import importlib.util
-import os
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from benchmarks import peers, timing
 
 
 def load(folder: Path | None, name: str) -> tuple[Any, Any] | None:
@@ -30,20 +30,9 @@ def load(folder: Path | None, name: str) -> tuple[Any, Any] | None:
     except (ImportError, OSError) as error:
         print(f"Without the original: it needs PyTorch (pip install torch), which is not there: {error}")
         return None
-    torch.set_num_threads(cores())
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return torch, module
-
-
-def cores() -> int:
-    """How many this process may use."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert count is not None
-    return count
+    torch.set_num_threads(timing.cores())
+    peers.make_importable(folder)
+    return torch, importlib.import_module(name)
 
 
 def steps(

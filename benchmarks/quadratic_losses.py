@@ -4,8 +4,9 @@ The same weights go in each case: those with the lowest scores. The loss is that
 updates come from, 1/2 delta^T F delta, so that the joint update has the lowest there is.
 """
 
-import argparse
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import mfac_jax
+from examples.common import markdown
+from examples.common.command_line import Count, Seed, parse
 
 SHAPES = ((12, 60), (40, 24))  # gradients, weights; one program each
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    seed: Seed = 0
+    """of all cases"""
+    cases: Count = 1000
+    """how many to draw"""
 
 
 class Losses(NamedTuple):
@@ -60,18 +73,15 @@ def _losses_of_cases(key: jax.Array, m: int, d: int) -> Losses:
     return Losses(*map(loss, (updated("joint"), updated("independent"), zeros)))
 
 
-def main(argv=None) -> None:
-    """Print quantiles of the ratios of the losses."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=1000)
-    args = parser.parse_args(argv)
-    losses = random_losses(args.seed, args.cases)
-    print("| loss of | " + " | ".join(f"{100 * q:g} %" for q in QUANTILES) + " |")
-    print("|---" * (len(QUANTILES) + 1) + "|")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print quantiles of the ratios of the losses; `argv` is the command line."""
+    options = parse(Options, argv, __doc__)
+    losses = random_losses(options.seed, options.cases)
+    rows = []
     for above, below in (("joint", "independent"), ("joint", "zeroing"), ("independent", "zeroing")):
         ratios = np.quantile(getattr(losses, above) / getattr(losses, below), QUANTILES)
-        print(f"| {above} / {below} | " + " | ".join(f"{ratio:.3g}" for ratio in ratios) + " |")
+        rows.append([f"{above} / {below}", *(f"{ratio:.3g}" for ratio in ratios)])
+    print(markdown.table(["loss of", *(f"{100 * q:g} %" for q in QUANTILES)], rows))
 
 
 if __name__ == "__main__":

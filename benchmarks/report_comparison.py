@@ -1,21 +1,33 @@
-"""Tables in Markdown and pictures of what compare_optimizers.py measured, from its runs.jsonl alone."""
+"""Tables in Markdown and pictures of what `compare_optimizers` measured, from its runs.jsonl alone."""
 
-import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
 
-# Beside this file.
 from benchmarks import comparison_plots as plots
 from benchmarks import comparison_results as results
 from benchmarks.comparison_plots import STYLES, Record, Scan
 from benchmarks.comparison_results import Summary, final_loss, scan_of
+from benchmarks.optimizers import PUBLISHED_NUM_GRADS
+from examples.common import json_lines, markdown
+from examples.common.command_line import Folder, parse, refuse
 
-PUBLISHED_WINDOW = 512  # gradients that mfac-published keeps, see optimizers.py
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    runs: Annotated[Path, tyro.conf.Positional]
+    """runs.jsonl of `compare_optimizers`"""
+    out: Folder = Path("docs")
+    """folder to write to"""
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -37,11 +49,6 @@ def spread(values: Sequence[float | None]) -> str:
     return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
 
 
-def markdown(header: Sequence[str], rows: list[list[str]]) -> str:
-    """A table."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *rows))
-
-
 def bullets(lines: Sequence[str]) -> str:
     """A list."""
     return "".join(f"- {line}\n" for line in lines)
@@ -59,7 +66,7 @@ def summary_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
             text = spread(losses[name]) if losses.get(name) else "diverged" if name in own else "-"
             is_best = name in own and math.isfinite(lowest) and means[name] == lowest
             rows[name].append(f"**{text}**" if is_best else text)
-    return markdown(["", *problems], list(rows.values()))
+    return markdown.table(["", *problems], list(rows.values()))
 
 
 def rate_cell(summary: Summary) -> str:
@@ -90,7 +97,7 @@ def results_table(summaries: Mapping[str, Summary]) -> str:
         for axis in ("step", "seconds") if whose else ():
             mean = float(np.mean([results.first_at(run, target, axis) for run in summary.runs]))
             row.append("not by every seed" if math.isinf(mean) else f"{mean:.3g}")
-    return markdown(header, rows)
+    return markdown.table(header, rows)
 
 
 def width_table(scans: Mapping[str, Scan], to_zero: bool) -> str:
@@ -111,7 +118,7 @@ def width_table(scans: Mapping[str, Scan], to_zero: bool) -> str:
         "≥: the range reaches an end of the rates):\n\n"
     )
     factors = ["within 10 %", *(["within a factor of 2"] if to_zero else []), "as low as AdamW's best"]
-    return text + markdown(["", *(f"decades {name}" for name in factors), "rates"], rows)
+    return text + markdown.table(["", *(f"decades {name}" for name in factors), "rates"], rows)
 
 
 def scans_table(scans: Mapping[str, Scan]) -> str:
@@ -123,7 +130,7 @@ def scans_table(scans: Mapping[str, Scan]) -> str:
         mark = " (end of grid)" if len(scan) > 1 and best in (min(scan), max(scan)) else ""
         cells = [f"{scan[rate]:.4g}" if rate in scan else "" for rate in rates]
         rows.append([name, f"{scan[best]:.4g}{mark}", *cells])
-    return markdown(["", "best", *(f"rate {rate:g}" for rate in rates)], rows)
+    return markdown.table(["", "best", *(f"rate {rate:g}" for rate in rates)], rows)
 
 
 def variant_scans(records: list[Record]) -> dict[str, Scan]:
@@ -158,9 +165,9 @@ def notes(tuning: Mapping[str, list[Record]], problems: Mapping[str, Mapping[str
         for title, own in problems.items()
         if any(name.startswith("mfac-published") for name in own)
     }
-    short = [f"{steps} steps of {title}" for title, steps in short.items() if steps < PUBLISHED_WINDOW]
+    short = [f"{steps} steps of {title}" for title, steps in short.items() if steps < PUBLISHED_NUM_GRADS]
     if short:
-        text = f"The window of M-FAC as published, {PUBLISHED_WINDOW} gradients, does not fill"
+        text = f"The window of M-FAC as published, {PUBLISHED_NUM_GRADS} gradients, does not fill"
         lines.append(f"{text} in the {', the '.join(short)}.")
     if "muon" in names:
         text = (
@@ -278,20 +285,17 @@ def report(records: list[Record], out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, draw the pictures; `argv` is the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, help="runs.jsonl of compare_optimizers.py")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to (default: docs)")
-    args = parser.parse_args(argv)
+    options = parse(Options, argv, __doc__)
     plt.switch_backend("Agg")  # pictures go to files; no window is opened
     try:
-        records = [json.loads(line) for line in args.runs.read_text().splitlines()]
-        args.out.mkdir(parents=True, exist_ok=True)
+        records = json_lines.read(options.runs)
+        options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        parser.error(f"cannot read {args.runs}: {error}; it is written by compare_optimizers.py")
+        refuse(f"cannot read {options.runs}: {error}; `compare_optimizers` writes it")
     if not any("evaluations" in record for record in records):
-        parser.error(f"{args.runs} holds no finished run: run compare_optimizers.py first")
-    text = report(records, args.out)
-    (args.out / "comparison.md").write_text(text)
+        refuse(f"{options.runs} holds no finished run: run `compare_optimizers` first")
+    text = report(records, options.out)
+    (options.out / "comparison.md").write_text(text)
     print(text)
 
 

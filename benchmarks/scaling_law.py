@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.optimize
 
-from benchmarks import tpu_tables
+from benchmarks.step_time import OURS, SOLVE
+from examples.common import markdown
 
 TERMS = ("d m", "m^2", "m^3", "1")
 
@@ -54,16 +55,16 @@ def law(found: Fit, names: Sequence[str]) -> str:
 
 def report(solver: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """The fit, and every point beside it with the shares of the terms."""
-    m, d, seconds = points(lines, "mfac_jax")
+    m, d, seconds = points(lines, OURS)
     found, rows = fit(terms(m, d), seconds), []
-    of_solve = fit(terms(m, d)[:, 1:], points(lines, "solve")[-1])
+    of_solve = fit(terms(m, d)[:, 1:], points(lines, SOLVE)[-1])
     for point, parts in enumerate(terms(m, d) * found.seconds):
         shares = [f"{part / parts.sum():.0%}" for part in parts]
         row = [f"{m[point]:,}", f"{d[point]:,}", f"{1e3 * seconds[point]:.3g}", f"{1e3 * parts.sum():.3g}"]
         rows.append([*row, f"{found.residuals[point]:+.0%}", *shares])
     head = ["m", "d", "measured, ms", "fit, ms", "residual", *TERMS]
     laws = f"{solver}: {law(found, TERMS)}\n{solver}, the solve alone: {law(of_solve, TERMS[1:])}"
-    return f"{laws}\n\n{tpu_tables.markdown(head, rows)}"
+    return f"{laws}\n\n{markdown.table(head, rows)}"
 
 
 def draw(of_solver: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -77,7 +78,7 @@ def draw(of_solver: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
         squeeze=False,
     )
     for axis, (solver, lines) in zip(axes[0], of_solver.items(), strict=True):
-        m, d, seconds = points(lines, "mfac_jax")
+        m, d, seconds = points(lines, OURS)
         found = fit(terms(m, d), seconds)
         for index, size in enumerate(sorted(set(d))):
             own = d == size

@@ -1,14 +1,12 @@
 """The tables and pictures of speed, from stored results: steps, their growth, shares of training.
 
-    python benchmarks/speed_report.py
+    python -m benchmarks.speed_report
 
 reads benchmarks/results/steps.jsonl and training.jsonl and draws docs/speed_*.png. Where a case was
 measured more than once, the last line counts. `scaling_law.py` fits the growth.
 """
 
-import argparse
-import json
-import os
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import scaling_law, step_time, training_share
+from examples.common import json_lines
+from examples.common.command_line import parse
 
 RESULTS, PICTURES = Path(__file__).parent / "results", Path(__file__).parents[1] / "docs"
 Line = dict[str, Any]
@@ -30,9 +30,19 @@ BARS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    results: Path = RESULTS
+    """folder of steps.jsonl and training.jsonl"""
+    pictures: Path = PICTURES
+    """folder to draw in"""
+
+
 def read(path: Path, *keys: str) -> list[Line]:
     """The lines; of those with equal keys the last."""
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    lines = json_lines.read(path) if path.exists() else ()
     return list({tuple(line[key] for key in keys): line for line in lines}.values())
 
 
@@ -86,18 +96,13 @@ def draw_training(lines: Sequence[Line], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print and draw; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: %(default)s)")
-    parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder (default: %(default)s)")
-    args = parser.parse_args(argv)
-    steps = read(args.results / "steps.jsonl", "case", "num_grads", "parameters", "solver", "grid")
-    training = read(args.results / "training.jsonl", "workload")
+    options = parse(Options, argv, __doc__)
+    steps = read(options.results / "steps.jsonl", "case", "num_grads", "parameters", "solver", "grid")
+    training = read(options.results / "training.jsonl", "workload")
     of_cases = [line for line in steps if not line["grid"]]
     if of_cases:
         print(f"{step_time.table(of_cases)}\n")
-        draw_steps(of_cases, args.pictures / "speed_steps.png")
+        draw_steps(of_cases, options.pictures / "speed_steps.png")
     of_grid: dict[str, list[Line]] = {}
     for line in steps:
         if line["grid"]:
@@ -105,11 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for solver, lines in of_grid.items():
         print(f"{scaling_law.report(solver, lines)}\n")
     if of_grid:
-        scaling_law.draw(of_grid, args.pictures / "speed_scaling.png")
+        scaling_law.draw(of_grid, options.pictures / "speed_scaling.png")
     if training:
         print(training_share.table(training))
-        draw_training(training, args.pictures / "speed_training.png")
-    print(f"{os.linesep}Pictures: {args.pictures}/speed_*.png")
+        draw_training(training, options.pictures / "speed_training.png")
+    print(f"\nPictures: {options.pictures}/speed_*.png")
 
 
 if __name__ == "__main__":

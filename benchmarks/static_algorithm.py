@@ -7,18 +7,11 @@ The original is imported from a checkout (https://github.com/IST-DASLab/M-FAC) a
 out where one of them is missing.
 """
 
-import argparse
+import dataclasses
 import functools
-import json
 import math
-import os
-import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +19,40 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
-from benchmarks import original, tpu_tables
-from benchmarks.provenance import provenance
-from benchmarks.step_time import resnet20_shapes
+from benchmarks import original, timing
+from benchmarks.parameter_trees import RESNET20, RESNET20_SIZE
+from benchmarks.peers import OptionalExistingFolder
+from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import Count, OptionalPath, Positive, Seed, parse
 from mfac_jax import FisherInverse
 
-SHORTCUTS = [(1, 1, 16, 32), (32,), (32,), (1, 1, 32, 64), (64,), (64,)]  # projections of ResNet-20
 OURS, TREE, RECURSION = "mfac_jax", "mfac_jax, leaves of ResNet-20", "recursion in JAX"
 BATCH_SIZE = 64
 GROUP = 32  # rows in a buffer of the recursion that is written with care
 QUICK_REPEATS = 5  # in a round, of what takes milliseconds
 TOLERANCE = 1e-2  # relative, beside float64: what is timed has to be the inverse
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    num_grads: Count = 256
+    """m"""
+    parameters: Count = RESNET20_SIZE
+    """d; by default that of a ResNet-20, which is then timed as a tree too"""
+    damping: Positive = 1e-5
+    """added to the diagonal of the Fisher matrix"""
+    block: Count = 128
+    """size of the consecutive blocks"""
+    rounds: Count = 7
+    """timed, after one to warm up"""
+    seed: Seed = 0
+    """of the data"""
+    original: OptionalExistingFolder = None
+    """a checkout of the original, to be timed too"""
+    out: OptionalPath = None
+    """file to add a line of JSON to"""
 
 
 class Method(NamedTuple):
@@ -254,9 +270,8 @@ def time_round(methods: dict[str, Method], grads: jax.Array, key: jax.Array) -> 
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
     def timed(name: str, what: str, function: Callable[..., Any], *inputs: Any) -> Any:
-        start = time.perf_counter()
-        result = jax.block_until_ready(function(*inputs))
-        seconds[name].setdefault(what, []).append(time.perf_counter() - start)
+        result, spent = timing.stopwatch(function, *inputs)
+        seconds[name].setdefault(what, []).append(spent)
         return result
 
     for name, method in methods.items():
@@ -276,29 +291,24 @@ def time_round(methods: dict[str, Method], grads: jax.Array, key: jax.Array) -> 
     return seconds
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median and extremes, in seconds."""
-    return {"median": float(np.median(values)), "min": min(values), "max": max(values)}
-
-
-def measure(methods: dict[str, Method], args: argparse.Namespace, block: int | None) -> dict[str, Any]:
-    """Errors, then times: `{method: {"errors": ..., "seconds": {operation: summary}}}`."""
-    key = jax.random.key(args.seed)
-    grads = draw(key, args.num_grads, args.parameters)
+def measure(methods: dict[str, Method], options: Options, block: int | None) -> dict[str, Any]:
+    """Errors, then times: `{method: {"errors": ..., "seconds": {operation: spread}}}`."""
+    key = jax.random.key(options.seed)
+    grads = draw(key, options.num_grads, options.parameters)
     result: dict[str, Any] = {}
     for name, method in methods.items():
-        row = result[name] = {"errors": errors(method, grads, args.damping, block)}
+        row = result[name] = {"errors": errors(method, grads, options.damping, block)}
         if not max(row["errors"].values()) < TOLERANCE:
             raise ValueError(f"{name} is not the inverse: relative errors {row['errors']}.")
     rounds = []
-    for i in tqdm(range(args.rounds + 1), desc="one block" if block is None else "blocks", unit="round"):
+    for i in tqdm(range(options.rounds + 1), desc="one block" if block is None else "blocks", unit="round"):
         of_grads, of_vectors = jax.random.split(jax.random.fold_in(key, i))
-        grads = draw(of_grads, args.num_grads, args.parameters)
+        grads = draw(of_grads, options.num_grads, options.parameters)
         rounds.append(time_round(methods, grads, of_vectors))
     for name in methods:
         operations = rounds[0][name]
         timed = {what: [s for r in rounds[1:] for s in r[name][what]] for what in operations}
-        result[name]["seconds"] = {what: summary(values) for what, values in timed.items()}
+        result[name]["seconds"] = {what: timing.spread(values) for what, values in timed.items()}
     return result
 
 
@@ -314,53 +324,46 @@ def table(result: dict[str, Any]) -> str:
             low, middle, high = (f"{1e3 * s[key]:,.3g}" for key in ("min", "median", "max"))
             cells.append(f"{middle} ({low} to {high}), {ratio:.2f}")
         lines.append([*cells, f"{max(row['errors'].values()):.1e}"])
-    return tpu_tables.markdown(["", *operations, "largest relative error"], lines)
+    return markdown.table(["", *operations, "largest relative error"], lines)
+
+
+def all_methods(options: Options) -> tuple[dict[str, Method], dict[str, Method]]:
+    """What is timed on one block, and what on consecutive blocks."""
+    damping, size = options.damping, options.block
+    methods, blocked = {OURS: ours(damping, None, None)}, {OURS: ours(damping, size, None)}
+    if options.parameters == RESNET20_SIZE:
+        methods[TREE] = ours(damping, None, RESNET20)
+    methods[RECURSION] = in_jax(damping, options.num_grads)
+    methods[f"{RECURSION}, {GROUP} rows a buffer"] = in_jax(damping, GROUP)
+    modules = original.load(options.original, "prun")
+    if modules is not None:
+        torch, prun = modules
+        methods["original, HInvFastSwap"] = of_original(
+            torch, lambda grads: prun.HInvFastSwap(grads, damp=damping, cpu="cpu", gpu="cpu")
+        )
+        methods["original, HInvFastBatch"] = of_original(
+            torch, lambda grads: prun.HInvFastBatch(grads[None], damp=damping)
+        )
+        blocked["original, HInvFastBatch"] = original_blocked(torch, prun, damping, size)
+    return methods, blocked
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, shapes = parser.add_argument, [*resnet20_shapes(), *SHORTCUTS]
-    of_resnet = sum(map(math.prod, shapes))
-    add("--num-grads", type=int, default=256, help="m (default: %(default)s)")
-    add("--parameters", type=int, default=of_resnet, help="d (default: %(default)s, as ResNet-20)")
-    add("--damping", type=float, default=1e-5, help="default: %(default)s")
-    add("--block", type=int, default=128, help="size of consecutive blocks (default: %(default)s)")
-    add("--rounds", type=int, default=7, help="timed, after one to warm up (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the data (default: %(default)s)")
-    add("--original", type=Path, metavar="DIR", help="a checkout of the original")
-    add("--out", type=Path, help="file to add a line of JSON to")
-    args = parser.parse_args(argv)
-    cores, modules = original.cores(), original.load(args.original, "prun")
-
-    methods, blocked = {OURS: ours(args.damping, None, None)}, {OURS: ours(args.damping, args.block, None)}
-    if args.parameters == of_resnet:
-        methods[TREE] = ours(args.damping, None, shapes)
-    methods[RECURSION] = in_jax(args.damping, args.num_grads)
-    methods[f"{RECURSION}, {GROUP} rows a buffer"] = in_jax(args.damping, GROUP)
-    if modules is not None:
-        torch, prun = modules
-        methods["original, HInvFastSwap"] = of_original(
-            torch, lambda grads: prun.HInvFastSwap(grads, damp=args.damping, cpu="cpu", gpu="cpu")
-        )
-        methods["original, HInvFastBatch"] = of_original(
-            torch, lambda grads: prun.HInvFastBatch(grads[None], damp=args.damping)
-        )
-        blocked["original, HInvFastBatch"] = original_blocked(torch, prun, args.damping, args.block)
-    row = {"num_grads": args.num_grads, "parameters": args.parameters, "damping": args.damping}
-    row |= {"block": args.block, "rounds": args.rounds, "cores": cores}
-    row |= {"one_block": measure(methods, args, None)}
-    row |= {"blocks": measure(blocked, args, args.block)}
-    row |= provenance(("mfac_jax", "jax", "jaxlib", "numpy", "torch"))
-    if args.out is not None:
-        with args.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    print(f"{args.num_grads} gradients of {args.parameters:,} entries; {cores} core(s) of {row['machine']}")
+    options = parse(Options, argv, __doc__)
+    methods, blocked = all_methods(options)
+    row = {"num_grads": options.num_grads, "parameters": options.parameters, "damping": options.damping}
+    row |= {"block": options.block, "rounds": options.rounds, "cores": timing.cores()}
+    row |= {"one_block": measure(methods, options, None)}
+    row |= {"blocks": measure(blocked, options, options.block)}
+    row |= provenance.record(("mfac_jax", "jax", "jaxlib", "numpy", "torch"))
+    if options.out is not None:
+        json_lines.append(options.out, row)
+    print(f"{options.num_grads} gradients of {options.parameters:,} entries")
+    print(f"{row['cores']} core(s) of {row['machine']}")
     print("Milliseconds: median (least to most), then how many times ours.")
-    print(f"\nOne block\n{table(row['one_block'])}\n\nBlocks of {args.block}\n{table(row['blocks'])}")
+    print(f"\nOne block\n{table(row['one_block'])}\n\nBlocks of {options.block}\n{table(row['blocks'])}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -5,30 +5,26 @@ grid on seeds that are not reported: the fewest steps, where a run that does not
 more than it has. K-FAC is that of kfac-jax, where it is installed. Seconds are those of training steps
 alone.
 
-    python benchmarks/steps_to_accuracy.py --out benchmarks/results/accuracy.jsonl
+    python -m benchmarks.steps_to_accuracy --out benchmarks/results/accuracy.jsonl
 """
 
-import argparse
-import contextlib
-import json
+import dataclasses
 import os
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
+from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import mfac_jax
-from benchmarks import optimizers, tpu_tables
-from benchmarks.provenance import provenance
+from benchmarks import optimizers, timing
 from examples import train_digits
-from examples import workload as wl
+from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import OptionalPath, choices, parse
+from examples.common.optimizers import NeedsFactors
+from examples.common.training import bind_step, first_state
+from examples.common.workload import Workload
 
 TARGET, EVERY = 0.97, 4  # steps between two evaluations
 WINDOW = "cgfac, 4 batches"  # and a damping of 1e-3
@@ -42,31 +38,31 @@ RATES = {
 }
 
 
-def start(workload: wl.Workload, optimizer: str, rate: float, seed: int) -> optimizers.Start:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    models: Annotated[tuple[str, ...], choices(train_digits.MODELS)] = ("mlp",)
+    """networks of `examples.train_digits`"""
+    optimizers: Annotated[tuple[str, ...], choices(RATES)] = tuple(RATES)
+    """which to compare"""
+    out: OptionalPath = None
+    """file to add lines of JSON to"""
+
+
+def start(workload: Workload, optimizer: str, rate: float, seed: int) -> optimizers.Start:
     """A run's first state and its compiled step, its first result thrown away."""
     if optimizer != WINDOW:
         return optimizers.start(workload, optimizer, rate, None, seed)
     peak, key = optimizers.schedule(len(workload.batches)), jax.random.key(seed)
     arguments = (workload.params, workload.model_state, workload.data, workload.batches[0], key)
-    step = mfac_jax.value_and_grad_with_factors(workload.loss, has_aux=True)
-    tx = wl.NeedsFactors(
-        *mfac_jax.cgfac(
-            lambda count: rate * peak(count),
-            1e-3,
-            num_batches=4,
-            factors=jax.eval_shape(step, *arguments)[2],
-        )
-    )
-
-    def first_state():
-        params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
-        return wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params))
-
-    def advance(state, indices):
-        return wl.train_step(workload.loss, tx, state, workload.data, indices, key)
-
-    jax.block_until_ready(advance(first_state(), workload.batches[0]))
-    return first_state(), advance
+    with_factors = mfac_jax.value_and_grad_with_factors(workload.loss, has_aux=True)
+    factors = jax.eval_shape(with_factors, *arguments)[2]
+    tx = mfac_jax.cgfac(lambda count: rate * peak(count), 1e-3, num_batches=4, factors=factors)
+    tx = NeedsFactors(*tx)
+    step = bind_step(workload, tx, seed)
+    jax.block_until_ready(step(first_state(workload, tx), workload.batches[0]))
+    return first_state(workload, tx), step
 
 
 def run(model: str, optimizer: str, rate: float, seed: int) -> dict[str, Any]:
@@ -83,10 +79,8 @@ def run(model: str, optimizer: str, rate: float, seed: int) -> dict[str, Any]:
         "seconds": None,
     }
     for number, indices in enumerate(workload.batches, start=1):
-        begin = time.perf_counter()
-        state, loss = step(state, indices)
-        jax.block_until_ready((state, loss))
-        spent += time.perf_counter() - begin
+        (state, _), seconds = timing.stopwatch(step, state, indices)
+        spent += seconds
         if number % EVERY == 0:
             accuracy = float(evaluate(state.params, state.model_state, workload.data)["valid_accuracy"])
             if accuracy >= TARGET and line["steps"] is None:
@@ -120,33 +114,25 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         accuracy = np.mean([line["final_accuracy"] for line in runs])
         rows.append([*row, f"{np.median(per_step):.3g}", f"{accuracy:.3f}"])
     header = ["network", "optimizer", "rate", "runs that reach it", "steps", "seconds", "ms a step"]
-    return tpu_tables.markdown([*header, "accuracy at the end"], rows)
+    return markdown.table([*header, "accuracy at the end"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=list(train_digits.MODELS), default=["mlp"])
-    parser.add_argument("--optimizers", nargs="+", choices=list(RATES), default=list(RATES))
-    parser.add_argument("--out", type=Path, help="file to add lines of JSON to")
-    args = parser.parse_args(argv)
+    options = parse(Options, argv, __doc__)
     lines = []
-    with contextlib.ExitStack() as stack:
-        out = None if args.out is None else stack.enter_context(args.out.open("a"))
-        for model in args.models:
-            for optimizer in args.optimizers:
-                missing = optimizers.why_missing(optimizer)
-                if missing:
-                    print(f"without {optimizer}: {missing}")
-                    continue
-                rate = best_rate(model, optimizer)
-                for seed in tqdm(SEEDS, desc=f"{model}, {optimizer}, {rate:g}", unit="seed"):
-                    lines.append(run(model, optimizer, rate, seed))
-                    if out is not None:
-                        versions = provenance(("mfac_jax", "jax", "jaxlib", "optax", "kfac-jax"))
-                        print(json.dumps(lines[-1] | versions), file=out, flush=True)
+    for model in options.models:
+        for optimizer in options.optimizers:
+            missing = optimizers.why_missing(optimizer)
+            if missing:
+                print(f"without {optimizer}: {missing}")
+                continue
+            rate = best_rate(model, optimizer)
+            for seed in tqdm(SEEDS, desc=f"{model}, {optimizer}, {rate:g}", unit="seed"):
+                lines.append(run(model, optimizer, rate, seed))
+                if options.out is not None:
+                    made_with = provenance.record(("mfac_jax", "jax", "jaxlib", "optax", "kfac-jax"))
+                    json_lines.append(options.out, lines[-1] | made_with)
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores")
     print(f"medians (least to most) of {len(SEEDS)} seeds\n")
     print(table(lines))

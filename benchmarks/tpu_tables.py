@@ -1,14 +1,28 @@
 """Tables of what compile_for_tpu.py measured: memory and traffic as compiled, predicted times of a step.
 
-`tpu_tables.py benchmarks/results/tpu.jsonl` prints them from stored results, without a TPU or its compiler.
+    python -m benchmarks.tpu_tables benchmarks/results/tpu.jsonl
+
+prints them from stored results, without a TPU or its compiler.
 """
 
-import argparse
-import json
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from examples.common import json_lines, markdown
+from examples.common.command_line import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    """what `compile_for_tpu --out` wrote"""
 
 
 class Chip(NamedTuple):
@@ -116,11 +130,6 @@ def allowed(row: dict[str, Any]) -> int:
     return row["leaves"] * (row["num_grads"] + 1) * 4 + row["split_updates"]
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
-
-
 def measured_table(rows: Sequence[dict[str, Any]]) -> str:
     """What was compiled; memory in MiB on each device."""
     header = [
@@ -158,7 +167,7 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['compile_seconds']:.0f}",
             ]
         )
-    return markdown(header, lines)
+    return markdown.table(header, lines)
 
 
 def predicted_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -180,7 +189,7 @@ def predicted_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{tokens_for(row, 0.1) / 1e6:.2g} million",
             ]
         )
-    return markdown(header, lines)
+    return markdown.table(header, lines)
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
@@ -190,12 +199,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables of stored results; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, help="what compile_for_tpu.py --out wrote")
-    lines = parser.parse_args(argv).results.read_text().splitlines()
-    print(report([json.loads(line) for line in lines]))
+    options = parse(Options, argv, __doc__)
+    print(report(json_lines.read(options.results)))
 
 
 if __name__ == "__main__":

@@ -3,31 +3,30 @@
 For each optimizer, whole steps and its update alone are timed, all in turn in one process. With kfac-jax,
 which has no update alone, and soap_jax installed they are timed too.
 
-    python benchmarks/training_share.py --out benchmarks/results/training.jsonl
+    python -m benchmarks.training_share --out benchmarks/results/training.jsonl
 """
 
-import argparse
+import dataclasses
 import functools
 import itertools
-import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
 
 import jax
 import jax.numpy as jnp
 import optax
+from tqdm import tqdm
 
 import mfac_jax
-from benchmarks import optimizers, step_time, tpu_tables
-from benchmarks.provenance import provenance
+from benchmarks import optimizers, timing
+from benchmarks.timing import Timed
 from examples import train_cifar10, train_text
-from examples import workload as wl
+from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import Count, OptionalPath, parse
+from examples.common.training import Step, TrainState, bind_step, first_state
+from examples.common.workload import Workload
 
-WORKLOADS: dict[str, Callable[[], wl.Workload]] = {
+WORKLOADS: dict[str, Callable[[], Workload]] = {
     "ResNet-20": functools.partial(train_cifar10.make_workload, epochs=200, batch_size=128, seed=0),
     "transformer": functools.partial(train_text.make_workload, seed=0),
 }
@@ -35,6 +34,16 @@ OTHERS = ("sgd", "adamw", "muon", "lbfgs", "soap", "kfac")
 NUM_GRADS = (32, 128, 512)
 ALONE = ", alone"
 RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    rounds: Count = 15
+    """timed, after one to warm up"""
+    out: OptionalPath = None
+    """file to add lines of JSON to"""
 
 
 def transform(name: str) -> optax.GradientTransformation:
@@ -49,20 +58,19 @@ def _gradient(loss, params, model_state, data, indices, key):
     return jax.grad(loss, has_aux=True)(params, model_state, data, indices, key)[0]
 
 
-def gradients(workload: wl.Workload, number: int) -> list[Any]:
+def gradients(workload: Workload, number: int) -> list[Any]:
     """At the first parameters, of the first batches."""
     fixed = workload.loss, workload.params, workload.model_state, workload.data
     return [_gradient(*fixed, indices, jax.random.key(0)) for indices in workload.batches[:number]]
 
 
-def start(workload: wl.Workload, tx: optax.GradientTransformation) -> wl.TrainState:
-    """A state of its own."""
-    params, model_state = jax.tree.map(jnp.copy, (workload.params, workload.model_state))
-    opt_state = jax.tree.map(jnp.copy, tx.init(params))  # some hold one array twice: no donation
-    return wl.TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state)
+def start(workload: Workload, tx: optax.GradientTransformation) -> TrainState:
+    """The first state, without an array that it holds twice: that one could not be donated."""
+    state = first_state(workload, tx)
+    return state._replace(opt_state=jax.tree.map(jnp.copy, state.opt_state))
 
 
-def training(state: wl.TrainState, step: Callable[..., tuple[wl.TrainState, jax.Array]]) -> step_time.Timed:
+def training(state: TrainState, step: Step) -> Timed:
     """From indices of a batch to the loss, a step further at each call."""
 
     def advance(indices):
@@ -73,9 +81,7 @@ def training(state: wl.TrainState, step: Callable[..., tuple[wl.TrainState, jax.
     return advance
 
 
-def updating(
-    workload: wl.Workload, tx: optax.GradientTransformation, grads: Sequence[Any]
-) -> step_time.Timed:
+def updating(workload: Workload, tx: optax.GradientTransformation, grads: Sequence[Any]) -> Timed:
     """The optimizer alone, on one of these gradients after the other."""
     _, params, _, state = start(workload, tx)
     following = itertools.cycle(grads)
@@ -93,7 +99,7 @@ def updating(
     return advance
 
 
-def steps(workload: wl.Workload, rounds: int) -> dict[str, step_time.Timed]:
+def steps(workload: Workload, rounds: int) -> dict[str, Timed]:
     """Whole steps by name of the optimizer, and the optimizer alone."""
     found, chosen = {}, {}
     for name in OTHERS:
@@ -105,12 +111,9 @@ def steps(workload: wl.Workload, rounds: int) -> dict[str, step_time.Timed]:
         else:
             chosen[name] = transform(name)
     chosen |= {f"mfac, m = {m}": mfac_jax.mfac(RATE, m) for m in NUM_GRADS}
-    grads, key = gradients(workload, rounds + 1), jax.random.key(0)
+    grads = gradients(workload, rounds + 1)
     for name, tx in chosen.items():
-        step = functools.partial(wl.train_step, workload.loss, tx)
-        found[name] = training(
-            start(workload, tx), lambda state, indices, step=step: step(state, workload.data, indices, key)
-        )
+        found[name] = training(start(workload, tx), bind_step(workload, tx, 0))
         found[name + ALONE] = updating(workload, tx, grads)
     return found
 
@@ -125,32 +128,31 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
                 alone = median.get(name + ALONE)
                 cells = ["", ""] if alone is None else [f"{alone:,.3g}", f"{alone / value:.1%}"]
                 rows.append([line["workload"], f"{line['parameters']:,}", name, f"{value:,.3g}", *cells])
-    return tpu_tables.markdown(
-        ["", "parameters", "", "whole step, ms", "optimizer alone, ms", "its share"], rows
-    )
+    header = ["", "parameters", "", "whole step, ms", "optimizer alone, ms", "its share"]
+    return markdown.table(header, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=15, help="timed, after one to warm up")
-    parser.add_argument("--out", type=Path, help="file to add lines of JSON to")
-    args = parser.parse_args(argv)
+    options = parse(Options, argv, __doc__)
     lines = []
     for name, make in WORKLOADS.items():
         workload = make()
-        seconds = step_time.time_in_turn(
-            steps(workload, args.rounds), iter(workload.batches[: args.rounds + 1]), args.rounds
+        batches = tqdm(workload.batches[: options.rounds + 1], name, unit="round", leave=False)
+        seconds = timing.in_turn(steps(workload, options.rounds), batches)
+        lines.append(
+            {
+                "workload": name,
+                "parameters": sum(x.size for x in jax.tree.leaves(workload.params)),
+                "batch": workload.batches.shape[1],
+                "seconds": {kind: timing.spread(values) for kind, values in seconds.items()},
+            }
         )
-        line = {"workload": name, "parameters": sum(x.size for x in jax.tree.leaves(workload.params))}
-        lines.append(line | {"batch": workload.batches.shape[1], "seconds": seconds})
-    if args.out is not None:
-        lineage = provenance(("mfac_jax", "jax", "jaxlib", "optax", "flax", "kfac_jax", "soap_jax"))
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(line | lineage) + "\n" for line in lines)
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; medians of {args.rounds} rounds\n")
+    if options.out is not None:
+        packages = ("mfac_jax", "jax", "jaxlib", "optax", "flax", "kfac_jax", "soap_jax")
+        made_with = provenance.record(packages)
+        json_lines.append(options.out, *(line | made_with for line in lines))
+    print(timing.conditions(options.rounds))
     print(table(lines))
 
 

@@ -5,16 +5,10 @@ devices share the cores of this machine: the time of a step over the number of d
 share takes. Times are medians, everything interleaved in one process.
 """
 
-import argparse
+import dataclasses
 import functools
-import json
-import os
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads spin where cores are shared
 
 import jax
 import numpy as np
@@ -22,12 +16,28 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import mfac_jax
-from benchmarks import compiled_update, tpu_tables
-from benchmarks.provenance import provenance
+from benchmarks import compiled_update, timing
+from benchmarks.timing import Timed
+from examples.common import json_lines, markdown, provenance
+from examples.common.command_line import Count, OptionalPath, parse
 
 DEVICES = (1, 2, 4, 8)
 MODES = ("jit", "shard_map")
 LEAVES, WIDTH = 4, 256  # of each leaf; its rows grow with the devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose."""
+
+    num_grads: Count = 256
+    """rows of the window"""
+    rows: Count = 128
+    """of each of the 4 leaves, on each device"""
+    repeats: Count = 21
+    """steps timed, after one to warm up"""
+    out: OptionalPath = None
+    """file to add a line of JSON to for each row of the table"""
 
 
 class Run(NamedTuple):
@@ -65,17 +75,24 @@ def prepare(mode: str, devices: int, num_grads: int, rows: int) -> Run:
     return Run(compiled, draw, params, state, row)
 
 
+def stepping(run: Run, index: int) -> Timed:
+    """A step of the run at each call, on its gradient among those of all runs."""
+    state = run.state
+
+    def advance(gradients):
+        nonlocal state
+        updates, state = run.update(gradients[index], state, run.params)
+        return updates, state
+
+    return advance
+
+
 def time_steps(runs: Sequence[Run], repeats: int) -> list[float]:
     """The median time of a step of each, in seconds; every gradient is new, as repeated ones are slower."""
-    states = [run.state for run in runs]
-    seconds = np.zeros((repeats, len(runs)))
-    for i in tqdm(range(repeats), desc="timing", unit="round"):
-        for j, run in enumerate(runs):
-            gradient = jax.block_until_ready(run.draw(jax.random.key(i + 1)))
-            start = time.perf_counter()
-            _, states[j] = jax.block_until_ready(run.update(gradient, states[j], run.params))
-            seconds[i, j] = time.perf_counter() - start
-    return np.median(seconds, axis=0).tolist()
+    functions = {str(index): stepping(run, index) for index, run in enumerate(runs)}
+    numbers = tqdm(range(repeats + 1), "timing", unit="round")
+    gradients = ([run.draw(jax.random.key(number + 1)) for run in runs] for number in numbers)
+    return [float(np.median(seconds)) for seconds in timing.in_turn(functions, gradients).values()]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -99,31 +116,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['seconds'] / row['devices'] * 1e3:.1f}",
             ]
         )
-    return tpu_tables.markdown(header, lines)
+    return markdown.table(header, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--num-grads", type=int, default=256, help="rows of the window (default: %(default)s)")
-    add("--rows", type=int, default=128, help="of each of 4 leaves, on each device (default: %(default)s)")
-    add("--repeats", type=int, default=21, help="steps timed (default: %(default)s)")
-    add("--out", type=Path, help="file to add a line of JSON to for each row")
-    args = parser.parse_args(argv)
-    runs = [prepare(mode, n, args.num_grads, args.rows) for mode in MODES for n in DEVICES]
-    made_with = provenance(("mfac_jax", "jax", "jaxlib", "optax"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options = parse(Options, argv, __doc__)
+    runs = [prepare(mode, n, options.num_grads, options.rows) for mode in MODES for n in DEVICES]
+    made_with = provenance.record(("mfac_jax", "jax", "jaxlib", "optax"))
+    made_with |= {"repeats": options.repeats, "cores": timing.cores()}
     rows = [
-        run.row | {"seconds": seconds, "repeats": args.repeats, "cores": cores} | made_with
-        for run, seconds in zip(runs, time_steps(runs, args.repeats), strict=True)
+        run.row | {"seconds": seconds} | made_with
+        for run, seconds in zip(runs, time_steps(runs, options.repeats), strict=True)
     ]
-    if args.out is not None:
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"on {cores} core(s) of {made_with['machine']}, {made_with['versions']}\n{table(rows)}")
+    if options.out is not None:
+        json_lines.append(options.out, *rows)
+    print(f"on {timing.cores()} core(s) of {made_with['machine']}, {made_with['versions']}\n{table(rows)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.datasets import load_digits
 
-from examples.workload import READ_ERRORS, DataError
+from examples.common.workload import READ_ERRORS, DataError
 
 TRAIN_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 IMAGE_KEYS = {"train_images", "train_labels", "test_images", "test_labels"}
@@ -23,7 +23,7 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # images, labels
 
 
 class Images(NamedTuple):
-    """Images `(n, 32, 32, 3)` uint8 and labels `(n,)` int32 from 0 to 9, and where they are from."""
+    """Images `(n, 32, 32, 3)` uint8, labels `(n,)` int32 from 0 to 9, and where they are from."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -35,7 +35,7 @@ class Images(NamedTuple):
 
 @functools.lru_cache(maxsize=1)  # every seed of a run asks for the same data
 def load(data_dir: Path | None = None, tfds: bool = False) -> Images:
-    """The data from the folder or file, from tensorflow_datasets, or else digits enlarged to 32 x 32."""
+    """Load CIFAR-10 from the path or from tensorflow_datasets, else digits enlarged to 32 x 32."""
     if tfds:
         return _checked(_from_tfds(data_dir), "tensorflow_datasets cifar10")
     if data_dir is None:
@@ -62,7 +62,7 @@ def load(data_dir: Path | None = None, tfds: bool = False) -> Images:
 
 
 def _checked(arrays: Arrays, source: str) -> Images:
-    """The arrays with the right dtypes, or an error that names what is wrong."""
+    """Give the arrays the right dtypes, or raise an error that names what is wrong."""
     images, labels, valid_images, valid_labels = arrays
     for x, y in ((images, labels), (valid_images, valid_labels)):
         if x.dtype != np.uint8 or x.shape[1:] != (32, 32, 3) or not len(x) or y.shape != (len(x),):
@@ -71,7 +71,7 @@ def _checked(arrays: Arrays, source: str) -> Images:
                 f"they are {x.dtype} {x.shape} and {y.shape}"
             )
         if not np.isin(y, np.arange(10)).all():
-            raise DataError(f"{source}: labels must be 0 to 9, they reach from {y.min()} to {y.max()}")
+            raise DataError(f"{source}: labels must be 0 to 9, they range from {y.min()} to {y.max()}")
     return Images(images, labels.astype(np.int32), valid_images, valid_labels.astype(np.int32), source)
 
 
@@ -93,10 +93,10 @@ def _read_files(folder: Path, suffix: str, read) -> Arrays:
 
 
 def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Records of a label and 3 x 32 x 32 pixels."""
+    """Read records of a label and 3 x 32 x 32 pixels."""
     records = np.fromfile(path, np.uint8)
     if records.size % 3073:
-        raise ValueError(f"{path} has {records.size} bytes, no multiple of 3073")
+        raise ValueError(f"{path} has {records.size} bytes, which is not a multiple of 3073")
     records = records.reshape(-1, 3073)
     return _channels_last(records[:, 1:]), records[:, 0]
 
@@ -128,7 +128,7 @@ def _channels_last(rows: np.ndarray) -> np.ndarray:
 
 def _npz_keys(path: Path) -> set[str]:
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no npz file")
+        raise ValueError(f"{path} is not an npz file")
     with np.load(path) as arrays:
         return set(arrays.files)
 

@@ -1,12 +1,13 @@
 """Start a script in several processes of this machine, as the hosts of a pod would: CPU devices, gloo.
 
-Every process gets `--coordinator`, `--num-processes` and `--process-id` after its own arguments. When one
-fails the others are killed, as they would wait for it; `--restarts` then starts all of them again.
+    python -m examples.launch_local --processes 2 --devices 2 examples.train_pod --steps 100
 
-    python examples/launch_local.py --processes 2 --devices 2 examples/train_pod.py --steps 100
+The first word that is no option is the script's module; what follows are the script's own arguments. Every
+process also gets --coordinator, --num-processes and --process-id. If one process fails, the others would
+wait for it, so they are killed. --restarts then starts all of them again.
 """
 
-import argparse
+import dataclasses
 import os
 import signal
 import socket
@@ -14,27 +15,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Annotated
 
-from examples import comparison
+from examples.common import command_line
+from examples.common.command_line import USAGE_ERROR, Count
 
-USAGE_ERROR = 2  # what argparse exits with: to start again would not help
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user can choose."""
+
+    processes: Count = 2
+    """processes to start"""
+    devices: Count = 1
+    """devices of each process"""
+    restarts: Annotated[int, command_line.option(command_line.number(-1), "N")] = 0
+    """times to start again after a failure; -1 sets no limit"""
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Find a port of this machine that nobody listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
 def start(command: Sequence[str], processes: int, devices: int) -> list[subprocess.Popen]:
-    """The script, once for each process."""
+    """Start the module with its arguments, once for each process."""
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }
-    shared = [sys.executable, *command, "--coordinator", f"127.0.0.1:{free_port()}"]
+    shared = [sys.executable, "-m", *command, "--coordinator", f"127.0.0.1:{free_port()}"]
     shared += ["--num-processes", str(processes)]
     return [
         subprocess.Popen([*shared, "--process-id", str(i)], env=os.environ | settings)
@@ -43,7 +56,7 @@ def start(command: Sequence[str], processes: int, devices: int) -> list[subproce
 
 
 def wait(children: Sequence[subprocess.Popen]) -> int:
-    """The exit code of all, or the first that is not zero; the others are then killed."""
+    """Return the exit code of all, or the first that is not zero; the others are then killed."""
     try:
         while True:
             codes = [child.poll() for child in children]
@@ -59,33 +72,29 @@ def wait(children: Sequence[subprocess.Popen]) -> int:
             child.wait()
 
 
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the words into own options and the command, the module and its arguments."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        has_value = "=" not in argv[at] and argv[at] not in ("-h", "--help")
+        at += 2 if has_value else 1
+    return list(argv[:at]), list(argv[at:])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Start and watch the processes; `argv` is the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--processes", type=comparison.count, default=2, help="processes to start (default: %(default)s)")
-    add("--devices", type=comparison.count, default=1, help="of each process (default: %(default)s)")
-    add(
-        "--restarts",
-        type=int,
-        default=0,
-        help="times to start again after a failure; -1: always (default: 0)",
-    )
-    add("command", nargs=argparse.REMAINDER, help="the script and its arguments")
-    args = parser.parse_args(argv)
-    if not args.command:
-        parser.error("name a script to start, e.g. examples/train_pod.py")
+    own, command = split(sys.argv[1:] if argv is None else argv)
+    options = command_line.parse(Options, own, __doc__)
+    if not command:
+        command_line.refuse("name a module to start, e.g. examples.train_pod")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `wait` cleans up
-    left = args.restarts
-    while (code := wait(start(args.command, args.processes, args.devices))) not in (
-        0,
-        USAGE_ERROR,
-    ) and left:
+    left = options.restarts
+    while True:
+        code = wait(start(command, options.processes, options.devices))
+        if code in (0, USAGE_ERROR) or not left:  # a wrong command line stays wrong
+            sys.exit(code)
         left -= 1
         print(f"A process ended with {code}: all start again.", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ ROWS = (("tensor", "fsdp"), None)
 
 
 class Size(NamedTuple):
-    """Of a model; all but the number of layers and heads are numbers of entries."""
+    """The size of a model. All fields but `layers` and `heads` are numbers of entries."""
 
     vocabulary: int
     context: int
@@ -73,7 +73,7 @@ class Transformer(nnx.Module):
         )
 
     def __call__(self, ids, activations: NamedSharding | None = None):
-        """`activations` says where `(batch, context, width)` lies between layers, None leaves it open."""
+        """Compute the logits; `activations` is the sharding of `(batch, context, width)` between layers."""
         graph, layers = nnx.split(self.blocks)
 
         def placed(x):
@@ -88,14 +88,14 @@ class Transformer(nnx.Module):
 
 
 def split(size: Size, dtype: jnp.dtype, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's graph and its parameters; the learnt ones are all it has."""
+    """Split the model into its graph and its parameters; it has no other state."""
     with nnx.use_eager_sharding(False):  # shardings are given to jit instead
         graph, params = nnx.split(Transformer(size, dtype, nnx.Rngs(seed)), nnx.Param)
     return graph, params
 
 
 def abstract(size: Size, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    """As `split`, with shapes for arrays."""
+    """As `split`, with shapes in place of arrays."""
     graph = []
 
     def params():
@@ -112,13 +112,13 @@ def loss(
 ) -> jax.Array:
     """Mean cross-entropy of the next token; `tokens` is `(batch, context + 1)`.
 
-    With automatic mesh axes pass `activations=batch_sharding(mesh)`: XLA may else gather the activations of
-    all sequences rather than the parameters of a layer.
+    With automatic mesh axes pass `activations=batch_sharding(mesh)`. Otherwise XLA may gather the
+    activations of all sequences rather than the parameters of a layer.
     """
     logits = nnx.merge(graph, params)(tokens[:, :-1], activations).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Of the tokens: every device of a column of `fsdp` has sequences of its own."""
+    """The sharding of the tokens: each device along `fsdp` has sequences of its own."""
     return NamedSharding(mesh, PartitionSpec("fsdp"))

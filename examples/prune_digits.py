@@ -1,11 +1,12 @@
 """Train a small Flax network on scikit-learn's handwritten digits with M-FAC, then prune it.
 
-By magnitude, by M-FAC in one step, by M-FAC in sixteen steps with new gradients for each, and with some
-fine-tuning that keeps pruned weights at zero. At the end of this training the gradients are so small that
-one step does as magnitude does; after the first of sixteen they tell more. Takes a minute or two.
+It prunes by magnitude, by M-FAC in one step, and by M-FAC in sixteen steps with new gradients for each.
+Some fine-tuning follows, which keeps pruned weights at zero. At the end of this training the gradients are
+so small that one step does as magnitude does. After the first of sixteen steps they tell more. Takes a
+minute or two.
 """
 
-import argparse
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,55 +14,56 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from tqdm import tqdm
 
 import mfac_jax
-from examples import comparison, pruning, train_digits
-from examples import workload as wl
-
-SPARSITIES = (0.5, 0.75, 0.875, 0.9, 0.95, 0.98)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Every option, with its default."""
-    parser = pruning.make_parser("prune_digits", __doc__, SPARSITIES)
-    parser.set_defaults(num_grads=128)
-    add, count = parser.add_argument, comparison.count
-    add(
-        "--model",
-        choices=list(train_digits.MODELS),
-        default="mlp",
-        help="mlp: 64-128-10; cnn: convolutions",
-    )
-    add("--epochs", type=count, default=12, help="passes over the training data before pruning")
-    add("--fine-tuning", type=count, default=12, metavar="EPOCHS", help="passes over them after it")
-    add("--data-dir", type=Path, help="folder of a digits.npz with your x (n, 64) or (n, 8, 8) and y (n,)")
-    return parser
+from examples import pruning, train_digits
+from examples.common import command_line
+from examples.common.command_line import Count, Folder, OptionalPath
+from examples.common.optimizers import RATES, make_optimizer
+from examples.common.training import train
+from examples.common.workload import DataError, Workload
 
 
-def trained(workload: wl.Workload, seed: int) -> optax.Params:
-    """The parameters at the end of a training with M-FAC."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(pruning.Options):
+    """What the user can choose."""
+
+    sparsity: pruning.Shares = (0.5, 0.75, 0.875, 0.9, 0.95, 0.98)
+    num_grads: Count = 128
+    out: Folder = Path("out", "prune_digits")
+    model: train_digits.Model = train_digits.Options.model
+    """mlp: 64-128-10; cnn: two convolutions"""
+    epochs: Count = train_digits.Options.epochs
+    """passes over the training data before pruning"""
+    fine_tuning: Count = 12
+    """passes over the training data after pruning"""
+    data_dir: OptionalPath = None
+    """folder of a digits.npz with your x (n, 64) or (n, 8, 8) and y (n,)"""
+
+
+def trained(workload: Workload, seed: int) -> optax.Params:
+    """Train with M-FAC, and return the last parameters."""
     last = {}
 
     def keep(state, evaluation):
         last.update(evaluation, params=jax.tree.map(jnp.copy, state.params))
 
     steps = len(workload.batches)
-    wl.train(workload, make_optimizer(steps), seed, evaluate_every=steps, callback=keep)
+    train(workload, make_mfac(steps), seed, evaluate_every=steps, callback=keep)
     print(f"Trained: {workload.source}, {steps} steps; train loss {last['train_loss']:.4f}")
     return last["params"]
 
 
-def make_optimizer(steps: int) -> optax.GradientTransformation:
-    """M-FAC, as in the training of the digits."""
-    return wl.make_optimizer("mfac", wl.RATES["digits"]["mfac"], steps)
+def make_mfac(steps: int) -> optax.GradientTransformation:
+    """M-FAC with the rate of the training of the digits."""
+    return make_optimizer("mfac", RATES["digits"]["mfac"], steps)
 
 
-def gradients_function(workload: wl.Workload, num_grads: int, seed: int):
-    """From parameters to gradients of single training images, other ones at each call."""
+def gradients_function(workload: Workload, num_grads: int, seed: int):
+    """Make a function from parameters to gradients of single training images, other images at each call."""
     random = np.random.default_rng(seed)
     data, num_grads = workload.data, min(num_grads, len(workload.data["x"]))
 
@@ -78,16 +80,16 @@ def gradients_function(workload: wl.Workload, num_grads: int, seed: int):
 
 
 def prune_in_all_ways(
-    workload: wl.Workload, args: argparse.Namespace, tuning: wl.Workload, accuracy
+    workload: Workload, options: Options, tuning: Workload, accuracy
 ) -> tuple[dict[str, list[float]], Any]:
-    """Accuracies of each way to prune at each sparsity, and the masks of the last."""
+    """Prune in each way; return the accuracies at each sparsity, and the masks of the last."""
     params = workload.params
-    gradients = gradients_function(workload, args.num_grads, args.seed)
+    gradients = gradients_function(workload, options.num_grads, options.seed)
     given = gradients(params)
     all_kept = mfac_jax.pruning.kernel_masks(params)
-    tx = mfac_jax.pruning.keep_pruned(make_optimizer(len(tuning.batches)), all_kept)
+    tx = mfac_jax.pruning.keep_pruned(make_mfac(len(tuning.batches)), all_kept)
     rows, masks = {}, all_kept
-    for sparsity in tqdm(args.sparsity, unit="sparsity"):
+    for sparsity in tqdm(options.sparsity, unit="sparsity"):
         pruned = {
             "magnitude": pruning.by_magnitude(params, sparsity),
             "M-FAC, one step": mfac_jax.pruning.prune(params, given, sparsity),
@@ -95,7 +97,7 @@ def prune_in_all_ways(
         }
         for name in ("magnitude", "M-FAC"):
             start = functools.partial(lambda result, *_: result, pruned[name])
-            state, masks = pruning.train_and_prune(tuning, tx, all_kept, {0: sparsity}, start, args.seed)
+            state, masks = pruning.train_and_prune(tuning, tx, all_kept, {0: sparsity}, start, options.seed)
             pruned[name + pruning.FINE_TUNED] = state.params, masks
         for name, (weights, _) in pruned.items():
             rows.setdefault(name, []).append(accuracy(weights))
@@ -104,16 +106,16 @@ def prune_in_all_ways(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, prune, and report; `argv` is the command line."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    plt.switch_backend("Agg")  # pictures go to files; no window is opened
-    make = functools.partial(train_digits.make_workload, args.model, data_dir=args.data_dir, seed=args.seed)
+    options = command_line.parse(Options, argv, __doc__)
+    make = functools.partial(
+        train_digits.make_workload, options.model, data_dir=options.data_dir, seed=options.seed
+    )
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        workload, tuning = make(args.epochs), make(args.fine_tuning)
-    except (wl.DataError, OSError) as error:
-        parser.error(str(error))
-    params = trained(workload, args.seed)
+        options.out.mkdir(parents=True, exist_ok=True)
+        workload, tuning = make(options.epochs), make(options.fine_tuning)
+    except (DataError, OSError) as error:
+        command_line.refuse(error)
+    params = trained(workload, options.seed)
     workload, tuning = workload._replace(params=params), tuning._replace(params=params)
     evaluate = jax.jit(workload.evaluate)
 
@@ -121,14 +123,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return float(evaluate(params, workload.model_state, workload.data)["valid_accuracy"])
 
     before = accuracy(params)
-    rows, masks = prune_in_all_ways(workload, args, tuning, accuracy)
-    ticks = [f"{sparsity:g}" for sparsity in args.sparsity]
-    pruning.print_table(f"Validation accuracy; {before:.4f} before pruning:", ticks, rows)
-    print("M-FAC is sixteen steps, with new gradients for each; in one step it has the first ones alone.")
+    rows, masks = prune_in_all_ways(workload, options, tuning, accuracy)
+    ticks = [f"{sparsity:g}" for sparsity in options.sparsity]
+    pruning.print_accuracies(f"Validation accuracy; {before:.4f} before pruning", ticks, rows)
+    print("M-FAC takes sixteen steps, with new gradients for each. One step has only the first gradients.")
     print(f"\nThe last network:\n{mfac_jax.pruning.pruning_report(masks)}")
     labels = {"xlabel": "sparsity of the kernels", "title": f"{workload.name}, pruned"}
-    pruning.plot_accuracy(rows, ticks, before, labels, args.out / "accuracy.png")
-    print(f"\nThe picture is {args.out / 'accuracy.png'}")
+    path = options.out / "accuracy.png"
+    pruning.plot_accuracy(rows, ticks, before, labels, path)
+    print(f"\nThe picture is {path}")
 
 
 if __name__ == "__main__":

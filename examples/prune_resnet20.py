@@ -1,31 +1,31 @@
 """Prune a ResNet-20 for CIFAR-10 with weights that were trained in PyTorch.
 
-Without any training, in one step (--mode one-shot) or in several with new gradients for each (recomputed),
-or between epochs of fine-tuning (gradual). Every way to prune is measured with the batch statistics that it
-leaves and with those estimated anew from training images; fine-tuning makes its own. The weights are an npz
+Three modes: in one step (one-shot), in several steps with new gradients for each (recomputed), or between
+epochs of fine-tuning (gradual). Without fine-tuning, each way to prune is measured twice: with the batch
+statistics that it leaves, and with statistics estimated anew from training images. The weights are an npz
 with the arrays of the PyTorch state dict.
 """
 
-import argparse
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from tqdm import tqdm
 
 import mfac_jax
-from examples import comparison, pruning, resnet20, train_cifar10
-from examples import workload as wl
+from examples import cifar10_data, pruning, resnet20, train_cifar10
+from examples.common import command_line
+from examples.common.command_line import NO_DEFAULT, Count, Flag, Folder, OptionalCount, OptionalPath
+from examples.common.workload import DataError, Workload
 from examples.resnet20 import Network
 
-SPARSITIES = (0.5, 0.75, 0.875, 0.9)
 WEIGHTS = "resnet20_cifar10_torch.npz"
 STATS_IMAGES = 2048  # that batch statistics are estimated from
 RATE = 0.02  # of SGD, at the start of the training between prunings
@@ -33,35 +33,37 @@ STEPS = 4  # of M-FAC at each pruning between epochs: one does less, and 16 do n
 CHUNK = 32  # images in a batch that gradients are taken of
 PUBLISHED_GRADS = 64  # of such batches
 PUBLISHED = {"damping": 1e-5, "update": "independent", "gradient_term": 0.0, "step_limit": math.inf}
+MODES = ("one-shot", "recomputed", "gradual")
+PATTERNS = ("2:4", "block:4")
 KINDS = ("statistics as they are", "statistics estimated anew")
 
 
 class Images(NamedTuple):
-    """Training images and labels, and what draws some of them."""
+    """Training images and labels, and a random generator that draws some of them."""
 
     images: jax.Array
     labels: jax.Array
     random: np.random.Generator
 
     def from_start(self, seed: int) -> "Images":
-        """The same that draws as nobody had drawn: what is compared sees the same images."""
+        """Start the draws again, so that all methods see the same images."""
         return self._replace(random=np.random.default_rng(seed))
 
     def draw(self, number: int) -> tuple[jax.Array, jax.Array]:
-        """That many images and labels, none twice in a row of all of them."""
+        """Draw images and labels; none comes again before all others came."""
         rounds = -(-number // len(self.images))
         chosen = np.concatenate([self.random.permutation(len(self.images)) for _ in range(rounds)])[:number]
         return self.images[chosen], self.labels[chosen]
 
 
 def with_new_stats(network: Network, training: Images) -> Network:
-    """The network with the batch statistics of some training images."""
+    """Take new batch statistics from some training images."""
     images, _ = training.draw(min(STATS_IMAGES, len(training.images)))
     return resnet20.with_new_stats(network, images, jax.random.key(training.random.integers(1 << 31)))
 
 
 def gradients(network: Network, training: Images, num_grads: int, *, per_example: bool) -> optax.Params:
-    """Gradients of single images or of batches of `CHUNK`, other ones at each call."""
+    """Collect gradients of single images or of batches of `CHUNK`, others at each call."""
     images, labels = training.draw(num_grads if per_example else num_grads * CHUNK)
     batches = ((images[i : i + CHUNK], labels[i : i + CHUNK]) for i in range(0, len(images), CHUNK))
     loss_fn = jax.tree_util.Partial(resnet20.loss, network.stats)  # new statistics compile nothing anew
@@ -72,13 +74,13 @@ Pruned = tuple[optax.Params, Any]
 
 
 def by_magnitude(network, masks, sparsity, *, training, num_grads, num_steps=1, **options: Any) -> Pruned:
-    """The smallest weights go."""
+    """Prune the smallest weights."""
     del training, num_grads, num_steps
     return pruning.by_magnitude(network.params, sparsity, masks=masks, **options)
 
 
 def by_mfac(network, masks, sparsity, *, training, num_grads, **options: Any) -> Pruned:
-    """The package's default; before each step the batch statistics are estimated anew."""
+    """Prune by the package's default; before each step the batch statistics are estimated anew."""
 
     def new_gradients(params):
         current = with_new_stats(network._replace(params=params), training)
@@ -88,7 +90,7 @@ def by_mfac(network, masks, sparsity, *, training, num_grads, **options: Any) ->
 
 
 def of_kernels(grads: optax.Params, masks: Any) -> optax.Params:
-    """The gradients, zeros where nothing is pruned: there F is diagonal, and no weight moves."""
+    """Set gradients to zero where nothing is pruned: there F is diagonal, and no weight moves."""
 
     def kept(mask, g):
         return jnp.zeros_like(g) if mask is None else g
@@ -97,7 +99,7 @@ def of_kernels(grads: optax.Params, masks: Any) -> optax.Params:
 
 
 def as_published(network, masks, sparsity, *, training, num_grads, num_steps=16, **options: Any) -> Pruned:
-    """The procedure of M-FAC's authors: gradients of batches, of the kernels that are pruned alone."""
+    """Prune as M-FAC's authors do: with gradients of batches, and only of the kernels that are pruned."""
     del num_grads
 
     def new_gradients(params):
@@ -118,7 +120,7 @@ METHODS: dict[str, Callable[..., Pruned]] = {
 
 
 def prunable(params: optax.Params, pattern: str | None) -> Any:
-    """Masks that keep everything, of the kernels whose inputs the groups of the pattern divide."""
+    """Masks that keep everything, for kernels whose number of inputs the pattern's groups divide."""
     size = int(pattern.split(":")[1]) if pattern else 1
 
     def mask(kept, w):
@@ -128,19 +130,45 @@ def prunable(params: optax.Params, pattern: str | None) -> Any:
     return jax.tree.map(mask, masks, params, is_leaf=lambda kept: kept is None)
 
 
-def without_training(args, network: Network, training: Images, accuracy) -> tuple[dict, Any]:
-    """Accuracies of each method at each sparsity with both kinds of statistics, and the last masks."""
-    steps = {"num_steps": 1} if args.mode == "one-shot" else {}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(pruning.Options):
+    """What the user can choose."""
+
+    out: Folder = Path("out", "prune_resnet20")
+    data_dir: OptionalPath = None
+    """folder with CIFAR-10 in any of its forms and resnet20_cifar10_torch.npz; or an *.npz with CIFAR-10"""
+    tfds: Flag = False
+    """take CIFAR-10 from tensorflow_datasets, kept in --data-dir"""
+    weights: OptionalPath = None
+    """npz with the weights, in place of resnet20_cifar10_torch.npz in --data-dir"""
+    mode: Annotated[str, command_line.choices(MODES, many=False)] = "recomputed"
+    """one-shot: one step; recomputed: 16 steps; gradual: 4 at the start of each of the first two thirds of
+    the epochs of training, up to the last of --sparsity on a cubic curve"""
+    methods: Annotated[tuple[str, ...], command_line.choices(METHODS)] = ("magnitude", "M-FAC")
+    """which to compare; the sparsity of each leaf is printed for the last one"""
+    pattern: Annotated[str | None, command_line.choices(PATTERNS, many=False), NO_DEFAULT] = None
+    """2:4 keeps at most 2 of 4 consecutive inputs; in block:4 each 4 go together; else single weights go"""
+    samples: OptionalCount = 10_000
+    """use only the first N training images"""
+    epochs: Count = 6
+    """passes over them, when gradual"""
+    batch_size: Count = 64
+    """images a step of the training, when gradual"""
+
+
+def without_training(options: Options, network: Network, training: Images, accuracy) -> tuple[dict, Any]:
+    """Prune by each method to each sparsity; return accuracies for each kind of statistics, and masks."""
+    steps = {"num_steps": 1} if options.mode == "one-shot" else {}
     rows: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
     masks = None
-    with tqdm(total=len(args.methods) * len(args.sparsity), unit="network") as bar:
-        for name in args.methods:
-            for sparsity in args.sparsity:
-                training = training.from_start(args.seed)
-                prune = functools.partial(METHODS[name], training=training, num_grads=args.num_grads)
+    with tqdm(total=len(options.methods) * len(options.sparsity), unit="network") as bar:
+        for name in options.methods:
+            for sparsity in options.sparsity:
+                training = training.from_start(options.seed)
+                prune = functools.partial(METHODS[name], training=training, num_grads=options.num_grads)
                 bar.set_description(f"{name}, {sparsity:g}")
-                before = prunable(network.params, args.pattern)
-                params, masks = prune(network, before, sparsity, pattern=args.pattern, **steps)
+                before = prunable(network.params, options.pattern)
+                params, masks = prune(network, before, sparsity, pattern=options.pattern, **steps)
                 pruned = network._replace(params=params)
                 for kind, result in zip(KINDS, (pruned, with_new_stats(pruned, training)), strict=True):
                     rows[kind].setdefault(name, []).append(accuracy(result))
@@ -148,25 +176,27 @@ def without_training(args, network: Network, training: Images, accuracy) -> tupl
     return rows, masks
 
 
-def gradually(args, problem: wl.Workload, training: Images, accuracy) -> tuple[dict, Any, list[str]]:
-    """Accuracies of each method after every epoch, the last masks, and the sparsity in every epoch."""
-    steps = len(problem.batches) // args.epochs
-    last = max(1, args.epochs * 2 // 3)  # pruning ends there, and the last third is for recovery
-    schedule = optax.polynomial_schedule(0.0, args.sparsity[-1], power=3, transition_steps=last)
+def gradually(
+    options: Options, problem: Workload, training: Images, accuracy
+) -> tuple[dict, Any, list[float]]:
+    """Train and prune by each method; return accuracies, the last masks, and the sparsity of each epoch."""
+    steps = len(problem.batches) // options.epochs
+    last = max(1, options.epochs * 2 // 3)  # pruning ends there, and the last third is for recovery
+    schedule = optax.polynomial_schedule(0.0, options.sparsity[-1], power=3, transition_steps=last)
     earlier = np.asarray([schedule(epoch) for epoch in range(1, last)]).tolist()
-    sparsities = [*earlier, args.sparsity[-1]]  # the last one not rounded to float32
-    masks = prunable(problem.params, args.pattern)
+    sparsities = [*earlier, options.sparsity[-1]]  # the last one not rounded to float32
+    masks = prunable(problem.params, options.pattern)
     optimizer = optax.sgd(optax.cosine_decay_schedule(RATE, len(problem.batches)), momentum=0.9)
     tx = mfac_jax.pruning.keep_pruned(optimizer, masks)
     rows, last_masks = {}, masks
-    with tqdm(total=len(args.methods) * len(problem.batches), unit="step") as bar:
-        for name in args.methods:
-            draws = training.from_start(args.seed)
-            method = functools.partial(METHODS[name], training=draws, num_grads=args.num_grads)
+    with tqdm(total=len(options.methods) * len(problem.batches), unit="step") as bar:
+        for name in options.methods:
+            draws = training.from_start(options.seed)
+            method = functools.partial(METHODS[name], training=draws, num_grads=options.num_grads)
 
             def prune(state, masks, sparsity, method=method):
                 network = Network(state.params, state.model_state["batch_stats"])
-                return method(network, masks, sparsity, num_steps=STEPS, pattern=args.pattern)
+                return method(network, masks, sparsity, num_steps=STEPS, pattern=options.pattern)
 
             def callback(state, name=name):
                 bar.update()
@@ -178,90 +208,66 @@ def gradually(args, problem: wl.Workload, training: Images, accuracy) -> tuple[d
             bar.set_description(name)
             prune_at = {epoch * steps: sparsity for epoch, sparsity in enumerate(sparsities)}
             _, last_masks = pruning.train_and_prune(
-                problem, tx, masks, prune_at, prune, args.seed, callback
+                problem, tx, masks, prune_at, prune, options.seed, callback
             )
-    in_epoch = sparsities + sparsities[-1:] * (args.epochs - last)
-    return rows, last_masks, [f"{i + 1}\n{sparsity:.2f}" for i, sparsity in enumerate(in_epoch)]
+    return rows, last_masks, sparsities + sparsities[-1:] * (options.epochs - last)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Every option, with its default."""
-    parser = pruning.make_parser("prune_resnet20", __doc__, SPARSITIES)
-    add, count = parser.add_argument, comparison.count
-    add(
-        "--data-dir",
-        type=Path,
-        help=f"folder with CIFAR-10 in any of its forms and {WEIGHTS}; or an *.npz with CIFAR-10",
-    )
-    add("--tfds", action="store_true", help="take CIFAR-10 from tensorflow_datasets, kept in --data-dir")
-    add("--weights", type=Path, help=f"npz with the weights, in place of {WEIGHTS} in --data-dir")
-    add(
-        "--mode",
-        choices=["one-shot", "recomputed", "gradual"],
-        default="recomputed",
-        help="one step; 16 steps; or 4 at the start of each of the first "
-        "two thirds of the epochs of training, up to the last of --sparsity on a cubic curve",
-    )
-    add(
-        "--methods",
-        nargs="+",
-        choices=list(METHODS),
-        default=list(METHODS)[:2],
-        metavar="NAME",
-        help=f"which to compare, of {', '.join(METHODS)}; the last one's sparsity by leaf is printed",
-    )
-    add(
-        "--pattern",
-        choices=["2:4", "block:4"],
-        help="at most 2 of 4 consecutive inputs are kept, or 4 go together; without it, single weights",
-    )
-    add("--samples", type=count, default=10_000, metavar="N", help="use only the first N training images")
-    add("--epochs", type=count, default=6, help="passes over them, when gradual")
-    add("--batch-size", type=count, default=64, help="images a step of the training, when gradual")
-    return parser
+def weights_file(options: Options) -> Path:
+    """Find the weights: the file given, or the one beside CIFAR-10."""
+    if options.weights is not None:
+        return options.weights
+    if options.data_dir is None:
+        raise DataError(f"pass --weights, or a --data-dir with {WEIGHTS}")
+    return (options.data_dir.parent if options.data_dir.is_file() else options.data_dir) / WEIGHTS
 
 
-def weights_file(args: argparse.Namespace) -> Path:
-    """The file given, or the one beside CIFAR-10."""
-    if args.weights is None and args.data_dir is None:
-        raise wl.DataError(f"pass --weights, or a --data-dir with {WEIGHTS}")
-    return args.weights or (args.data_dir.parent if args.data_dir.is_file() else args.data_dir) / WEIGHTS
-
-
-def read(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Network, wl.Workload]:
-    """The network, and the training of it."""
-    if args.data_dir is None and not args.tfds:
-        parser.error("pass --data-dir with CIFAR-10, or --tfds")
-    if args.pattern == "2:4" and max(args.sparsity) > 0.5:
-        parser.error("--pattern 2:4 prunes half at most: pass --sparsity 0.5")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        network = resnet20.read(weights_file(args))
-        names = ("epochs", "batch_size", "samples", "data_dir", "tfds", "seed")
-        problem = train_cifar10.make_workload(**{name: getattr(args, name) for name in names})
-        if (
-            len(problem.data["images"]) < resnet20.BATCH
-            or len(problem.data["valid_images"]) < resnet20.PIECE
-        ):
-            raise wl.DataError(
-                f"{resnet20.BATCH} training images and {resnet20.PIECE} test images are needed, or more; "
-                f"got {problem.source}"
-            )
-    except (wl.DataError, OSError) as error:
-        parser.error(str(error))
+def read(options: Options) -> tuple[Network, Workload]:
+    """Read the network, and make the workload that trains it."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    network = resnet20.read(weights_file(options))
+    arrays = cifar10_data.load(options.data_dir, options.tfds)
+    training, tested = len(arrays.images[: options.samples]), len(arrays.valid_images)
+    if training < resnet20.BATCH or tested < resnet20.PIECE:
+        raise DataError(
+            f"{resnet20.BATCH} training images and {resnet20.PIECE} test images are needed, or more; got "
+            f"{training} and {tested} from {arrays.source}"
+        )
+    names = ("epochs", "batch_size", "samples", "data_dir", "tfds", "seed")
+    problem = train_cifar10.make_workload(**{name: getattr(options, name) for name in names})
     return network, problem._replace(params=network.params, model_state={"batch_stats": network.stats})
+
+
+def compare(options: Options, network: Network, problem: Workload, accuracy) -> tuple[Any, dict, list, str]:
+    """Prune and print the accuracies; return the last masks, and rows, ticks and axis of the picture."""
+    data = problem.data
+    training = Images(data["images"], data["labels"], np.random.default_rng(options.seed))
+    if options.mode == "gradual":
+        rows, masks, sparsities = gradually(options, problem, training, accuracy)
+        head = [f"{sparsity:.2f}" for sparsity in sparsities]
+        pruning.print_accuracies("Test accuracy after each epoch", head, rows)
+        ticks = [f"{epoch}\n{sparsity}" for epoch, sparsity in enumerate(head, start=1)]
+        return masks, rows, ticks, "epoch, and sparsity of the kernels in it"
+    tables, masks = without_training(options, network, training, accuracy)
+    ticks = [f"{sparsity:g}" for sparsity in options.sparsity]
+    for kind, rows in tables.items():
+        pruning.print_accuracies(f"Test accuracy, batch {kind}", ticks, rows)
+    return masks, tables[KINDS[1]], ticks, f"sparsity of the kernels; batch {KINDS[1]}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, prune, and report; `argv` is the command line."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    network, problem = read(parser, args)
-    plt.switch_backend("Agg")  # pictures go to files; no window is opened
-    data = problem.data
-    training = Images(data["images"], data["labels"], np.random.default_rng(args.seed))
-    tested = len(data["valid_images"]) // resnet20.PIECE * resnet20.PIECE
-    test = data["valid_images"][:tested], data["valid_labels"][:tested]
+    options = command_line.parse(Options, argv, __doc__)
+    if options.data_dir is None and not options.tfds:
+        command_line.refuse("pass --data-dir with CIFAR-10, or --tfds")
+    if options.pattern == "2:4" and max(options.sparsity) > 0.5:
+        command_line.refuse("--pattern 2:4 prunes half at most: pass --sparsity 0.5")
+    try:
+        network, problem = read(options)
+    except (DataError, OSError) as error:
+        command_line.refuse(error)
+    tested = len(problem.data["valid_images"]) // resnet20.PIECE * resnet20.PIECE
+    test = problem.data["valid_images"][:tested], problem.data["valid_labels"][:tested]
 
     def accuracy(network):
         return float(resnet20.accuracy_and_loss(network, *test)[0])
@@ -269,24 +275,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     before, loss = map(float, resnet20.accuracy_and_loss(network, *test))
     print(f"Data: {problem.source}")
     print(f"Before pruning: accuracy {before:.4f}, loss {loss:.4f}, on {tested:,} test images")
-    masks = prunable(network.params, args.pattern)
-    entries = sum(mask.size for mask in jax.tree.leaves(masks))
-    print(f"{args.mode}: {entries:,} weights in {len(jax.tree.leaves(masks))} kernels take part")
-    if args.mode == "gradual":
-        rows, masks, ticks = gradually(args, problem, training, accuracy)
-        pruning.print_table("Test accuracy after each epoch:", [t.split("\n")[1] for t in ticks], rows)
-        labels = {"xlabel": "epoch, and sparsity of the kernels in it"}
-    else:
-        tables, masks = without_training(args, network, training, accuracy)
-        ticks = [f"{sparsity:g}" for sparsity in args.sparsity]
-        for kind, rows in tables.items():
-            pruning.print_table(f"Test accuracy, batch {kind}:", ticks, rows)
-        rows = tables[KINDS[1]]
-        labels = {"xlabel": f"sparsity of the kernels; batch {KINDS[1]}"}
-    print(f"\n{args.methods[-1]}, the last network:\n{mfac_jax.pruning.pruning_report(masks)}")
-    path = args.out / f"{args.mode}.png"
-    title = f"Pruning of a ResNet-20, {args.mode}"
-    pruning.plot_accuracy(rows, ticks, before, labels | {"title": title}, path)
+    kernels = jax.tree.leaves(prunable(network.params, options.pattern))
+    entries = sum(mask.size for mask in kernels)
+    print(f"{options.mode}: {entries:,} weights in {len(kernels)} kernels take part")
+    masks, rows, ticks, xlabel = compare(options, network, problem, accuracy)
+    print(f"\n{options.methods[-1]}, the last network:\n{mfac_jax.pruning.pruning_report(masks)}")
+    path = options.out / f"{options.mode}.png"
+    labels = {"xlabel": xlabel, "title": f"Pruning of a ResNet-20, {options.mode}"}
+    pruning.plot_accuracy(rows, ticks, before, labels, path)
     print(f"\nThe picture is {path}")
 
 

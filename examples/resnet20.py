@@ -1,5 +1,6 @@
-"""The ResNet-20 for CIFAR-10 with weights that were trained in PyTorch, and what is measured on it."""
+"""The ResNet-20 for CIFAR-10: the model, its inputs, weights from PyTorch, and what is measured on it."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,15 +8,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
-from examples.train_cifar10 import ResNet, augment, normalize
-from examples.workload import READ_ERRORS, DataError
+from examples.common.workload import READ_ERRORS, DataError
 
+MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's pixels in [0, 1]
 PIECE = 200  # images evaluated at a time
 BATCH = 128  # images that a set of batch statistics is taken from
 
 Params = Any
 Stats = Any
+
+
+class ResNet(nn.Module):
+    """The ResNet for CIFAR of He et al. 2016 with 6 `blocks` + 2 layers and projection shortcuts."""
+
+    width: int = 16
+    blocks: int = 3
+
+    @nn.compact
+    def __call__(self, x, train: bool):  # noqa: D102
+        he = nn.initializers.he_normal()
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he)
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        x = nn.relu(norm()(conv(self.width, (3, 3), padding=1)(x)))
+        for stage in range(3):
+            width = self.width * 2**stage
+            for block in range(self.blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                h = nn.relu(norm()(conv(width, (3, 3), stride, padding=1)(x)))
+                h = norm()(conv(width, (3, 3), padding=1)(h))
+                if stride > 1:
+                    x = norm()(conv(width, (1, 1), stride)(x))
+                x = nn.relu(x + h)
+        return nn.Dense(10)(x.mean(axis=(1, 2)))
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """Turn uint8 pixels into float32 with about zero mean and unit variance."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+
+
+def augment(images: jax.Array, key: jax.Array, flip: bool) -> jax.Array:
+    """Crop at random after padding by four pixels; with `flip`, also mirror at random."""
+    crop_key, flip_key = jax.random.split(key)
+    if flip:
+        mirrored = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    corners = jax.random.randint(crop_key, (len(images), 2), 0, 9)
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), (32, 32, 3)))(padded, corners)
 
 
 class Network(NamedTuple):
@@ -26,7 +68,7 @@ class Network(NamedTuple):
 
 
 def read(path: Path) -> Network:
-    """The network from an npz with the arrays of the PyTorch state dict, convolutions `(out, in, h, w)`."""
+    """Read the network from an npz with the arrays of a PyTorch state dict, kernels `(out, in, h, w)`."""
     try:
         with np.load(path) as file:
             arrays = dict(file)
@@ -42,12 +84,13 @@ def read(path: Path) -> Network:
     except READ_ERRORS as error:
         raise DataError(f"cannot read a ResNet-20 from {path}: {error}") from error
     network = jax.tree.map(jnp.asarray, Network(params, stats))
-    _check_shapes(network, path)
+    if jax.tree.map(jnp.shape, network) != jax.tree.map(jnp.shape, abstract()):
+        raise DataError(f"{path}: the arrays do not have the shapes of a ResNet-20 for 10 classes")
     return network
 
 
 def _layers() -> list[tuple[str, str]]:
-    """The names in PyTorch of each convolution and the normalisation after it, in the order of Flax."""
+    """Name each convolution and the normalisation after it, as in PyTorch, in the order of Flax."""
     layers = [("conv1", "bn1")]
     for stage in (1, 2, 3):
         for block in range(3):
@@ -58,18 +101,18 @@ def _layers() -> list[tuple[str, str]]:
     return layers
 
 
-def _check_shapes(network: Network, path: Path) -> None:
+def abstract() -> Network:
+    """The shapes and dtypes of the network, without arrays."""
+
     def init(key: jax.Array) -> Any:
         return ResNet().init(key, jnp.zeros((1, 32, 32, 3)), train=False)
 
     variables = jax.eval_shape(init, jax.random.key(0))
-    expected = Network(variables["params"], variables["batch_stats"])
-    if jax.tree.map(jnp.shape, network) != jax.tree.map(jnp.shape, expected):
-        raise DataError(f"{path}: the arrays have not the shapes of a ResNet-20 for 10 classes")
+    return Network(variables["params"], variables["batch_stats"])
 
 
 def masks_of_main_path(params: Params) -> Any:
-    """Masks that keep everything, of what M-FAC's authors prune: kernels but those of the two shortcuts."""
+    """Masks that keep everything, for what M-FAC's authors prune: kernels but those of shortcuts."""
 
     def mask(path, w):
         takes_part = path[-1].key == "kernel" and w.shape[:2] != (1, 1)
@@ -89,7 +132,7 @@ def loss(stats: Stats, params: Params, batch: tuple[jax.Array, jax.Array]) -> ja
 def accuracy_and_loss(
     network: Network, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of images, whose number is a multiple of `PIECE`."""
+    """Measure accuracy and mean loss on images. Their number must be a multiple of `PIECE`."""
 
     def piece(images_and_labels):
         images, labels = images_and_labels
@@ -105,7 +148,7 @@ def accuracy_and_loss(
 
 @jax.jit
 def with_new_stats(network: Network, images: jax.Array, key: jax.Array) -> Network:
-    """The network with the mean of the batch statistics of images, cropped and mirrored at random."""
+    """Take new batch statistics: the mean over batches of the images, cropped and mirrored at random."""
     batches = len(images) // BATCH
     zeros = jax.tree.map(jnp.zeros_like, network.stats)
 

@@ -4,24 +4,28 @@ A seed sets the split into training and validation data (80 to 20 per cent), the
 order of the batches. With mfac among the optimizers, fisher.png shows its Fisher matrix.
 """
 
-import argparse
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import optax
 from flax import linen as nn
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import mfac_jax
 from examples import comparison
-from examples.workload import READ_ERRORS, DataError, Workload, epoch_batches
+from examples.common import command_line
+from examples.common.command_line import Count, Folder, OptionalPath
+from examples.common.optimizers import RATES
+from examples.common.workload import READ_ERRORS, DataError, Workload, epoch_batches
 
 
 class MLP(nn.Module):
@@ -47,11 +51,33 @@ class CNN(nn.Module):
 
 
 MODELS = {"mlp": MLP(), "cnn": CNN()}
+Model = Annotated[str, command_line.choices(MODELS, many=False)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(comparison.Options):
+    """What the user can choose."""
+
+    problem: ClassVar[str] = "digits"
+
+    optimizers: Annotated[tuple[str, ...], comparison.names(problem)] = comparison.Options.optimizers
+    rates: comparison.Rates = (*RATES[problem].items(),)
+    seeds: Count = 3
+    evaluations: Count = 22
+    out: Folder = Path("out", "digits")
+    model: Model = "mlp"
+    """mlp: 64-128-10; cnn: two convolutions"""
+    epochs: Count = 12
+    """passes over the training data"""
+    batch_size: Count = 64
+    """images a step"""
+    data_dir: OptionalPath = None
+    """folder of a digits.npz with your x (n, 64) or (n, 8, 8) and y (n,)"""
 
 
 @functools.cache
 def loss_and_evaluate(model: nn.Module):
-    """The two functions of the workload; the same objects at every call."""
+    """Make the two functions of the workload; equal arguments give the same objects."""
 
     def cross_entropy(params, x, y):
         logits: Any = model.apply({"params": params}, x)
@@ -74,7 +100,7 @@ def loss_and_evaluate(model: nn.Module):
 
 
 def load(data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Samples (n, 64), scaled to at most one, and labels 0 to 9."""
+    """Load samples (n, 64), scaled to at most one, and labels 0 to 9."""
     if data_dir is None:
         x, y = load_digits(return_X_y=True)
     else:
@@ -95,14 +121,14 @@ def load(data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_workload(
-    model: str = "mlp",
-    epochs: int = 12,
-    batch_size: int = 64,
-    data_dir: Path | None = None,
+    model: str = Options.model,
+    epochs: int = Options.epochs,
+    batch_size: int = Options.batch_size,
+    data_dir: Path | None = Options.data_dir,
     *,
     seed: int,
 ) -> Workload:
-    """Digits; the seed sets the split into training and validation data, parameters and batches."""
+    """Make the workload; the seed sets the split into training and validation data, parameters, batches."""
     x, y = load(data_dir)
     try:  # a fifth is for validation, with its share of every digit
         x, x_valid, y, y_valid = train_test_split(x, y, test_size=0.2, stratify=y, random_state=seed)
@@ -123,20 +149,21 @@ def make_workload(
 
 
 def gram_by_age(state: mfac_jax.ScaleByMFACState) -> np.ndarray:
-    """Inner products of the gradients in M-FAC's window, oldest first."""
+    """Order the inner products of the gradients in M-FAC's window, oldest first."""
     seen = min(int(state.grads_seen), state.gram.shape[-1])
     return np.roll(np.asarray(state.gram[0]), -int(state.next_row), axis=(0, 1))[-seen:, -seen:]
 
 
 def plot_fisher(records: list[dict[str, Any]], last: np.ndarray, path: Path) -> None:
-    """Eigenvalues of the window's Fisher matrix, and the cosines between its last gradients.
+    """Draw eigenvalues of the window's Fisher matrix, and cosines between its last gradients.
 
     Args:
       records: diagnostics of the run.
       last: `gram_by_age` at its end.
       path: of the picture.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for position, shade in ((0.25, "#56B4E9"), (0.5, "#0072B2"), (1, "#000000")):
         record = records[max(0, round(position * len(records)) - 1)]
         eigenvalues = record["spectrum"][0][: record["rows_used"]]
@@ -148,41 +175,31 @@ def plot_fisher(records: list[dict[str, Any]], last: np.ndarray, path: Path) -> 
     left.legend()
 
     norms = np.sqrt(np.maximum(np.diag(last), np.finfo(last.dtype).tiny))
-    colors = plt.get_cmap("RdBu_r", 21)  # steps of colour make the file a third of its size
+    colors = matplotlib.colormaps["RdBu_r"].resampled(
+        21
+    )  # steps of colour make the file a third of its size
     image = right.imshow(last / norms / norms[:, None], colors, vmin=-1, vmax=1, interpolation="nearest")
     right.set(xlabel="gradient, oldest first", ylabel="gradient, oldest first")
     right.set_title(f"The last {len(last)} gradients, at the end")
     figure.colorbar(image, ax=right, label="cosine similarity")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Every option, with its default."""
-    optimizers = ["mfac", "sgd", "adamw"]
-    parser = comparison.make_parser("digits", __doc__, optimizers=optimizers, seeds=3, evaluations=22)
-    add, count = parser.add_argument, comparison.count
-    add("--model", choices=list(MODELS), default="mlp", help="mlp: 64-128-10; cnn: two convolutions")
-    add("--epochs", type=count, default=12, help="passes over the training data")
-    add("--batch-size", type=count, default=64, help="images a step")
-    add("--data-dir", type=Path, help="folder of a digits.npz with your x (n, 64) or (n, 8, 8) and y (n,)")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison; `argv` is the command line."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    settings = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "data_dir")}
+    options = command_line.parse(Options, argv, __doc__)
     last = {}
+
+    def workload(seed: int) -> Workload:
+        return make_workload(options.model, options.epochs, options.batch_size, options.data_dir, seed=seed)
 
     def keep_gram(name, seed, state):
         if (name, seed) == ("mfac", 0):
             last["gram"] = gram_by_age(optax.tree.get(state.opt_state, "ScaleByMFACState"))
 
-    records = comparison.run(parser, args, lambda seed: make_workload(**settings, seed=seed), keep_gram)
+    records = comparison.run(options, workload, keep_gram)
     if records:
-        plot_fisher(records, last["gram"], args.out / "fisher.png")
+        plot_fisher(records, last["gram"], options.out / "fisher.png")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Train a character transformer in Flax nnx.
 
-The text is that of --text or --data-dir, by default the Python standard library's own sources. Nine tenths
-of it are for training. A seed sets the initial parameters and the batches; the windows of text that the
-losses are measured on are always the same.
+The text is that of --text or --data-dir, by default the sources of Python's standard library. Nine tenths
+of it are for training. A seed sets the initial parameters and the batches. The windows of text that losses
+are measured on are always the same.
 """
 
-import argparse
+import dataclasses
 import functools
 import math
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,48 @@ import optax
 from flax import nnx
 
 from examples import comparison
-from examples.workload import DataError, Workload
+from examples.common import command_line
+from examples.common.command_line import Count, Folder, OptionalPath
+from examples.common.optimizers import RATES
+from examples.common.workload import DataError, Workload
 
 LIBRARY_BYTES = 1_000_000  # about what Tiny Shakespeare has
 WINDOWS = 1024  # windows of each part that the losses are measured on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """The options that `read_text` takes."""
+
+    data_dir: OptionalPath = None
+    """folder of the text: its tinyshakespeare.txt, or else all its *.txt"""
+    text: OptionalPath = None
+    """text file, in place of --data-dir"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(comparison.Options, TextOptions):
+    """What the user can choose."""
+
+    problem: ClassVar[str] = "text"
+
+    optimizers: Annotated[tuple[str, ...], comparison.names(problem)] = comparison.Options.optimizers
+    rates: comparison.Rates = (*RATES[problem].items(),)
+    seeds: Count = 1
+    evaluations: Count = 6
+    out: Folder = Path("out", "text")
+    steps: Count = 600
+    """training steps"""
+    batch_size: Count = 32
+    """windows of text a step"""
+    layers: Count = 3
+    """transformer blocks"""
+    width: Count = 96
+    """features of a character"""
+    heads: Count = 4
+    """attention heads; must divide --width"""
+    context: Count = 64
+    """characters in a window"""
 
 
 class Block(nnx.Module):
@@ -69,7 +108,7 @@ class Transformer(nnx.Module):
 
 @functools.cache
 def loss_and_evaluate(graph: nnx.GraphDef, context: int):
-    """The two functions of the workload; the same objects for equal models."""
+    """Make the two functions of the workload; equal models give the same objects."""
 
     def cross_entropy(params, model_state, text, starts):
         windows = text[starts[:, None] + jnp.arange(context + 1)]
@@ -94,7 +133,7 @@ def loss_and_evaluate(graph: nnx.GraphDef, context: int):
 
 
 def read_text(data_dir: Path | None = None, text: Path | None = None) -> tuple[bytes, str]:
-    """The text of the file, of the folder, or else of Python's library, and where it is from."""
+    """Read the text of the file, the folder, or else Python's library; return also where it is from."""
     if text is not None:
         paths, source = [text], str(text)
     elif data_dir is not None:
@@ -116,12 +155,12 @@ def read_text(data_dir: Path | None = None, text: Path | None = None) -> tuple[b
 
 
 def make_workload(
-    steps: int = 600,
-    batch_size: int = 32,
-    layers: int = 3,
-    width: int = 96,
-    heads: int = 4,
-    context: int = 64,
+    steps: int = Options.steps,
+    batch_size: int = Options.batch_size,
+    layers: int = Options.layers,
+    width: int = Options.width,
+    heads: int = Options.heads,
+    context: int = Options.context,
     data_dir: Path | None = None,
     text: Path | None = None,
     *,
@@ -162,37 +201,16 @@ def make_workload(
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Every option, with its default."""
-    optimizers = ["mfac", "sgd", "adamw"]
-    parser = comparison.make_parser("text", __doc__, optimizers=optimizers, seeds=1, evaluations=6)
-    add, count = parser.add_argument, comparison.count
-    add("--steps", type=count, default=600, help="training steps")
-    add("--batch-size", type=count, default=32, help="windows of text a step")
-    add("--layers", type=count, default=3, help="transformer blocks")
-    add("--width", type=count, default=96, help="features of a character")
-    add("--heads", type=count, default=4, help="attention heads; must divide --width")
-    add("--context", type=count, default=64, help="characters in a window")
-    add_text(parser)
-    return parser
-
-
-def add_text(parser: argparse.ArgumentParser) -> None:
-    """The options that `read_text` takes."""
-    add = parser.add_argument
-    add("--data-dir", type=Path, help="folder of the text: its tinyshakespeare.txt, or else all its *.txt")
-    add("--text", type=Path, help="text file, in place of --data-dir")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison; `argv` is the command line."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.width % args.heads:
-        parser.error(f"--heads must divide --width, got {args.heads} heads and a width of {args.width}")
+    options = command_line.parse(Options, argv, __doc__)
+    if options.width % options.heads:
+        command_line.refuse(
+            f"--heads must divide --width, got {options.heads} heads and a width of {options.width}"
+        )
     names = ("steps", "batch_size", "layers", "width", "heads", "context", "data_dir", "text")
-    settings = {name: getattr(args, name) for name in names}
-    comparison.run(parser, args, lambda seed: make_workload(**settings, seed=seed))
+    settings = {name: getattr(options, name) for name in names}
+    comparison.run(options, lambda seed: make_workload(**settings, seed=seed))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples import cifar10_data, train_cifar10, train_digits, train_text
-
-
-def error_of(main, capsys, folder: Path) -> str:
-    """The last line that a script prints when it refuses the data of the folder."""
-    with pytest.raises(SystemExit, match="2"):
-        main(["--data-dir", str(folder), "--out", str(folder)])
-    return capsys.readouterr().err.splitlines()[-1]
-
+from examples import cifar10_data, train_text
+from tests.examples.scripts import error_of
 
 RANDOM = np.random.default_rng(0)
 TRAIN, TEST = (RANDOM.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for n in (10, 4))
@@ -134,11 +127,11 @@ def broken_cifar_10(kind: str, folder: Path) -> None:
     ("kind", "message"),
     [
         ("empty", r"no CIFAR-10 in .*Looked for cifar-10-batches-bin/data_batch_1.bin, .*train_jpeg"),
-        ("cut", r"cannot read .*data_batch_3.bin has 6145 bytes, no multiple of 3073"),
+        ("cut", r"cannot read .*data_batch_3.bin has 6145 bytes, which is not a multiple of 3073"),
         ("missing", r"cannot read .*No such file .*test_batch"),
         ("code", r"cannot read .*system has no place in a CIFAR-10 file"),
-        ("text", r"cannot read .*images.npz is no npz file"),
-        ("labels", r"labels must be 0 to 9, they reach from 10 to 10"),
+        ("text", r"cannot read .*images.npz is not an npz file"),
+        ("labels", r"labels must be 0 to 9, they range from 10 to 10"),
         ("shape", r"images must be uint8 \(n, 32, 32, 3\).*they are uint8 \(10, 16, 32, 3\)"),
         ("jpeg", r"jpeg.npz holds JPEG files; install Pillow"),
     ],
@@ -147,7 +140,7 @@ def test_broken_cifar_10_is_refused_by_its_fault(kind, message, tmp_path, capsys
     broken_cifar_10(kind, tmp_path)
     importlib.import_module("matplotlib.backends.backend_agg")  # which needs Pillow too
     monkeypatch.setitem(sys.modules, "PIL", None)  # as where Pillow is not installed
-    assert re.search(message, error_of(train_cifar10.main, capsys, tmp_path))
+    assert re.search(message, error_of("train_cifar10", capsys, "--data-dir", tmp_path, "--out", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +158,7 @@ def test_broken_cifar_10_is_refused_by_its_fault(kind, message, tmp_path, capsys
 def test_data_that_is_not_digits_is_refused_by_its_fault(tmp_path, capsys, arrays, message):
     if arrays is not None:
         np.savez(tmp_path / "digits.npz", **arrays)
-    assert re.search(message, error_of(train_digits.main, capsys, tmp_path))
+    assert re.search(message, error_of("train_digits", capsys, "--data-dir", tmp_path, "--out", tmp_path))
 
 
 def test_text_is_read_from_a_file_or_a_folder_and_else_from_pythons_library(tmp_path):

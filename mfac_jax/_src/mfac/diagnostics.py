@@ -3,7 +3,6 @@
 import logging
 import math
 import operator
-import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -264,7 +263,7 @@ def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class DiagnosticsLog:
-    """A callback for a training loop: keeps, logs and draws the diagnostics of every so many steps.
+    """A callback for a training loop: keeps and logs the diagnostics of every so many steps.
 
     A call logs one line to the logger `"mfac_jax"` at level INFO, which Python shows after
     `logging.basicConfig()` and `logging.getLogger("mfac_jax").setLevel(logging.INFO)`. Of several blocks
@@ -303,25 +302,6 @@ class DiagnosticsLog:
         self.records = [old for old in self.records if old["step"] < step] + [record]
         _logger.info("%s", _line(record))
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw all records into a picture, of the format that the name of the file ends in.
-
-        Lines are the medians of the blocks, shaded from the smallest to the largest.
-
-        Raises:
-          ImportError: matplotlib is not installed.
-          ValueError: there are no records.
-        """
-        if not self.records:
-            raise ValueError("records must not be empty: call the log in the training loop before plot.")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(12, 6.5), layout="constrained")
-        _draw(figure.subplots(2, 3, sharex=True).ravel(), self.records)
-        figure.savefig(path, dpi=80)
-
 
 def _line(record: dict[str, Any]) -> str:
     """A record for reading."""
@@ -339,53 +319,3 @@ def _line(record: dict[str, Any]) -> str:
         f"mean cosine {show('mean_cosine')}, step factor {show('step_factor')}, "
         f"rejected {record['grads_rejected']}"
     )
-
-
-def _draw(axes, records: list[dict[str, Any]]) -> None:
-    """The six panels of `DiagnosticsLog.plot`."""
-    steps = [record["step"] for record in records]
-
-    def line(axis, values, label, color, style="-"):
-        values = np.asarray(values, np.float64).reshape(len(steps), -1)
-        axis.plot(steps, np.median(values, axis=1), label=label, color=color, linestyle=style)
-        axis.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15)
-
-    def column(name):
-        return [record[name] for record in records]
-
-    def eigenvalues(position):  # 0 is the largest in use, 1 the smallest
-        return [
-            np.asarray(record["spectrum"])[:, round(position * (max(record["rows_used"], 1) - 1))]
-            for record in records
-        ]
-
-    blue, orange, green, purple = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito
-    titles = ["eigenvalues", "directions", "cosines", "norms", "step factor", "damping share"]
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-    if np.max(column("gradient_norm")) > 0:  # a logarithmic axis of nothing but zeros is a warning
-        axes[0].set_yscale("log")
-        axes[3].set_yscale("log")
-    for axis in axes[3:]:
-        axis.set_xlabel("step")
-    line(axes[0], eigenvalues(0), "largest", blue)
-    line(axes[0], eigenvalues(0.5), "middle", green)
-    line(axes[0], eigenvalues(1), "smallest", purple)
-    line(axes[0], column("damping"), "damping", orange, "--")
-    line(axes[1], column("rows_used"), "gradients in the window", "black", ":")
-    line(axes[1], column("effective_rank"), "effective rank", blue)
-    normalised = [r["rows_used"] * (1 - np.asarray(r["damping_share"])) for r in records]
-    line(axes[1], normalised, "not ruled by the damping", orange, "--")
-    line(axes[2], column("similarity"), "of two gradients", blue)
-    line(axes[2], column("newest_similarity"), "newest and other gradients", green, ":")
-    line(axes[2], column("alignment"), "newest gradient and update", orange, "--")
-    line(axes[2], column("mean_cosine"), "gradient and update before, mean", purple, "-.")
-    line(axes[3], column("gradient_norm"), "newest gradient", blue)
-    line(axes[3], column("step_norm"), "update", orange, "--")
-    line(axes[3], column("fisher_norm"), "update, Fisher norm", green, ":")
-    line(axes[4], column("step_factor"), "step factor", blue)
-    line(axes[5], column("damping_share"), "damping share", blue)
-    axes[5].set_ylim(0, 1)
-    for axis in axes[:4]:
-        axis.legend(fontsize="small")
