@@ -87,9 +87,7 @@ def _soap(schedule: optax.Schedule) -> optax.GradientTransformation:
 
 def published(schedule: optax.Schedule) -> optax.GradientTransformation:
     """M-FAC with the settings of the paper's authors for ResNet-20."""
-    recipe = {"num_grads": PUBLISHED_NUM_GRADS, "damping": 1e-5, "momentum": 0.9, "weight_decay": 3e-3}
-    plain = {"metric": "identity", "relative_damping": False, "step_adaptation": 0.0}
-    return mfac_jax.mfac(schedule, **recipe, **plain, momentum_in="update", decoupled_weight_decay=False)
+    return mfac_jax.mfac_published(schedule, PUBLISHED_NUM_GRADS)
 
 
 # From a schedule, and a damping where that is swept, to a transform. K-FAC has its own steps below.

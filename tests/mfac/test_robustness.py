@@ -229,7 +229,8 @@ def test_gradients_wider_than_the_parameters_stay_finite(dtype):
 def step_and_product(gradient, damping):
     """A first update, and the product of ones with the Fisher inverse."""
     tx = scale_by_mfac(3, damping)
-    updates, state = tx.update(gradient, tx.init(gradient))
+    state: Any = tx.init(gradient)
+    updates, state = tx.update(gradient, state)
     return updates, ihvp(state, jnp.ones_like(gradient), damping)
 
 
