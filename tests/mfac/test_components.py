@@ -137,6 +137,7 @@ def test_a_storage_of_ones_own_refuses_gradients_that_are_not_finite():
     jax.tree.map(np.testing.assert_array_equal, after.window, before.window)
 
 
+@pytest.mark.slow
 def test_a_storage_of_ones_own_is_seen_by_map_params_products_and_masks():
     tx = pruning.keep_pruned(
         scale_by_mfac(NUM_GRADS, DAMPING, storage=HALF),
