@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -30,7 +29,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mfac_jax
-from benchmarks import tpu_tables
+from benchmarks import timing, tpu_tables
 from benchmarks.compiled_update import collectives, figures, placed
 from examples import pod_transformer as pod
 from examples.common import json_lines, provenance
@@ -134,15 +133,14 @@ def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: i
     by_sequence = pod.batch_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((sequences, size.context + 1), jnp.int32, sharding=by_sequence)
     replicated = NamedSharding(mesh, PartitionSpec())
-    begin = time.perf_counter()
     step = jax.jit(
         functools.partial(train_step, graph, tx, by_sequence),
         donate_argnums=(0, 1),
         out_shardings=(shardings, state_shardings, replicated),
     )
     state = placed(jax.eval_shape(tx.init, shapes), state_shardings)
-    compiled: Any = step.lower(placed(shapes, shardings), state, tokens).compile()
-    seconds = time.perf_counter() - begin
+    params = placed(shapes, shardings)
+    compiled, seconds = timing.stopwatch(lambda: step.lower(params, state, tokens).compile())
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
