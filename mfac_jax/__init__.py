@@ -1,15 +1,19 @@
 """M-FAC and CG-FAC for JAX: second-order optimization without large matrices, as optax transforms."""
 
-from mfac_jax import pruning
+from mfac_jax import components, pruning
 from mfac_jax._src.cgfac.alias import cgfac
-from mfac_jax._src.cgfac.capture import nnx_value_and_grad_with_factors, value_and_grad_with_factors
+from mfac_jax._src.cgfac.capture import value_and_grad_with_factors
 from mfac_jax._src.cgfac.layers import LayerFactors
+from mfac_jax._src.cgfac.nnx import nnx_value_and_grad_with_factors
 from mfac_jax._src.cgfac.operators import empirical_fisher, gauss_newton
-from mfac_jax._src.cgfac.transform import ScaleByCGFACState, scale_by_cgfac
-from mfac_jax._src.mfac.alias import mfac
+from mfac_jax._src.cgfac.state import ScaleByCGFACState
+from mfac_jax._src.cgfac.transform import scale_by_cgfac
+from mfac_jax._src.mfac.alias import mfac, mfac_published
 from mfac_jax._src.mfac.diagnostics import Diagnostics, DiagnosticsLog, diagnostics
-from mfac_jax._src.mfac.transform import ScaleByMFACState, ihvp, scale_by_mfac
-from mfac_jax._src.rows.mesh import state_shardings
+from mfac_jax._src.mfac.ihvp import ihvp
+from mfac_jax._src.mfac.state import ScaleByMFACState
+from mfac_jax._src.mfac.state_shardings import state_shardings
+from mfac_jax._src.mfac.transform import scale_by_mfac
 from mfac_jax._src.static.collect import collect_gradients
 from mfac_jax._src.static.fisher_inverse import FisherInverse
 
@@ -24,11 +28,13 @@ __all__ = [
     "ScaleByMFACState",
     "cgfac",
     "collect_gradients",
+    "components",
     "diagnostics",
     "empirical_fisher",
     "gauss_newton",
     "ihvp",
     "mfac",
+    "mfac_published",
     "nnx_value_and_grad_with_factors",
     "pruning",
     "scale_by_cgfac",

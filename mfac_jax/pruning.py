@@ -1,14 +1,10 @@
 """Pruning of trained networks by the Optimal Brain Surgeon, and training of pruned ones."""
 
-from mfac_jax._src.pruning.keep_pruned import KeepPrunedState, keep_pruned, set_masks
-from mfac_jax._src.pruning.masks import (
-    apply_masks,
-    kernel_masks,
-    pruning_report,
-    sparsity,
-    sparsity_by_leaf,
-)
+from mfac_jax._src.pruning.keep_pruned import KeepPrunedState, keep_pruned
+from mfac_jax._src.pruning.masks import apply_masks, kernel_masks
 from mfac_jax._src.pruning.prune import obs_scores, obs_update, prune
+from mfac_jax._src.pruning.report import pruning_report, sparsity, sparsity_by_leaf
+from mfac_jax._src.pruning.set_masks import set_masks
 
 __all__ = [
     "KeepPrunedState",

@@ -8,6 +8,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -21,3 +22,26 @@ if PROGRAMS not in os.environ:
 jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+MINUTES = 8  # of processor time; longer checks are marked slow until the default suite fits
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """How long a default run takes."""
+    if config.option.markexpr == "not slow":
+        return f"default suite: about {MINUTES} minutes of processor time; longer checks: make slow"
+    return None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module():
+    """Compiled programs would add up to gigabytes in a worker; what comes again is read from the folder."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def x64():
+    """Python's floats are float64 on the device."""
+    with jax.enable_x64(True):
+        yield

@@ -9,21 +9,20 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def inverse_power(
+def inverse_product(
     grads: np.ndarray,
     x: np.ndarray,
     damping: float,
     count: int,
-    power: float = 1.0,
     blocks: Sequence[slice | np.ndarray] = (slice(None),),
 ) -> np.ndarray:
-    """F^-power x from the eigenvectors of F; each of the `blocks` of coordinates has its own F."""
+    """F^-1 x from the eigenvectors of F; each of the `blocks` of coordinates has its own F."""
     answer = np.empty(x.shape)
     for block in blocks:
         rows = grads[:, block].astype(np.float64)
         fisher = damping * np.eye(rows.shape[1]) + rows.T @ rows / count
         s, v = np.linalg.eigh(fisher)
-        answer[block] = v @ (s**-power * (v.T @ x[block]))
+        answer[block] = v @ (v.T @ x[block] / s)
     return answer
 
 

@@ -92,17 +92,19 @@ def loss_of(model, x, labels=None):
     return loss
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["convolutions", "shared", *(pytest.param(x, marks=pytest.mark.slow) for x in ("line", "transformer"))],
+)
 def test_inputs_and_output_gradients_multiply_to_the_gradient(name):
     """a^T b / N is the gradient of a kernel, the mean of b that of a bias: to rounding, for every layer."""
     model, x, expected = MODELS[name]
-    variables = dict(model.init(jax.random.key(2), x))
+    variables = dict(jax.jit(model.init)(jax.random.key(2), x))
     params = {"params": variables.pop("params")}
     loss = loss_of(model, x)
-    (value, (out, changed)), grads, factors = jax.jit(value_and_grad_with_factors(loss, has_aux=True))(
-        params, variables
-    )
-    plain = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, variables)
+    run, plainly = value_and_grad_with_factors(loss, has_aux=True), jax.value_and_grad(loss, has_aux=True)
+    with_factors, plain = jax.jit(lambda *args: (run(*args), plainly(*args)))(params, variables)
+    (value, (out, changed)), grads, factors = with_factors
     chex.assert_trees_all_close(((value, (out, changed)), grads), plain, rtol=1e-4, atol=1e-6)
     assert set(factors) == {f"params/{path}" for path in expected}
     leaves = paths_and_leaves(grads)
@@ -218,8 +220,9 @@ def test_what_is_a_layer(name):
 def test_a_kernel_that_is_used_twice_has_the_rows_of_both():
     model: Any = MODELS["shared"][0]
     x = IMAGES
-    params = model.init(jax.random.key(0), x)
-    _, _, factors = value_and_grad_with_factors(lambda p: model.apply(p, x).sum())(params)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    run = value_and_grad_with_factors(lambda p: model.apply(p, x).sum())
+    factors = jax.eval_shape(run, params)[2]
     assert factors["params/Dense_0/kernel"].inputs.shape == (6, 2, 8)
 
 
@@ -281,8 +284,10 @@ def test_a_module_of_nnx_has_the_gradient_of_nnx_and_the_layers_of_its_state():
         return jnp.mean(out**2), out
 
     twin = nnx.clone(model)
-    (value, out), grads, factors = nnx_value_and_grad_with_factors(loss, has_aux=True)(model, IMAGES)
-    expected = nnx.value_and_grad(loss, has_aux=True)(twin, IMAGES)
+    (value, out), grads, factors = nnx.jit(nnx_value_and_grad_with_factors(loss, has_aux=True))(
+        model, IMAGES
+    )
+    expected = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(twin, IMAGES)
     chex.assert_trees_all_close(
         ((value, out), nnx.to_pure_dict(grads)),
         (expected[0], nnx.to_pure_dict(expected[1])),

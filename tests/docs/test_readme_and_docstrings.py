@@ -1,7 +1,8 @@
-"""The code in README.md and in the docstrings runs as it stands."""
+"""The code in README.md and in the docstrings runs as it stands; which names are public."""
 
 import doctest
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -9,36 +10,25 @@ import re
 import pytest
 
 import mfac_jax
+from mfac_jax import components, pruning
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-STATIC = ("FisherInverse", "collect_gradients")
-PRUNING = (
-    "apply_masks",
-    "keep_pruned",
-    "kernel_masks",
-    "obs_scores",
-    "obs_update",
-    "prune",
-    "pruning_report",
-    "set_masks",
-    "sparsity",
-    "sparsity_by_leaf",
-)
-CGFAC = (
-    "LayerFactors",
-    "cgfac",
-    "empirical_fisher",
-    "gauss_newton",
-    "nnx_value_and_grad_with_factors",
-    "scale_by_cgfac",
-    "value_and_grad_with_factors",
-)
+QUICK_SNIPPETS = 2  # the first, which show how to begin; all others are slow
 MODULES = [module.name for module in pkgutil.walk_packages(mfac_jax.__path__, "mfac_jax.")]
+NAMESPACES = (mfac_jax, pruning, components)
+# Classes that functions return, or hand to a user's own.
+RETURNED = ("Diagnostics", "StepView")
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=[s.strip().splitlines()[0] for s in SNIPPETS])
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        pytest.param(s, id=s.strip().splitlines()[0], marks=pytest.mark.slow if i >= QUICK_SNIPPETS else [])
+        for i, s in enumerate(SNIPPETS)
+    ],
+)
 def test_readme_code_runs(snippet):
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
 
@@ -48,19 +38,40 @@ def test_docstring_examples_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-def test_every_public_function_has_a_docstring_example():
-    for name in (
-        "scale_by_mfac",
-        "mfac",
-        "ihvp",
-        "state_shardings",
-        "diagnostics",
-        "DiagnosticsLog",
-        *STATIC,
-        *PRUNING,
-        *CGFAC,
-    ):
-        assert ">>>" in getattr(mfac_jax, name).__doc__
+def has_to_have_an_example(name: str, value) -> bool:
+    is_returned = name in RETURNED or name.endswith("State")
+    return not inspect.ismodule(value) and not is_returned
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda module: module.__name__)
+def test_every_public_function_and_class_has_a_docstring_example(namespace):
+    public = {name: getattr(namespace, name) for name in namespace.__all__}
+    expected = {name: x for name, x in public.items() if has_to_have_an_example(name, x)}
+    assert [name for name, value in expected.items() if ">>>" not in value.__doc__] == []
+
+
+def test_returned_classes_are_public():
+    public = {name for namespace in NAMESPACES for name in namespace.__all__}
+    assert public.issuperset(RETURNED)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda module: module.__name__)
+def test_dir_lists_public_names_alone(namespace):
+    listed = set(dir(namespace)) - {"__version__"}
+    assert listed == set(namespace.__all__)
+    assert not any(name.startswith("_") for name in listed)
+    assert namespace.__all__ == sorted(namespace.__all__)
+
+
+@pytest.mark.parametrize("name", pruning.__all__)
+def test_names_of_pruning_still_come_from_the_package_with_a_warning(name):
+    with pytest.warns(DeprecationWarning, match=rf"mfac_jax\.{name} is mfac_jax\.pruning\.{name} now"):
+        assert getattr(mfac_jax, name) is getattr(pruning, name)
+
+
+def test_other_names_are_not_there():
+    with pytest.raises(AttributeError, match="module 'mfac_jax' has no attribute 'shampoo'"):
+        _ = mfac_jax.shampoo
 
 
 def test_readme_links_to_files_that_exist():

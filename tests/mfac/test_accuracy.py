@@ -1,6 +1,6 @@
 """The float32 update against float64, and the published subtracting form beside it.
 
-`python tests/test_accuracy.py` prints the table alone; under `pytest -s` every test prints its part.
+`python -m tests.mfac.test_accuracy` prints the table alone; under `pytest -s` every test prints its part.
 """
 
 import functools
@@ -113,14 +113,19 @@ def checked(num_grads: int, similarities: list[float], bound: Callable[[float], 
     return cases
 
 
-@pytest.mark.parametrize("num_grads", [*NUM_GRADS[:-1], pytest.param(256, marks=pytest.mark.slow)])
+SIZES = pytest.mark.parametrize(
+    "num_grads", [n if n == 32 else pytest.param(n, marks=pytest.mark.slow) for n in NUM_GRADS]
+)
+
+
+@SIZES
 def test_float32_updates_keep_their_digits(num_grads):
     print(f"\n{HEADER}")
     for case in checked(num_grads, SIMILARITIES, bound):
         assert case.error <= bound(case.cond), case
 
 
-@pytest.mark.parametrize("num_grads", NUM_GRADS)
+@SIZES
 def test_near_parallel_gradients_lose_no_more_than_the_gram_matrix_does(num_grads):
     print(f"\ncosine similarity 0.99\n{HEADER}")
     for case in checked(num_grads, [0.99], bound_for_near_parallel):

@@ -15,6 +15,7 @@ from mfac_jax import diagnostics, ihvp, mfac, scale_by_mfac, state_shardings
 from tests.training_runs import correlated_gradients, relative_error, train_step
 
 P = PartitionSpec
+slow = pytest.mark.slow
 NUM_GRADS, STEPS = 8, 20
 SHAPES = {"kernel": (128, 256), "conv": (8, 8, 128), "bias": (128,), "odd": (5, 3), "scale": ()}
 ON_HOST = {"kernel", "conv"}  # the others cannot be written there on TPUs
@@ -70,7 +71,13 @@ def assert_equal_to_device_memory(params, state, storage=None) -> None:
 
 @pytest.mark.parametrize(
     ("host_chunk", "storage"),
-    [(1, None), (3, None), (NUM_GRADS, None), (100, None), (3, jnp.bfloat16)],
+    [
+        (3, None),
+        *(
+            pytest.param(*c, marks=slow)
+            for c in [(1, None), (NUM_GRADS, None), (100, None), (3, jnp.bfloat16)]
+        ),
+    ],
     ids=str,
 )
 def test_steps_are_those_of_device_memory(host_chunk, storage):
@@ -80,6 +87,7 @@ def test_steps_are_those_of_device_memory(host_chunk, storage):
     assert_equal_to_device_memory(*train(tx, start(), state), storage=storage)
 
 
+@slow
 def test_a_scan_over_steps_is_the_same():
     tx = mfac(0.01, NUM_GRADS, host_chunk=3)
     stacked = jax.tree.map(lambda *x: np.stack(x), *GRADIENTS)
@@ -102,6 +110,7 @@ def on_mesh(axis_type: AxisType):
     return {name: NamedSharding(mesh, P(*spec)) for name, spec in padded.items()}
 
 
+@slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 def test_on_a_mesh_each_device_streams_its_shard(axis_type):
     tx, param_shardings = mfac(0.01, NUM_GRADS, host_chunk=3), on_mesh(axis_type)
@@ -121,6 +130,7 @@ def test_on_a_mesh_each_device_streams_its_shard(axis_type):
     assert_equal_to_device_memory(params, state)
 
 
+@slow
 def test_in_shard_map_each_device_streams_its_shard():
     tx, param_shardings = mfac(0.01, NUM_GRADS, axis_name=("x", "y"), host_chunk=3), on_mesh(AxisType.Auto)
     params = jax.device_put(start(), param_shardings)
@@ -155,6 +165,7 @@ def test_the_shardings_of_a_chain_put_its_windows_alone_on_the_host():
     assert "window['kernel']" in on_host[0]
 
 
+@slow
 def test_outside_of_jit_with_products_with_the_fisher_inverse_and_diagnostics():
     tx, other = scale_by_mfac(4, host_chunk=3), scale_by_mfac(4)
     state: Any = tx.init(start())
@@ -168,6 +179,7 @@ def test_outside_of_jit_with_products_with_the_fisher_inverse_and_diagnostics():
     assert relative_error(diagnostics(state), diagnostics(expected)) < 1e-6
 
 
+@slow
 @pytest.mark.parametrize(
     "args", [ocp.args.StandardRestore, ocp.args.PyTreeRestore], ids=lambda a: a.__name__
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from mfac_jax import mfac, scale_by_mfac
+from mfac_jax import mfac, mfac_published, scale_by_mfac
 
 NUM_GRADS = 64  # the default; the diagonal metric has four temporaries of a row's size
 # Leaves of one size, so that a copy of any of them would take a third of the window or more.
@@ -27,7 +27,7 @@ def injected(factory, **kwargs):
 TRANSFORMS = {
     "alone": preconditioner(),
     "a block a leaf": preconditioner(blocks="leaf"),
-    "power 1/2": preconditioner(power=0.5),
+    "bfloat16": preconditioner(storage=jnp.bfloat16),
     "inverse kept": preconditioner(solver="inverse"),
     "chain": optax.chain(optax.clip_by_global_norm(1.0), preconditioner(), optax.scale(-0.1)),
     "named_chain": optax.named_chain(("mfac", preconditioner()), ("rate", optax.scale(-0.1))),
@@ -38,6 +38,7 @@ TRANSFORMS = {
     "inject_hyperparams": injected(scale_by_mfac, damping=1.0),
     "apply_if_finite": optax.apply_if_finite(preconditioner(), 3),
     "mfac": mfac(0.1, NUM_GRADS, weight_decay=1e-3),
+    "mfac_published": mfac_published(0.1, NUM_GRADS),
     "inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, weight_decay=1e-3),
     "apply_if_finite of mfac": optax.apply_if_finite(mfac(0.1, NUM_GRADS), 3),
 }
@@ -67,7 +68,13 @@ def compile_training(tx: optax.GradientTransformation, steps: int) -> TrainingSt
     return TrainingStep(jax.jit(train_all, donate_argnames="state").lower(PARAMS, state).compile(), state)
 
 
-@pytest.fixture(scope="module", params=TRANSFORMS)
+QUICK = ("mfac", "inverse kept", "apply_if_finite of mfac")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in TRANSFORMS if n not in QUICK)],
+)
 def name(request):
     return request.param
 
@@ -107,12 +114,14 @@ def test_the_outputs_take_the_memory_of_the_state(step):
     assert step.compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in arrays)
 
 
+@pytest.mark.slow
 def test_a_scan_over_steps_never_copies_the_window():
     step = compile_training(TRANSFORMS["mfac"], steps=10)
     assert not copies_of_the_window(step)
     assert temporaries(step) < 0.1
 
 
+@pytest.mark.slow
 def test_many_leaves_take_hardly_more_operations_than_one():
     def operations(leaves):
         tx, params = preconditioner(), [jnp.ones(800 // leaves)] * leaves

@@ -1,4 +1,5 @@
-"""optax's own test batteries, which ship in its wheel, run on `mfac_jax.mfac`.
+"""optax's own test batteries, which ship in its wheel, run on `mfac_jax.mfac` and
+`mfac_jax.mfac_published`.
 
 absl leaves one method a case on a battery's class; each still holds the function it was made from
 and the arguments of its case. The functions run again with the arguments that choose the optimizer
@@ -30,32 +31,29 @@ with mock.patch.dict(os.environ), warnings.catch_warnings():
 
 # With these, M-FAC converges on every problem of the batteries in the steps they allow.
 _CONFIGURATIONS = {
-    "default": {"learning_rate": 0.01, "num_grads": 8},
-    "as published": {
-        "learning_rate": 0.03,
-        "num_grads": 4,
-        "damping": 1.0,
-        "metric": "identity",
-        "relative_damping": False,
-        "momentum_in": "update",
-        "step_adaptation": 0.0,
-    },
-    "every_option": {
-        "learning_rate": 0.03,
-        "num_grads": 3,
-        "damping": 1.0,
-        "metric": "identity",
-        "relative_damping": False,
-        "momentum": 0.5,
-        "weight_decay": 1e-5,
-        "decoupled_weight_decay": False,
-        "normalize_by": "count",
-        "power": 0.9,
-        "momentum_in": "update",
-        "step_adaptation": 0.0,
-        "blocks": "leaf",
-    },
+    "default": ("mfac", {"learning_rate": 0.01, "num_grads": 8}),
+    "as published": (
+        "mfac_published",
+        {"learning_rate": 0.03, "num_grads": 4, "damping": 1.0, "weight_decay": None},
+    ),
+    "every option": (
+        "mfac_published",
+        {
+            "learning_rate": 0.03,
+            "num_grads": 3,
+            "damping": 1.0,
+            "momentum": 0.5,
+            "weight_decay": 1e-5,
+            "blocks": "leaf",
+            "solver": "inverse",
+        },
+    ),
 }
+# The quickest; the others are slow.
+_QUICK = (
+    "AliasTest.test_preserve_dtype-default-bfloat16",
+    "ShardingTest.test_init_with_abstract_input-default",
+)
 _BATTERIES = [
     alias_test.AliasTest,
     _common_test.ContribTest,
@@ -119,14 +117,15 @@ def _method_name(case: Case) -> str:
 def _cases_of_mfac() -> dict[str, Case]:
     """optax's cases with `mfac` for the optimizer; those that became equal are one."""
     cases = {}
-    for label, kwargs in _CONFIGURATIONS.items():
+    for label, (name, kwargs) in _CONFIGURATIONS.items():
+        constructor = getattr(mfac_jax, name)
         choice = {
-            "opt_name": "mfac",
+            "opt_name": name,
             "opt_kwargs": kwargs,
             "wrapper_name": None,
             "wrapper_kwargs": None,
-            "optimizer": mfac_jax.mfac(**kwargs),
-            "transform_constr": mfac_jax.mfac,
+            "optimizer": constructor(**kwargs),
+            "transform_constr": constructor,
             "transform_kwargs": kwargs,
         }
         for case in _cases_of_optax():
@@ -153,7 +152,8 @@ def optax_with_mfac(monkeypatch):
     They compare versions as strings, by which jax 0.10 is older than 0.7, and skip.
     """
     inject = _inject.inject_hyperparams
-    monkeypatch.setattr(alias, "mfac", mfac_jax.mfac, raising=False)
+    for name in ("mfac", "mfac_published"):
+        monkeypatch.setattr(alias, name, getattr(mfac_jax, name), raising=False)
     monkeypatch.setattr(
         _inject,
         "inject_hyperparams",
@@ -169,7 +169,7 @@ def optax_with_mfac(monkeypatch):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] if "-default" not in name else [])
+        pytest.param(case, id=name, marks=[] if name.startswith(_QUICK) else [pytest.mark.slow])
         for name, case in _CASES.items()
     ],
 )

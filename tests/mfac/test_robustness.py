@@ -18,6 +18,7 @@ SIZES = {"empty": 0, "matrix": 6, "scalar": 1, "vector": 2}  # in the order of t
 WIDTH = sum(SIZES.values())
 BLOCK_SLICES = {None: [slice(0, 9)], "leaf": [slice(0, 6), slice(6, 7), slice(7, 9)]}
 EPS = float(np.finfo(np.float32).eps)
+slow = pytest.mark.slow
 
 
 class Config(NamedTuple):
@@ -25,26 +26,25 @@ class Config(NamedTuple):
 
     num_grads: int
     dtype: Any
-    normalize_by: Any
     blocks: Any
+    solver: Any = "cholesky"
 
 
 CONFIGS = [
-    Config(1, jnp.float32, "window", None),
-    Config(2, jnp.float32, "count", "leaf"),
-    Config(3, jnp.bfloat16, "window", None),
-    Config(4, jnp.float16, "count", None),
-    Config(5, jnp.float32, "window", "leaf"),
-    Config(6, jnp.float16, "window", "leaf"),
-    Config(7, jnp.bfloat16, "count", "leaf"),
-    Config(8, jnp.float32, "window", None),
+    Config(5, jnp.float32, "leaf"),
+    Config(4, jnp.float16, None),
+    Config(1, jnp.float32, None),
+    Config(2, jnp.float32, "leaf", "inverse"),
+    Config(3, jnp.bfloat16, None),
+    Config(6, jnp.float16, "leaf"),
+    Config(7, jnp.bfloat16, "leaf"),
+    Config(8, jnp.float32, None, "inverse"),
 ]
 
 
 class Stream(NamedTuple):
     grads: np.ndarray  # (LENGTH, WIDTH), float64
     damping: float
-    power: float
     window_momentum: float
 
 
@@ -78,7 +78,6 @@ streams = st.builds(
     Stream,
     st.builds(make_grads, steps(KINDS), steps(EXPONENTS), st.integers(0, 2**32 - 1)),
     damping=st.floats(-8, 3).map(lambda exponent: 10.0**exponent),
-    power=st.sampled_from([1.0, 1.0, 0.5, 0.25]),
     window_momentum=st.sampled_from([0.0, 0.9]),
 )
 
@@ -94,15 +93,14 @@ def flat(tree, batch: tuple[int, ...]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def run(grads, damping, power, window_momentum, config: Config):
+def run(grads, damping, window_momentum, config: Config):
     """The updates, and the state before the first step and after each, the window flattened."""
     tx = scale_by_mfac(
         config.num_grads,
         damping,
-        normalize_by=config.normalize_by,
-        power=power,
         window_momentum=window_momentum,
         blocks=config.blocks,
+        solver=config.solver,
     )
 
     def tree(g):
@@ -148,8 +146,7 @@ def check_natural_gradients(stream: Stream, config: Config, updates, states) -> 
     precision = float(jnp.finfo(config.dtype).eps)
     smallest = float(jnp.finfo(config.dtype).smallest_normal)
     for step in np.flatnonzero(np.diff(states.grads_seen)):
-        u, seen = updates[step].astype(np.float64), states.grads_seen[step + 1]
-        n = config.num_grads if config.normalize_by == "window" else min(seen, config.num_grads)
+        u, n = updates[step].astype(np.float64), config.num_grads
         window = states.window[step + 1].astype(np.float64)
         for block in BLOCK_SLICES[config.blocks]:
             rows, part = window[:, block], u[block]
@@ -167,11 +164,10 @@ def check(stream: Stream, config: Config) -> None:
     options = stream[1:]
     updates, states = jax.device_get(run(grads, *options, config=config))
     finite = np.isfinite(grads).all(axis=1)
-    assert all(np.isfinite(leaf).all() for leaf in states)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states._replace(solver=())))
     assert np.isfinite(updates[finite]).all()
     check_rejection(grads, updates, states)
-    if stream.power == 1:
-        check_natural_gradients(stream, config, updates, states)
+    check_natural_gradients(stream, config, updates, states)
 
     only_finite = np.zeros_like(grads)
     only_finite[: finite.sum()] = grads[finite]
@@ -194,7 +190,15 @@ def check_streams(config: Config, count: int) -> None:
     property_holds()
 
 
-configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config)))
+def identifier(config: Config) -> str:
+    dtype = jnp.dtype(config.dtype).name
+    return "-".join(map(str, config._replace(dtype=dtype)))
+
+
+configs = pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=[slow] if c in CONFIGS[2:] else [], id=identifier(c)) for c in CONFIGS],
+)
 
 
 @configs
@@ -202,29 +206,42 @@ def test_generated_streams_stay_finite_and_reject_what_is_not(config):
     check_streams(config, 100)
 
 
-def test_norms_of_many_magnitudes_do_not_break_the_eigenvectors():
-    """LAPACK's eigh gives NaN for this Gram matrix as it stands."""
+def test_norms_of_many_magnitudes_stay_finite():
     exponents = [-45, -45, -30, -45, 15, -45, 0, -3, -45, -45, -45, -45]
-    check(Stream(make_grads(["new"] * LENGTH, exponents, 0), 1.0, 0.5, 0.0), CONFIGS[-1])
+    check(Stream(make_grads(["new"] * LENGTH, exponents, 0), 1.0, 0.0), CONFIGS[0])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("magnitude", [1e6, 1e30, 3e38])
-def test_gradients_wider_than_the_parameters_stay_finite(dtype, magnitude):
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, *(pytest.param(d, marks=slow) for d in (jnp.float16, jnp.float32))]
+)
+def test_gradients_wider_than_the_parameters_stay_finite(dtype):
     tx = scale_by_mfac(3)
-    state = tx.init(jnp.zeros(5, dtype))
-    for scale in (magnitude, 1.0):
-        updates, state = tx.update(jnp.full(5, scale, jnp.float32), state)
-        assert np.isfinite(np.asarray(updates)).all()
-    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+    update: Any = jax.jit(tx.update)
+    for magnitude in (1e6, 1e30, 3e38):
+        state = tx.init(jnp.zeros(5, dtype))
+        for scale in (magnitude, 1.0):
+            updates, state = update(jnp.full(5, scale, jnp.float32), state)
+            assert np.isfinite(np.asarray(updates)).all()
+        assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+@jax.jit
+def step_and_product(gradient, damping):
+    """A first update, and the product of ones with the Fisher inverse."""
+    tx = scale_by_mfac(3, damping)
+    updates, state = tx.update(gradient, tx.init(gradient))
+    return updates, ihvp(state, jnp.ones_like(gradient), damping)
 
 
 @pytest.mark.parametrize("damping", [1e-30, 1e-38])  # the second is below the normal float32 numbers
-@pytest.mark.parametrize("power", [1.0, 0.5])
-def test_zero_gradients_have_zero_updates_at_any_damping(power, damping):
-    tx = scale_by_mfac(3, damping, power=power)
-    updates, _ = tx.update(jnp.zeros(5), tx.init(jnp.zeros(5)))
+def test_zero_gradients_have_zero_updates_at_any_damping(damping):
+    updates, _ = step_and_product(jnp.zeros(5), damping)
     np.testing.assert_array_equal(updates, jnp.zeros(5))
+
+
+@pytest.mark.parametrize("damping", [1e37, 3e38])
+def test_the_largest_damping_stays_finite(damping):
+    assert all(jnp.all(jnp.isfinite(x)) for x in step_and_product(jnp.ones(5), damping))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -239,7 +256,7 @@ def steps_along_a_repeated_gradient(num_grads, damping, gradient):
     return jax.lax.scan(step, tx.init(gradient), length=2 * num_grads)[1]
 
 
-@pytest.mark.parametrize("num_grads", [8, 64, 256])
+@pytest.mark.parametrize("num_grads", [64, pytest.param(8, marks=slow), pytest.param(256, marks=slow)])
 @pytest.mark.parametrize("damping", [1e-5, 1e-6, 1e-7, 1e-8])
 @pytest.mark.parametrize("norm", [1.0, 1e3])
 def test_repeated_gradients_are_descended_by_the_right_length(num_grads, damping, norm):
@@ -250,16 +267,7 @@ def test_repeated_gradients_are_descended_by_the_right_length(num_grads, damping
     assert ratio.max() < 2
 
 
-@pytest.mark.parametrize("damping", [1e37, 3e38])
-def test_the_largest_damping_stays_finite(damping):
-    tx: Any = scale_by_mfac(64, damping)
-    updates, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
-    assert jnp.all(jnp.isfinite(updates))
-    product: Any = ihvp(state, jnp.ones(3), damping)
-    assert jnp.all(jnp.isfinite(product))
-
-
 @configs
-@pytest.mark.slow
+@slow
 def test_ten_thousand_generated_streams_stay_finite_and_reject_what_is_not(config):
     check_streams(config, 10_000 // len(CONFIGS))

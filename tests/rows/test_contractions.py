@@ -1,4 +1,4 @@
-"""Contractions between window and parameters: values, dtypes, and leaves sharded over eight devices."""
+"""Contractions of window and parameters: values, dtypes, long leaves, and leaves on eight devices."""
 
 import inspect
 from typing import Any
@@ -10,23 +10,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mfac_jax._src.base import numerics
-from mfac_jax._src.rows import contractions, manual_axes
-
-DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
-
-
-def empty_window(num_grads: int, params: Any) -> Any:
-    return manual_axes.empty_rows(params, None, None, num_grads)
-
-
-def as_row(updates: Any, window: Any) -> Any:
-    return contractions.as_row(updates, None, window)
-
+from mfac_jax._src.rows import chunks, contractions
 
 SHAPES = [(), (0,), (5,), (3, 4), (2, 3, 4)]
+FLOAT32 = jnp.dtype(jnp.float32)
+slow = pytest.mark.slow
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.fixture(params=[jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64], ids=lambda d: d.__name__)
 def dtype(request):
     with jax.enable_x64(request.param == jnp.float64):
         yield request.param
@@ -34,6 +25,10 @@ def dtype(request):
 
 def normal(shape, dtype) -> jax.Array:
     return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), dtype)
+
+
+def exactly(*arrays) -> list[np.ndarray]:
+    return [np.asarray(x, np.float64) for x in arrays]
 
 
 def assert_close(actual, expected, dtype) -> None:
@@ -49,97 +44,95 @@ def test_sums_are_in_float32_but_for_float64_leaves(dtype):
     assert numerics.accumulation_dtype({}) == jnp.float32
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_dots_are_inner_products_with_every_row(dtype, shape):
-    rows, x = normal((6, *shape), dtype), normal(shape, dtype)
-    accumulator = numerics.accumulation_dtype([x])
-    products = contractions.dots(rows, x, accumulator)
-    assert products.dtype == accumulator
-    exact = np.asarray(rows, np.float64).reshape(6, -1) @ np.asarray(x, np.float64).reshape(-1)
-    assert_close(products, exact, accumulator)
+def test_contractions_are_those_of_numpy_for_leaves_of_any_shape(dtype):
+    """In one program: inner products with a vector and with each other, and the weighted sum."""
+    all_rows, all_x = ([normal((*n, *shape), dtype) for shape in SHAPES] for n in ([6], []))
+    accumulator = numerics.accumulation_dtype(all_x)
+    coefficients = normal((6,), accumulator)
+
+    @jax.jit
+    def contract(all_rows, all_x):
+        return [
+            (
+                contractions.dots(rows, x, accumulator),
+                contractions.combine(coefficients, rows),
+                contractions.gram(rows, accumulator),
+                contractions.column_squares(rows),
+                contractions.mix(jnp.stack([coefficients, 2 * coefficients]), rows),
+            )
+            for rows, x in zip(all_rows, all_x, strict=True)
+        ]
+
+    for rows, x, found in zip(all_rows, all_x, contract(all_rows, all_x), strict=True):
+        rows, x, c = exactly(rows, x, coefficients)
+        flat = rows.reshape(6, -1)
+        dots, combined, gram, squares, mixed = found
+        assert_close(dots, flat @ x.ravel(), accumulator)
+        assert_close(combined, np.tensordot(c, rows, axes=1), accumulator)
+        assert_close(gram, flat @ flat.T, accumulator)
+        assert_close(squares, np.sum(rows**2, axis=0), dtype)
+        assert_close(mixed, np.tensordot([c, 2 * c], rows, axes=1), accumulator)
+        assert {dots.dtype, combined.dtype, gram.dtype, mixed.dtype} == {accumulator}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_combine_is_the_weighted_sum_of_the_rows(dtype, shape):
-    rows = normal((6, *shape), dtype)
-    coefficients = normal((6,), numerics.accumulation_dtype([rows]))
-    combined = contractions.combine(coefficients, rows)
-    assert combined.dtype == coefficients.dtype
-    exact = np.tensordot(np.asarray(coefficients, np.float64), np.asarray(rows, np.float64), axes=1)
-    assert_close(combined, exact, combined.dtype)
+def test_the_gram_matrix_of_long_rows_is_that_of_numpy():
+    rows = normal((3, 2 * contractions._GRAM_COLUMNS + 5), FLOAT32)
+    (exact,) = exactly(rows)
+    np.testing.assert_allclose(contractions.gram(rows, FLOAT32), exact @ exact.T, rtol=1e-5, atol=1e-2)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=slow)])
 def test_long_leaves_have_the_same_dots_as_short_ones(devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    dots: Any = inspect.unwrap(
-        contractions.dots
-    )  # what is compiled does not ask for the number of devices again
+    # What is compiled does not ask for the number of devices again.
+    dots: Any = jax.jit(inspect.unwrap(contractions.dots), static_argnums=2)
     size = contractions._MAX_DOT_COLUMNS
-    rows, x = normal((2, size + 4), jnp.float32), normal((size + 4,), jnp.float32)
+    rows, x = normal((2, size + 4), FLOAT32), normal((size + 4,), FLOAT32)
     for length in range(size, size + 5):  # in four, three, two parts and one
-        exact = np.asarray(rows[:, :length], np.float64) @ np.asarray(x[:length], np.float64)
-        found = dots(rows[:, :length], x[:length], jnp.dtype(jnp.float32))
-        error = np.abs(found - exact)
+        exact = np.matmul(*exactly(rows[:, :length], x[:length]))
+        error = np.abs(dots(rows[:, :length], x[:length], FLOAT32) - exact)
         assert np.max(error) < 1e-5 * np.linalg.norm(rows, axis=1).max() * np.linalg.norm(x)
-        bad = dots(rows[:, :length], x[:length].at[-1].set(jnp.nan), jnp.dtype(jnp.float32))
+        bad = dots(rows[:, :length], x[:length].at[-1].set(jnp.nan), FLOAT32)
         assert jnp.all(jnp.isnan(bad))
 
 
-@pytest.mark.parametrize("accept", [True, False])
-def test_write_row_replaces_one_row_if_it_is_accepted(dtype, accept):
-    window = {"a": normal((4, 3, 2), dtype), "b": normal((4,), dtype)}
-    row = {"a": jnp.ones((3, 2), dtype), "b": jnp.ones((), dtype)}
-    written = jax.jit(contractions.write_row)(window, row, jnp.asarray(2), jnp.asarray(accept))
-    for name in window:
-        expected = np.array(window[name])
-        if accept:
-            expected[2] = 1
-        np.testing.assert_array_equal(written[name], expected)
-        assert written[name].dtype == dtype
+@pytest.mark.parametrize("length", [1, 3, 7, 9])
+def test_rows_in_chunks_are_contracted_as_all_at_once(length):
+    """Chunks of three overlap at the end of seven rows; nine are more than there are."""
+    rows, x, coefficients = (normal(shape, FLOAT32) for shape in [(7, 4), (4,), (7,)])
 
+    def dot(chunk):
+        return jnp.einsum("mi,i->m", chunk["rows"], x)
 
-def test_an_empty_window_has_a_row_axis_and_the_dtype_of_each_leaf(dtype):
-    params = {"a": normal((3, 2), dtype), "b": jnp.zeros((), jnp.float32), "empty": jnp.zeros((0, 2))}
-    window = empty_window(4, params)
-    assert jax.tree.map(lambda x: (x.shape[1:], x.dtype), window) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), params
-    )
-    assert not any(leaf.any() for leaf in jax.tree.leaves(window))
+    def contract(own, chunk):
+        return jnp.einsum("m,mi->i", own, chunk["rows"])
 
+    @jax.jit
+    def in_chunks(rows):
+        products = chunks.dots_in_chunks(dot, {"rows": rows}, length)
+        start = jnp.ones(4)
+        return products, chunks.combine_in_chunks(contract, start, coefficients, {"rows": rows}, length)
 
-def test_ordinary_gradients_are_not_bounded(dtype):
-    tree = {"a": normal((3, 4), dtype), "none": None, "empty": jnp.zeros((0,), dtype)}
-    row = as_row(tree, empty_window(1, tree))
-    assert jax.tree.structure(row) == jax.tree.structure(tree)
-    for actual, expected in zip(jax.tree.leaves(row), jax.tree.leaves(tree), strict=True):
-        np.testing.assert_array_equal(actual, expected)
-        assert actual.dtype == expected.dtype
+    products, total = in_chunks(rows)
+    np.testing.assert_allclose(products, np.asarray(rows) @ x, rtol=1e-5)
+    np.testing.assert_allclose(total, 1 + np.asarray(coefficients) @ rows, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_bad_entry_is_nan_in_the_row_and_in_every_product(dtype, bad):
-    x = normal((3, 4), dtype).at[1, 2].set(bad)
-    row = as_row(x, jnp.zeros((5, 3, 4), dtype))
-    np.testing.assert_array_equal(np.isnan(row.astype(jnp.float32)), np.asarray(x == bad) | np.isnan(x))
-    assert np.isnan(
-        contractions.dots(jnp.zeros((5, 3, 4), dtype), row, numerics.accumulation_dtype(x))
-    ).all()
+def test_what_is_not_finite_is_bounded_to_nan(bad):
+    bounded = numerics.bounded(jnp.asarray([1.0, bad, 2.0]), FLOAT32)
+    np.testing.assert_array_equal(bounded, np.array([1, np.nan, 2], np.float32))
 
 
 def test_the_largest_finite_entries_are_clipped_so_that_their_squares_add_up(dtype):
     largest = float(jnp.finfo(dtype).max)
     x = jnp.asarray([largest, -largest, 1.5], dtype)
-    row = as_row(x, jnp.zeros((1, 3), dtype))
     accumulator = numerics.accumulation_dtype(x)
-    np.testing.assert_array_equal(row[2], x[2])
-    assert row[0] == -row[1]
-    assert 2.0**34 * float(numerics.square(row, accumulator)) < float(jnp.finfo(accumulator).max)
-
-
-def test_entries_beyond_the_dtype_of_the_window_are_clipped():
-    row = as_row(jnp.asarray([1e6, -5e5, 2.0]), jnp.zeros((2, 3), jnp.float16))
-    np.testing.assert_array_equal(row, np.array([65504, -65504, 2], np.float16))
+    bounded = numerics.bounded(x, accumulator)
+    assert bounded.dtype == accumulator
+    np.testing.assert_array_equal(bounded[2], 1.5)
+    assert bounded[0] == -bounded[1]
+    assert 2.0**34 * float(numerics.square(bounded, accumulator)) < float(jnp.finfo(accumulator).max)
 
 
 def test_narrow_clips_to_what_a_dtype_can_hold():
@@ -163,8 +156,10 @@ def mesh(request):
         yield mesh
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(spec, marks=[] if spec == SPECS[3] else slow, id=str(spec)) for spec in SPECS]
+)
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=slow), True])
 def test_sharded_leaves_give_the_values_of_whole_ones(mesh, spec, jit):
     rows, x, coefficients = (normal(shape, jnp.float32) for shape in [(6, 8, 4), (8, 4), (6,)])
     leaf = jax.device_put(x, NamedSharding(mesh, spec))
@@ -172,11 +167,10 @@ def test_sharded_leaves_give_the_values_of_whole_ones(mesh, spec, jit):
     dots, combine = contractions.dots, contractions.combine
     if jit:
         dots, combine = jax.jit(dots, static_argnums=2), jax.jit(combine)
-    exact = np.einsum("mab,ab->m", *(np.asarray(v, np.float64) for v in (rows, x)))
-    assert_close(dots(window, leaf, jnp.dtype(jnp.float32)), exact, jnp.float32)
+    exact = np.einsum("mab,ab->m", *exactly(rows, x))
+    assert_close(dots(window, leaf, FLOAT32), exact, jnp.float32)
     combined = combine(coefficients, window)
-    exact = np.einsum("m,mab->ab", *(np.asarray(v, np.float64) for v in (coefficients, rows)))
-    assert_close(combined, exact, jnp.float32)
+    assert_close(combined, np.einsum("m,mab->ab", *exactly(coefficients, rows)), jnp.float32)
     # Under jit with auto axes a tracer does not tell its sharding: the compiler chooses.
     if not jit or mesh.axis_types[0] == AxisType.Explicit:
         assert combined.sharding.is_equivalent_to(leaf.sharding, 2)

@@ -2,16 +2,13 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
-
-from mfac_jax._src.rows import host_memory
 
 
 def check_size(name: str, value: int, example: str) -> int:
@@ -37,33 +34,28 @@ def check_count(name: str, value: int, example: str) -> int:
 
 
 def check_positive(name: str, value, example: str) -> None:
-    """Refuse what is not a finite number > 0. Of traced values only shape and dtype are known."""
+    """Raise for anything but a finite number > 0. Of traced values only shape and dtype are known."""
     _check_number(name, value, "a finite number > 0", lambda x: 0 < x < math.inf, example)
 
 
 def check_limit(name: str, value, example: str) -> None:
-    """Refuse what is not a number > 0; infinity is one."""
+    """Raise for anything but a number > 0; infinity is one."""
     _check_number(name, value, "a number > 0, or math.inf", lambda x: x > 0, example)
 
 
 def check_not_negative(name: str, value, example: str) -> None:
-    """Refuse what is not a finite number >= 0."""
+    """Raise for anything but a finite number >= 0."""
     _check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf, example)
 
 
 def check_decay(name: str, value, example: str) -> None:
-    """Refuse what is not a number in [0, 1)."""
+    """Raise for anything but a number in [0, 1)."""
     _check_number(name, value, "a finite number >= 0 and < 1", lambda x: 0 <= x < 1, example)
 
 
 def check_share(name: str, value, example: str) -> None:
-    """Refuse what is not a number in [0, 1]."""
+    """Raise for anything but a number in [0, 1]."""
     _check_number(name, value, "a finite number >= 0 and <= 1", lambda x: 0 <= x <= 1, example)
-
-
-def check_power(power) -> None:
-    """Refuse what is not a number in (0, 1]."""
-    _check_number("power", power, "a finite number > 0 and <= 1", lambda x: 0 < x <= 1, "1.0")
 
 
 def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> None:
@@ -77,20 +69,28 @@ def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> N
 
 
 def check_bool(name: str, value) -> None:
-    """Refuse what is not True or False."""
+    """Raise for anything but True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_choice(name: str, value, allowed: Sequence[str | None], otherwise: str = "") -> None:
-    """Refuse a value that is not one of the names (or None) in `allowed`."""
+    """Raise for a value that is not one of the names (or None) in `allowed`."""
     if not (value is None or isinstance(value, str)) or value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise ValueError(f"{name} must be one of {options}{otherwise}, got {value!r}.")
 
 
+def check_component(name: str, value: Any, known: Mapping[str, Any], kind: type) -> Any:
+    """The component of a name, or a user's own."""
+    if isinstance(value, kind):
+        return value
+    check_choice(name, value, tuple(known), f" or a mfac_jax.components.{kind.__name__}")
+    return known[value]
+
+
 def check_made_with(name: str, value: str | bool | int, made: str | bool | int) -> None:
-    """Refuse a state that was made with another option."""
+    """Raise for a state that was made with another option."""
     if made != value:
         raise ValueError(
             f"state must be that of a transform with {name}={value!r}, got {name}={made!r}. After "
@@ -98,57 +98,10 @@ def check_made_with(name: str, value: str | bool | int, made: str | bool | int) 
         )
 
 
-def check_solver(solver: str, power) -> None:
-    """Refuse what is no solver, and a power that it does not solve for."""
-    check_choice("solver", solver, ("cholesky", "inverse"))
-    if solver == "inverse" and (isinstance(power, jax.Array) or power != 1):
-        raise ValueError(
-            f"solver='inverse' needs the power 1, known before tracing, got {power!r}. Pass "
-            "solver='cholesky'."
-        )
-
-
-def check_memory(window: optax.Params, host_chunk: int | None) -> None:
-    """Refuse a window that is not in the memory that the transform keeps it in."""
-    leaves, expected = jax.tree.leaves(window), host_chunk is not None
-    found = any(host_memory.is_on_host(rows) for rows in leaves)
-    if found != expected and any(host_memory.may_be_on_host(rows.shape[1:]) for rows in leaves):
-        memory = "pinned memory of the host" if expected else "memory of the device"
-        raise ValueError(
-            f"state must hold the window in {memory} with host_chunk={host_chunk!r}. Put it there: "
-            "jax.device_put(state, jax.tree.map(lambda x: x.sharding, tx.init(params))), or restore a "
-            "checkpoint with the shardings of mfac_jax.state_shardings; jax.pmap has no memory of the host."
-        )
-
-
-def check_storage(storage: Any) -> jnp.dtype | None:
-    """A dtype of the window, or None for the parameters'."""
-    allowed = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-    try:
-        found = None if storage is None else jnp.dtype(storage)
-    except TypeError:
-        found = storage
-    if found is not None and found not in allowed:
-        raise ValueError(
-            f"storage must be None, jnp.float32 or jnp.bfloat16, got {storage!r}. Pass jnp.bfloat16 for a "
-            "window of half the size."
-        )
-    return found
-
-
 def check_axis_name(axis_name: Any) -> None:
-    """Refuse what is not a name or a sequence of names."""
+    """Raise for anything but a name or a sequence of names."""
     names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
     if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"axis_name must be None, a name or a tuple of names, got {axis_name!r}.")
     if axis_name is not None and (not names or len(set(names)) < len(names)):
         raise ValueError(f"axis_name must hold one name or more, each once, got {axis_name!r}.")
-
-
-def check_sizes(gram: jax.Array, num_blocks: int, num_grads: int) -> None:
-    """Refuse a state that was made by a transform with other options."""
-    if gram.shape != (num_blocks, num_grads, num_grads):
-        raise ValueError(
-            f"state must be that of a transform with num_grads={num_grads} and {num_blocks} block(s), got "
-            f"num_grads={gram.shape[1]} and {gram.shape[0]} block(s). After changing them call init again."
-        )

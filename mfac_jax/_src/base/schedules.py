@@ -2,17 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.core import Tracer
 
 
 def is_known_zero(number_or_schedule: optax.ScalarOrSchedule) -> bool:
-    """Whether it is a number, and known to be zero before tracing."""
-    return (
-        not callable(number_or_schedule)
-        and not isinstance(number_or_schedule, Tracer)
-        and float(number_or_schedule) == 0
-    )
+    """Whether it is a number of Python or NumPy, and zero. Arrays may be traced the next time."""
+    is_number = isinstance(number_or_schedule, (int, float, np.number))
+    return is_number and float(number_or_schedule) == 0
 
 
 def damping_at(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:

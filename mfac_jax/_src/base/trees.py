@@ -1,5 +1,6 @@
 """Trees of parameters: what leaves are called, and checks that trees are what they should be."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 
 def check_params(params: optax.Params) -> None:
-    """Refuse parameters that are not real floating-point arrays."""
+    """Raise for parameters that are not real floating-point arrays."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         _check_floating("params", path, leaf)
 
@@ -30,21 +31,33 @@ def check_tree(
     of: str = "the parameters given to init",
     cure: str = "Call init again with the parameters that are trained now.",
 ) -> None:
-    """Refuse a tree whose structure is another, or with leaves that are not real floats."""
-    leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
-    expected = dict(jax.tree_util.tree_leaves_with_path(like))
-    if jax.tree.structure(tree) != jax.tree.structure(like):
-        differing = [leaf_name(p) for p in [*leaves, *expected] if (p in leaves) != (p in expected)]
-        found = f"but {differing[0]} is only in one of the two" if differing else "but its nodes differ"
-        raise ValueError(f"{name} must have the tree of {of}, {found}. {cure}")
-    for path, leaf in leaves.items():
+    """Raise where the tree has another structure, or a leaf that is no real floating-point array."""
+    check_structure(name, tree, like, of, cure)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         _check_floating(name, path, leaf)
 
 
-def check_shapes(name: str, tree: optax.Updates, window: optax.Params) -> None:
-    """Refuse a leaf that has not the shape of the rows of the window's."""
+def check_structure(
+    name: str,
+    tree: Any,
+    like: Any,
+    of: str,
+    cure: str,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> None:
+    """Raise where two trees have different structures; the message names a leaf that only one has."""
+    if jax.tree.structure(tree, is_leaf=is_leaf) == jax.tree.structure(like, is_leaf=is_leaf):
+        return
+    leaves, expected = (dict(jax.tree_util.tree_leaves_with_path(t, is_leaf=is_leaf)) for t in (tree, like))
+    differing = [leaf_name(path) for path in [*leaves, *expected] if (path in leaves) != (path in expected)]
+    found = f"but {differing[0]} is only in one of the two" if differing else "but its nodes differ"
+    raise ValueError(f"{name} must have the tree of {of}, {found}. {cure}")
+
+
+def check_shapes(name: str, tree: optax.Updates, window: Sequence[jax.Array]) -> None:
+    """Raise for a leaf with another shape than the rows `(m, *shape)` of its leaf of the window."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), rows in zip(leaves, jax.tree.leaves(window), strict=True):
+    for (path, leaf), rows in zip(leaves, window, strict=True):
         if leaf.shape != rows.shape[1:]:
             raise ValueError(
                 f"{name} must have the shapes of the parameters given to init, but {leaf_name(path)} is "
@@ -57,9 +70,24 @@ def leaf_name(path) -> str:
     return f"leaf {jax.tree_util.keystr(path) or '()'}"
 
 
+def key_names(path) -> list[str]:
+    """The keys of a path as text, without the last one that a variable of nnx or a box of linen adds.
+
+    A path that is this key alone keeps it: else the leaf would have no name.
+    """
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return [jax.tree_util.keystr((key,), simple=True) for key in path]
+
+
+def joined_path(path) -> str:
+    """A key path as text, as in 'dense/kernel'."""
+    return "/".join(key_names(path))
+
+
 def paths_and_leaves(tree: optax.Params) -> dict[str, Any]:
     """Leaves by their paths, as in 'dense/kernel'."""
-    return {_joined(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {joined_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def masked_paths(tree: optax.Params) -> list[str]:
@@ -69,10 +97,4 @@ def masked_paths(tree: optax.Params) -> list[str]:
         return isinstance(x, optax.MaskedNode)
 
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
-    return [_joined(path) for path, leaf in leaves if is_masked(leaf)]
-
-
-def _joined(path) -> str:
-    """Without the last entry that a variable of nnx, or a box of linen, adds."""
-    entries = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
-    return jax.tree_util.keystr(entries, simple=True, separator="/")
+    return [joined_path(path) for path, leaf in leaves if is_masked(leaf)]

@@ -20,9 +20,8 @@ def cgfac(
     norm_constraint: float | jax.Array | None = 1.0,
     num_batches: int = 1,
     factors: Factors | None = None,
-    warm_start: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The CG-FAC optimizer: natural gradient descent on K-FAC's Fisher matrix, by conjugate gradients.
+    r"""Train with CG-FAC: natural gradient descent on K-FAC's Fisher matrix, by conjugate gradients.
 
     With :math:`v_t` the update of `scale_by_cgfac`, :math:`\beta` the momentum, :math:`\eta` the learning
     rate and :math:`\omega` the weight decay
@@ -31,32 +30,32 @@ def cgfac(
       u_t = \frac{\sum_s \beta^{t - s} v_s}{\sum_s \beta^{t - s}}, \qquad
       \theta_{t+1} = \theta_t - \eta \left(u_t + \omega \theta_t\right).
 
-    The chain is `scale_by_cgfac`, `optax.ema`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`;
-    what is None is left out. `update` needs the extra argument `curvature`, as `scale_by_cgfac` says.
+    The chain is `scale_by_cgfac`, `optax.ema`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`,
+    without those whose argument is None. `update` needs the extra argument `curvature`: see
+    `scale_by_cgfac`.
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule. 1 is the whole natural gradient, which the Fisher
-        matrix of one batch is too noisy for; on digits 0.1 did, with a warm-up and a decay to zero.
+      learning_rate: :math:`\eta`, a number or a schedule. 1 is the whole natural gradient, but the Fisher
+        matrix of one batch is too noisy for it. On digits, 0.1 with a warm-up and a decay to zero worked.
       damping: lambda, > 0; see `scale_by_cgfac`.
       momentum: :math:`\beta` in [0, 1), or None for none.
       weight_decay: :math:`\omega` >= 0, or None; decoupled, as in AdamW. Needs `params` in `update`.
-      mask: a tree of bools, or a function from parameters to one: where weight decay acts. Needs
+      mask: where weight decay acts: a tree of bools, or a function from parameters to one. Needs
         `weight_decay`.
       tolerance: see `scale_by_cgfac`.
       max_iterations: see `scale_by_cgfac`.
-      norm_constraint: see `scale_by_cgfac`. 1.0 shortens the first steps; without, one of two seeds on
+      norm_constraint: see `scale_by_cgfac`. 1.0 shortens the first steps. Without it, one of two seeds on
         digits took twice as long.
       num_batches: see `scale_by_cgfac`.
       factors: see `scale_by_cgfac`.
-      warm_start: see `scale_by_cgfac`.
 
     Returns:
       The chain; its state holds a `ScaleByCGFACState`.
 
     Raises:
       TypeError: as `scale_by_cgfac`; `momentum` or `weight_decay` has a wrong type.
-      ValueError: as `scale_by_cgfac`; `momentum` or `weight_decay` is out of its range; `mask` comes
-        without `weight_decay`; `update` with weight decay gets no `params`.
+      ValueError: as `scale_by_cgfac`; `momentum` or `weight_decay` is out of range; `mask` comes without
+        `weight_decay`; `update` with weight decay gets no `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
@@ -82,7 +81,6 @@ def cgfac(
         norm_constraint=norm_constraint,
         num_batches=num_batches,
         factors=factors,
-        warm_start=warm_start,
     )
     return optax.chain(
         preconditioner,

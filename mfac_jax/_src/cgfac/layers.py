@@ -1,12 +1,12 @@
 """The Fisher matrix of a layer in K-FAC, from the layer's inputs and output gradients alone.
 
-With the rows of a `(R, in)` and b `(R, out)`, of N examples at T places each, and V `(in, out)`:
+Take N examples at T places each, with the rows a `(N T, in)` and b `(N T, out)`, and V `(in, out)`. Then
 
     F V = A V B,    A = a^T a / N,    B = b^T b / (N T).
 
-Neither A nor B is made. A side with fewer rows than columns is looked at in the space that its rows span:
-a = L Q^T with orthonormal columns Q `(in, R)`, so that L `(R, R)` stands for a; what is orthogonal to Q
-meets the damping alone.
+Neither A nor B is formed. If a side has fewer rows than columns, the space that its rows span is enough:
+a = L Q^T, with orthonormal columns Q `(in, N T)`, and L `(N T, N T)` takes the place of a. On what is
+orthogonal to Q, F is zero, and only the damping acts.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from jax import lax
 )
 @dataclasses.dataclass(frozen=True)
 class LayerFactors:
-    """What the Fisher matrix of a layer is made of in K-FAC, for the examples of a batch.
+    """The inputs and output gradients of a layer, from which K-FAC makes the layer's Fisher matrix.
 
-    `value_and_grad_with_factors` makes them; a model that it does not see through can make its own.
+    `value_and_grad_with_factors` returns them. Make them by hand for layers that it does not find.
 
     Attributes:
-      inputs: what the kernel is multiplied with, `(N, ..., in)`: N examples, and axes of the places where
-        the kernel is used more than once, such as those of an image or of a text. Of a convolution the
-        patches, in the order of the kernel's entries.
-      output_grads: gradients of each example's own loss by what comes out, `(N, ..., out)`; of the mean
-        loss they are N times its gradients. Another number of examples than that of the inputs is allowed.
-      bias: path of the parameter that is added to what comes out, as in 'dense/bias'; None for none.
+      inputs: what the kernel is multiplied with, `(N, ..., in)`. N examples, then the axes of the places
+        where the kernel is used, such as those of an image or a text. For a convolution, the patches, in
+        the order of the kernel's entries.
+      output_grads: gradient of each example's own loss by the layer's output, `(N, ..., out)`. That is N
+        times the gradient of the mean loss. The number of examples may differ from that of the inputs.
+      bias: path of the parameter that is added to the output, as in 'dense/bias', or None.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
@@ -55,17 +55,17 @@ Factors = Mapping[str, LayerFactors]  # by the path of the kernel
 
 
 class LayerFisher(NamedTuple):
-    """F in the coordinates of the spans of the rows, where there are fewer of them than columns.
+    """F, in the coordinates of the spans of the rows where a side has fewer rows than columns.
 
-    Matrices are `(in, out)`; where there is a bias it is their last row.
+    Matrices are `(in, out)`. A bias is their last row.
 
     Attributes:
-      a: the inputs, with a column of ones where there is a bias; or L.
-      b: the output gradients; or L.
+      a: the inputs, with a column of ones for a bias; or their L.
+      b: the output gradients; or their L.
       span_in: Q of the inputs, or None.
       span_out: Q of the output gradients, or None.
-      scale: 1 / (N N T), N with the examples of all batches.
-      noise: of the gradient, in shares of it: what is smaller outside of the spans is rounding.
+      scale: 1 / (N N T), where N counts the examples of all batches.
+      noise: the share of the gradient below which a part outside of the spans is rounding.
     """
 
     a: jax.Array
@@ -77,7 +77,7 @@ class LayerFisher(NamedTuple):
 
     @classmethod
     def of(cls, factors: LayerFactors, dtype: jnp.dtype, num_batches: int = 1) -> "LayerFisher":
-        """The matrix of the factors, computed with in `dtype`; batches are among the places."""
+        """The matrix of the factors, computed in `dtype`. Several batches lie among the places."""
         arrays = (factors.inputs, factors.output_grads)
         a, b = (x.reshape(-1, x.shape[-1]).astype(dtype) for x in arrays)
         if factors.bias is not None:
@@ -87,7 +87,8 @@ class LayerFisher(NamedTuple):
         return cls(a, b, span_in, span_out, scale, _noise(*(x.dtype for x in arrays)))
 
     def product(self, V: jax.Array) -> jax.Array:
-        """F V, of coordinates."""
+        """F V, in coordinates."""
+        # The smaller product first: a V with few rows, V B with many.
         if len(self.a) < len(V):
             Y = _matmul(_matmul(_matmul(self.a, V), self.b.T), self.b)
         else:
@@ -95,7 +96,7 @@ class LayerFisher(NamedTuple):
         return self.scale * _matmul(self.a.T, Y)
 
     def coordinates(self, V: jax.Array) -> jax.Array:
-        """Those of the part of V that is in both spans."""
+        """The coordinates of V's part in both spans."""
         V = V if self.span_in is None else _matmul(self.span_in.T, V)
         return V if self.span_out is None else _matmul(V, self.span_out)
 
@@ -105,43 +106,20 @@ class LayerFisher(NamedTuple):
         return V if self.span_out is None else _matmul(V, self.span_out.T)
 
     def outside(self, V: jax.Array, coordinates: jax.Array) -> jax.Array:
-        """The part of V that is not in both spans, on which F is zero; zeros where it is only rounding."""
+        """V's part outside of the spans, on which F is zero; zeros if it is only rounding."""
         if self.span_in is None and self.span_out is None:
             return jnp.zeros_like(V)
         rest = V - self.vectors(coordinates)
+        # The gradient of the batch lies in the spans. What rounding leaves outside would be divided by the
+        # damping, and could outweigh the rest.
         return jnp.where(jnp.max(jnp.abs(rest)) > self.noise * jnp.max(jnp.abs(V)), rest, 0)
 
 
-def empty_window(factors: Factors, num_batches: int) -> Factors:
-    """Zeros, `(N, num_batches, ...)` for each array of the factors, which may be shapes.
-
-    The batches are no leading axis, so that examples may be split over a mesh.
-    """
-
-    def zeros(x):
-        return jnp.zeros((x.shape[0], num_batches, *x.shape[1:]), x.dtype)
-
-    return jax.tree.map(zeros, dict(factors))
-
-
-def remember(window: Factors, factors: Factors, step: jax.Array) -> Factors:
-    """The window with the factors in the place of the oldest; the first stand for all that are to come."""
-
-    def put(rows, x):
-        x = x.astype(rows.dtype)
-        written = lax.dynamic_update_index_in_dim(rows, x, step % rows.shape[1], 1)
-        return jnp.where(step == 0, jnp.expand_dims(x, 1), written)
-
-    return {kernel: jax.tree.map(put, kept, factors[kernel]) for kernel, kept in window.items()}
-
-
 def _noise(*dtypes: jnp.dtype) -> jax.Array:
-    """The share of a gradient that may be rounding, where a layer computes with these dtypes.
-
-    In layers of up to 4096 x 4096, 12 eps of float32 were left outside of the spans. Products of float32
-    are in TF32 on GPUs and in bfloat16 on TPUs, unless asked otherwise.
-    """
+    """The share of a gradient that may be rounding, in a layer that computes in these dtypes."""
+    # In layers of up to 4096 x 4096, 12 eps of float32 were left outside of the spans.
     own = max(50 * float(jnp.finfo(jnp.promote_types(*dtypes)).eps), *(2 * _half_eps(d) for d in dtypes))
+    # By default, products of float32 are in TF32 on GPUs, and in bfloat16 on TPUs.
     elsewhere = (
         own if jnp.dtype(jnp.float64) in dtypes else max(own, 2 * _half_eps(jnp.dtype(jnp.bfloat16)))
     )
@@ -149,12 +127,12 @@ def _noise(*dtypes: jnp.dtype) -> jax.Array:
 
 
 def _half_eps(dtype: jnp.dtype) -> float:
-    """eps of a dtype of 16 bits; of larger ones zero."""
+    """eps of a dtype of 16 bits; zero for larger ones."""
     return float(jnp.finfo(dtype).eps) if jnp.finfo(dtype).bits == 16 else 0.0
 
 
 def _spanned(rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """L and Q where there are fewer rows than columns, else the rows as they are."""
+    """L and Q if there are fewer rows than columns; else the rows as they are."""
     if len(rows) >= rows.shape[1]:
         return rows, None
     Q, R = jnp.linalg.qr(rows.T)

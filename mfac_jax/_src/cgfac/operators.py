@@ -1,4 +1,4 @@
-"""Fisher matrices as operators, functions from a vector to a product, for `scale_by_cgfac`."""
+"""Fisher matrices as functions from a vector to a product, for `scale_by_cgfac`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ Operator = Callable[[optax.Params], optax.Params]
 
 
 def empirical_fisher(grads: optax.Params) -> Operator:
-    r"""The Fisher matrix of given gradients, :math:`v \mapsto \tfrac{1}{m} G^\top G v`.
+    r"""Multiply by the Fisher matrix of given gradients, :math:`v \mapsto \tfrac{1}{m} G^\top G v`.
 
     Args:
-      grads: m gradients, stacked on a leading axis of each leaf, as `collect_gradients` makes them with
+      grads: m gradients, stacked on a first axis of each leaf, as `collect_gradients` returns them with
         `per_example=True`.
 
     Returns:
-      A function from a tree like the parameters to another.
+      A function from a tree like the parameters to another one.
 
     Raises:
       TypeError: a leaf is not a real floating-point array.
@@ -47,22 +47,21 @@ def empirical_fisher(grads: optax.Params) -> Operator:
 def gauss_newton(
     model: Callable[[optax.Params], Any], loss: Callable[[Any], jax.Array], params: optax.Params
 ) -> Operator:
-    r"""The generalised Gauss-Newton matrix of a batch, :math:`v \mapsto J^\top H J v`.
+    r"""Multiply by the generalised Gauss-Newton matrix of a batch, :math:`v \mapsto J^\top H J v`.
 
     :math:`J` is the derivative of the model's outputs by the parameters, :math:`H` the second derivative of
-    the loss by the outputs. Where outputs are the natural parameters of a distribution and the loss is its
-    negative log-likelihood (softmax cross-entropy, squared error), this is the Fisher matrix.
+    the loss by the outputs. For softmax cross-entropy and squared error this is the Fisher matrix.
 
-    One forward pass is made here; each product takes a forward and a backward pass through the linear
-    model.
+    The call makes one forward pass. Each product then takes one forward and one backward pass through the
+    linearized model.
 
     Args:
       model: from parameters to the outputs for a batch, which it holds.
-      loss: from the outputs to the mean loss, convex: otherwise the matrix is not positive semidefinite.
+      loss: from the outputs to the mean loss. It must be convex for a positive semidefinite matrix.
       params: real floating-point arrays.
 
     Returns:
-      A function from a tree like the parameters to another.
+      A function from a tree like the parameters to another one.
 
     Raises:
       TypeError: a parameter is not a real floating-point array.

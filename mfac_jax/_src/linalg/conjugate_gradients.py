@@ -1,8 +1,9 @@
-"""Conjugate gradients for several systems at once, in one loop: one for each block of a tree.
+"""Conjugate gradients for several systems at once, in one loop: one system per block.
 
-The blocks share the products, and nothing else: each has its own step lengths, and rests once it has
-converged. In place of `jax.scipy.sparse.linalg.cg`, which takes all blocks as one system, and says neither
-how far it came, nor in how many iterations, nor that the operator was not positive definite.
+The blocks share the loop and nothing else. Each has its own step lengths, and rests once it has converged.
+
+`jax.scipy.sparse.linalg.cg` would take all blocks as one system. It reports neither the residual, nor the
+iterations, nor that a matrix was not positive definite.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,20 @@ Blocks = Sequence[Any]  # of trees of arrays
 Product = Callable[[Blocks], Blocks]
 
 
+class Limits(NamedTuple):
+    """What is added to the matrices, and when a block stops.
+
+    Attributes:
+      damping: > 0, added to the diagonal. No eigenvalue is then below it.
+      tolerance: > 0, the largest error of a solution, relative to the solution.
+      max_iterations: >= 1. A block stops after so many, converged or not.
+    """
+
+    damping: jax.Array  # () of the dtype of the blocks
+    tolerance: jax.Array  # () of that dtype
+    max_iterations: jax.Array  # () int32
+
+
 class Solution(NamedTuple):
     """What `solve` found.
 
@@ -23,7 +38,7 @@ class Solution(NamedTuple):
       blocks: x, finite.
       residuals: the norm of b - A x over that of b, as the recursion has it.
       iterations: products that the block took.
-      indefinite: whether the block ended because A was seen not to be positive definite, or not finite.
+      indefinite: whether the block stopped because A was not positive definite, or not finite.
     """
 
     blocks: Blocks
@@ -57,48 +72,33 @@ class _Loop(NamedTuple):
 def solve(
     product: Product,
     rhs: Blocks,
-    start: Blocks,
-    damping: jax.Array,
-    tolerance: jax.Array,
-    max_iterations: int,
+    limits: Limits,
     precondition: Product = lambda blocks: blocks,
 ) -> Solution:
-    """Solve (F + damping I) x = b for every block, with `product` F, positive semidefinite.
+    """Solve (F + damping I) x = b for every block, where `product` multiplies by F >= 0.
 
-    A block ends when the error of x, relative to the solution, is at most `tolerance`: as no eigenvalue is
-    below the damping, an error is at most the residual over the damping. `start` is taken at the length
-    that suits it best, so it is never worse than zero, and every x that follows has a positive product with
-    b.
+    Every x on the way has a positive product with b, so a solution that stops early still descends.
 
-    Where a direction of no positive curvature turns up the block ends. If it is the first one, the step
-    along it has the length that the absolute value of its curvature gives; where that is not finite, there
-    is none.
+    A block stops at a direction without positive curvature. If that is the first direction, the block takes
+    one step along it, with the absolute value of the curvature; no step if that is not finite.
 
     Args:
       product: F times the blocks. It must not mix them.
       rhs: b, of finite entries, of one dtype.
-      start: like b.
-      damping: > 0.
-      tolerance: > 0.
-      max_iterations: >= 1, after which a block ends as it is.
-      precondition: a positive definite matrix near (F + damping I)^-1 times the blocks.
+      limits: the damping, and when to stop.
+      precondition: multiplies the blocks by a positive definite matrix near (F + damping I)^-1.
     """
-    scale = _largest(rhs)
-    b, x = _divided(rhs, scale), _divided(start, _largest(start))
-
-    def damped(v):
-        return _added(product(v), damping * jnp.ones_like(scale), v)
+    damping, tolerance, max_iterations = limits
+    scale = _largest(rhs)  # squares of tiny or huge entries would leave the range of float32
+    b = _divided(rhs, scale)
 
     def has_converged(x, r):
+        # No eigenvalue is below the damping, so the error is at most |r| / damping. It is compared with the
+        # solution, whose norm is at least |x| minus the error.
         return jnp.sqrt(_dot(r, r)) <= tolerance / (1 + tolerance) * damping * jnp.sqrt(_dot(x, x))
 
-    Ax = damped(x)
-    curvature = _dot(x, Ax)
-    length = jnp.where(curvature > 0, _dot(b, x) / curvature, 0)  # NaN > 0 is false
-    x, r = _times(length, x), _added(b, -length, Ax)
-
     def iterate(loop: _Loop) -> _Loop:
-        Ap = damped(loop.p)
+        Ap = _added(product(loop.p), damping * jnp.ones_like(scale), loop.p)
         curvature = _dot(loop.p, Ap)
         is_positive = (curvature > 0) & jnp.isfinite(curvature)
         is_first = loop.iterations == 0
@@ -107,18 +107,17 @@ def solve(
         x, r = _added(loop.x, length, loop.p), _added(loop.r, -length, Ap)
         z = precondition(r)
         rz = _dot(r, z)
-        indefinite = loop.indefinite | (loop.active & ~is_positive)
         active = loop.active & is_positive & ~has_converged(x, r) & (rz > 0)
         p = _added(z, jnp.where(active, rz / loop.rz, 0), loop.p)
         iterations = loop.iterations + loop.active
-        active &= iterations < max_iterations
-        return _Loop(x, r, p, rz, iterations, indefinite, active)
+        indefinite = loop.indefinite | (loop.active & ~is_positive)
+        return _Loop(x, r, p, rz, iterations, indefinite, active & (iterations < max_iterations))
 
-    z = precondition(r)
-    nothing = jnp.zeros_like(scale, bool)
-    first = _Loop(x, r, z, _dot(r, z), jnp.zeros_like(scale, jnp.int32), nothing, ~has_converged(x, r))
-    last = lax.while_loop(lambda loop: jnp.any(loop.active), iterate, first)
     size = jnp.sqrt(_dot(b, b))
+    zero, z = jax.tree.map(jnp.zeros_like, b), precondition(b)
+    nothing = jnp.zeros_like(scale, bool)
+    first = _Loop(zero, b, z, _dot(b, z), jnp.zeros_like(scale, jnp.int32), nothing, size > 0)
+    last = lax.while_loop(lambda loop: jnp.any(loop.active), iterate, first)
     residuals = jnp.where(size > 0, jnp.sqrt(_dot(last.r, last.r)) / size, 0)
     return Solution(_times(scale, last.x), residuals, last.iterations, last.indefinite)
 
@@ -129,12 +128,13 @@ def _each_block(function: Callable[[Any], jax.Array], blocks: Blocks) -> jax.Arr
 
 
 def _dot(us: Blocks, vs: Blocks) -> jax.Array:
+    # Multiply and sum: a dot of arrays that are split over an explicit mesh axis would need a sharding.
     products = jax.tree.map(lambda u, v: jnp.sum(u * v), list(us), list(vs))
     return _each_block(lambda block: jnp.stack(jax.tree.leaves(block)).sum(), products)
 
 
 def _largest(blocks: Blocks) -> jax.Array:
-    """The largest absolute value of each block, one where all are zero."""
+    """The largest absolute value of each block; one if all are zero."""
 
     def of_block(block):
         return jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(block)]).max()
@@ -152,7 +152,7 @@ def _divided(blocks: Blocks, divisors: jax.Array) -> Blocks:
 
 
 def _added(us: Blocks, factors: jax.Array, vs: Blocks) -> Blocks:
-    """u + factor v; u where the factor is zero, whatever v is."""
+    """u + factor v; u where the factor is zero, even if v is not finite."""
     return [
         jax.tree.map(lambda x, y, c=c: jnp.where(c == 0, x, x + c * y), u, v)
         for u, c, v in zip(us, factors, vs, strict=True)

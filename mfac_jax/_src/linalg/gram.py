@@ -1,9 +1,8 @@
 """Algebra of the m x m Gram matrices: nothing here knows of parameters or of optax.
 
-All functions take a stack of Gram matrices K `(blocks, m, m)`, vectors `(blocks, m)` and a damping
-`()` or `(blocks,)`. With G the
-window `(m, d)` of a block, K = G G^T, and F = damping I + G^T G / n, functions of F act on the rows
-of G through K: f(F) G^T w = G^T f(damping I + K / n) w (the push-through identity).
+All functions take a stack of Gram matrices K `(blocks, m, m)` and vectors `(blocks, m)`. With G the window
+`(m, d)` of a block, K = G G^T and F = damping I + G^T G / n, the inverse of F acts on the rows of G through
+K: F^-1 G^T w = n G^T (K + n damping I)^-1 w (the push-through identity).
 """
 
 import math
@@ -80,52 +79,6 @@ def _with_largest_one(gram: jax.Array) -> jax.Array:
     """The Gram matrices over their largest entry: products of norms would overflow otherwise."""
     largest = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1))
     return gram / jnp.where(largest > 0, largest, 1)
-
-
-def inverse_power(
-    gram: jax.Array, damping: jax.Array, count: jax.Array, power: jax.Array | float, w: jax.Array
-) -> jax.Array:
-    """c `(blocks, m)` such that F^-power G^T w = G^T c, with n = `count`.
-
-    c = (damping I + K / n)^-power w. Nothing is subtracted, so the digits of w survive small damping.
-    """
-    damping = jnp.broadcast_to(damping, gram.shape[:1])[:, None]
-
-    def inverse():
-        return count * solve(gram, count * damping, w)
-
-    def fractional():
-        return _apply_function(gram, lambda s: (damping + s / count) ** -power, w)
-
-    return _by_power(power, inverse, fractional)
-
-
-def outside_inverse_power(
-    gram: jax.Array, damping: jax.Array, count: jax.Array, power: jax.Array | float, gx: jax.Array
-) -> jax.Array:
-    """c `(blocks, m)` such that F^-power x = damping^-power x + G^T c, for `gx` = G x.
-
-    For power 1 this is c = -(K + n damping I)^-1 G x / damping; in general, with s an eigenvalue of
-    K, the function (phi(s) - phi(0)) / s for phi(s) = (damping + s / n)^-power.
-    """
-    damping = jnp.broadcast_to(damping, gram.shape[:1])[:, None]
-
-    def inverse():
-        return -solve(gram, count * damping, gx) / damping
-
-    def slope(s):
-        safe = jnp.where(s > 0, s, 1)
-        secant = jnp.expm1(-power * jnp.log1p(safe / (count * damping))) / safe
-        return damping**-power * jnp.where(s > 0, secant, -power / (count * damping))
-
-    return _by_power(power, inverse, lambda: _apply_function(gram, slope, gx))
-
-
-def _by_power(power, inverse, fractional) -> jax.Array:
-    """Power 1 takes the Cholesky solve, also where the power is traced (optax.inject_hyperparams)."""
-    if isinstance(power, jax.Array):
-        return lax.cond(power == 1, inverse, fractional)
-    return inverse() if power == 1 else fractional()
 
 
 @jax.jit  # outside of a user's jit, the conditional would be compiled at every call
@@ -230,17 +183,6 @@ def _cholesky_solve(factor: jax.Array, rhs: jax.Array) -> jax.Array:
     if factor.shape[0] == 1:  # half the time of a batch of one on CPU
         return solve_block(factor[0], rhs[0])[None]
     return jax.vmap(solve_block)(factor, rhs)
-
-
-def _apply_function(gram: jax.Array, function, w: jax.Array) -> jax.Array:
-    """V function(s) V^T w with K = V s V^T; eigenvalues below the rounding noise are set to it."""
-    _, exponent = jnp.frexp(jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1, keepdims=True))
-    # LAPACK returns NaN on some matrices of 1e30: a power of two brings the largest entry near one.
-    scale = jnp.ldexp(jnp.ones_like(gram[..., 0, :1]), -exponent)
-    s, v = jnp.linalg.eigh(gram * scale[..., None], symmetrize_input=False)
-    noise = 8 * math.sqrt(gram.shape[-1]) * _eps(gram)
-    s = jnp.maximum(s, noise * s[..., -1:]) / scale
-    return matvec(v, function(s) * matvec(v.mT, w))
 
 
 def matvec(matrix: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,10 +1,10 @@
 """The inverse of each damped Gram matrix, kept from step to step: O(m^2) operations, not O(m^3).
 
-P, near (K + shift I)^-1, follows K when a row and column are replaced, by two corrections of rank one:
-the row that goes is eliminated, and the new one enters by its Schur complement. Rounding errors leave
-with the rows that carry them, and every solution is refined against K itself until its residual is that
-of rounding. Where it does not get there, because K is near singular or the shift has moved too far,
-Cholesky solves, and makes P anew.
+P is close to (K + shift I)^-1. When a row and column of K are replaced, two corrections of rank one follow:
+the old row is eliminated, and the new one enters by its Schur complement. Rounding errors leave with the
+rows that carry them. Every solution is refined against K itself until its residual is that of rounding.
+Where it does not get there, K is near singular or the shift has moved too far. Cholesky then solves, and P
+is made anew.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from mfac_jax._src.linalg import gram as _gram
 
 
 class KeptInverse(NamedTuple):
-    """Approximate inverses; zeros are none, and are made anew when they are needed.
+    """Approximate inverses. Zeros stand for none: the next solution makes them anew.
 
     Attributes:
       matrix: P.
@@ -31,7 +31,7 @@ class KeptInverse(NamedTuple):
 def replace_row(kept: KeptInverse, row: jax.Array, index: jax.Array, accept: jax.Array) -> KeptInverse:
     """The inverses after `row` `(blocks, m)` has become row and column `index` of the Gram matrices.
 
-    Unchanged where `accept` is false, in the same operation: one more would be one more m x m array.
+    Unchanged where `accept` is false. The choice is part of the same operation, which saves an m x m array.
     """
     replaced = jax.vmap(_replace_row, (0, 0, 0, None))(*kept, row, index)
     return kept._replace(matrix=jnp.where(accept, replaced, kept.matrix))
@@ -52,7 +52,7 @@ def _replace_row(P: jax.Array, shift: jax.Array, row: jax.Array, index: jax.Arra
 def solve(
     kept: KeptInverse, gram: jax.Array, shift: jax.Array, rhs: jax.Array
 ) -> tuple[jax.Array, KeptInverse]:
-    """(K + shift I)^-1 rhs, finite for any finite Gram matrix; and the inverses, made anew where needed."""
+    """(K + shift I)^-1 rhs, finite for any finite Gram matrix, and the inverses, made anew where needed."""
     shift = jnp.broadcast_to(shift, rhs.shape[:1])
     size = jnp.linalg.norm(gram, axis=(-2, -1)) + shift
 

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from mfac_jax._src.base import checks
-from mfac_jax._src.mfac.transform import ScaleByMFACState
+from mfac_jax._src.mfac.state import ScaleByMFACState
 
 _logger = logging.getLogger("mfac_jax")
 
@@ -127,7 +127,8 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
     state = _find(state)
     # The nnx optimizer wraps every array of its state.
     scalars = [jnp.asarray(x) for x in (state.grads_seen, state.grads_rejected, state.next_row)]
-    arrays = (state.gram, state.coefficients, state.shift, state.mean_cosine, state.log_step)
+    mean_cosine = optax.tree.get(state.step_length, "mean_cosine", 0.0)
+    arrays = (state.gram, state.coefficients, state.shift, mean_cosine, state.log_step)
     gram, *others = [jnp.asarray(x) for x in arrays]
     if gram.ndim != 3:
         raise ValueError(
@@ -190,7 +191,7 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, l
         gradient_norm=norms[:, newest],
         step_norm=jnp.minimum(length * update_norm, max_float),
         fisher_norm=jnp.minimum(length * _root_mean_square(norms * projections, n), max_float),
-        mean_cosine=mean_cosine,
+        mean_cosine=mean_cosine.astype(dtype),
         step_factor=step_factor,
         grads_seen=seen,
         grads_rejected=rejected,

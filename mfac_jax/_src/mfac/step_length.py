@@ -1,10 +1,16 @@
-"""The factor that `scale_by_mfac(step_adaptation=...)` puts on the update's length."""
+"""How long the step is: the seam, and the rule that learns a factor from the window's scalars alone."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+
+from mfac_jax._src.base import schedules
+from mfac_jax._src.linalg import gram as _gram
+from mfac_jax._src.mfac.momentum import ages
 
 # Where only the next step counts, the best cosine of a gradient and the update before it is 0. In the long
 # run it is below: -0.05 to -0.1 at the best fixed rates on digits and text.
@@ -19,7 +25,97 @@ _MEMORY = 0.95  # of the mean cosine, which is about that of the last 20 gradien
 _STANDARD_ERRORS = 2  # of unrelated gradients, that a mean cosine has to exceed to count
 
 
-class StepStatistics(NamedTuple):
+class StepView(NamedTuple):
+    """What a rule for the step's length may look at, after a new gradient has come.
+
+    Attributes:
+      gram: inner products of the rows, the new one among them, `(blocks, m, m)`.
+      last_update: coefficients of the update before, `(blocks, m)`; zero for the row that was replaced.
+      newest: the new gradient's row.
+      grads_seen: gradients before this one.
+      log_step: the logarithm of the factor before.
+    """
+
+    gram: jax.Array
+    last_update: jax.Array
+    newest: jax.Array
+    grads_seen: jax.Array
+    log_step: jax.Array
+
+
+class StepLength(NamedTuple):
+    """Sets the length of the update: pass it as `step_adaptation` to `scale_by_mfac`.
+
+    Attributes:
+      name: recorded in the state. A state is refused by a rule of another name.
+      init: `zeros(shape)`, which makes arrays of the Gram matrix's dtype, to the rule's state.
+      update: `(state, view)`, with a `StepView`, to the new state and the logarithm of the factor that
+        multiplies the update.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> halved = mfac_jax.components.StepLength(
+      ...   name='halved', init=lambda zeros: (), update=lambda state, view: (state, jnp.log(0.5))
+      ... )
+      >>> tx = mfac_jax.scale_by_mfac(num_grads=1, damping=1.0, step_adaptation=halved)
+      >>> updates, state = tx.update(jnp.array([1.0, 0.0]), tx.init(jnp.zeros(2)))
+      >>> print(updates)
+      [0.25 0.  ]
+    """
+
+    name: str
+    init: Callable[[Callable[[tuple[int, ...]], jax.Array]], Any]
+    update: Callable[[Any, StepView], tuple[Any, jax.Array]]
+
+
+class AdaptedStepState(NamedTuple):
+    """State of `adapted`.
+
+    Attributes:
+      mean_cosine: running mean of the cosine of a gradient and the update before it.
+    """
+
+    mean_cosine: jax.Array  # (), of the dtype of the Gram matrix
+
+
+# The update as it is.
+NONE = StepLength("none", lambda zeros: (), lambda state, view: (state, view.log_step))
+
+
+def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
+    """A factor in [1/30, 30] that grows while gradients still point along the last update.
+
+    Up to 5 its logarithm moves by rate (cos(g_t, u_{t-1}) + 0.06) a step. Beyond, it moves by the rate
+    times the mean of the last 20 or so cosines, as far as that is larger than for unrelated gradients.
+    """
+
+    def init(zeros):
+        return AdaptedStepState(zeros(()))
+
+    def update(state, view):
+        gram, newest, dtype = view.gram, view.newest, view.gram.dtype
+        speed = jnp.clip(jnp.nan_to_num(schedules.at(rate, view.grads_seen, dtype)), 0, 1)
+        num_grads = gram.shape[-1]
+        in_use = jnp.minimum(view.grads_seen, num_grads - 1) + 1
+        statistics = _Statistics(
+            _gram.cosine_to_row(gram, newest, view.last_update),
+            _gram.typical_cosine(gram),
+            _gram.shrinkage(gram, ages(newest, num_grads), in_use),
+            view.grads_seen,
+        )
+        before = (state.mean_cosine, view.log_step)
+        after = _moved(*before, statistics, speed)
+        # Without a direction on both sides there is nothing to learn, not even the drift.
+        is_known = jnp.any(view.last_update != 0) & jnp.any(gram[:, newest, newest] > 0)
+        mean_cosine, log_step = (
+            jnp.where(is_known, new, old) for new, old in zip(after, before, strict=True)
+        )
+        return AdaptedStepState(mean_cosine), log_step
+
+    return StepLength("adapted", init, update)
+
+
+class _Statistics(NamedTuple):
     """What a new gradient tells about the last update.
 
     Attributes:
@@ -35,8 +131,8 @@ class StepStatistics(NamedTuple):
     seen: jax.Array
 
 
-def adapt(
-    mean_cosine: jax.Array, log_step: jax.Array, statistics: StepStatistics, rate: jax.Array
+def _moved(
+    mean_cosine: jax.Array, log_step: jax.Array, statistics: _Statistics, speed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The running mean of the cosines, and the logarithm of the factor, after a new gradient."""
     share = jnp.maximum(1 - _MEMORY, 1 / jnp.maximum(statistics.seen, 1).astype(log_step.dtype))
@@ -44,5 +140,5 @@ def adapt(
     standard_error = statistics.typical_cosine * jnp.sqrt(share / (2 - share))
     significant = jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - _STANDARD_ERRORS * standard_error, 0)
     beyond = significant + _DRIFT * statistics.shrinkage - _RETURN
-    moved = log_step + rate * jnp.where(log_step < _FREE_UP_TO, statistics.cosine + _DRIFT, beyond)
+    moved = log_step + speed * jnp.where(log_step < _FREE_UP_TO, statistics.cosine + _DRIFT, beyond)
     return mean, jnp.clip(moved, -_LARGEST, _LARGEST)

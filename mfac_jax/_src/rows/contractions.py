@@ -1,82 +1,33 @@
-"""Contractions between the window and a tree of parameters, leaf by leaf.
+"""Contractions of rows `(m, *shape)` with a leaf `(*shape)`, or with each other.
 
-The window mirrors the parameter tree; each of its leaves has a leading axis of `num_grads` rows.
-This is the only file that knows precision and the dtypes of sums. Contractions ask for full
-precision: the TF32 and bfloat16 products that are the default on GPU and TPU would cost the Gram matrix
-its digits.
+Only this file knows precision and how sums are split. Contractions ask for full precision: the TF32 and
+bfloat16 products that are the default on GPU and TPU would cost the Gram matrix its digits.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mfac_jax._src.base import numerics
-from mfac_jax._src.rows import host_memory
+from mfac_jax._src.rows import chunks
 from mfac_jax._src.rows import mesh as _mesh
 
-# On CPU a matrix-vector product adds each row up in one running sum a lane, so its relative error
-# grows with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at
-# 10 M. Multiply-and-sum adds in partial sums (1e-6 at 10 M) and takes 1.1 to 4 times as long; a product
-# of two matrices does too, and with rows in 4 parts takes 1.1 to 1.5 times as long.
+# On CPU a matrix-vector product adds each row up in one running sum per lane. So its relative error grows
+# with the columns (same signs, float32): 1e-6 at 2^16, 5e-6 at 272k, 1e-5 at 2^19, 7e-4 at 10 M.
+# Multiply-and-sum adds partial sums (1e-6 at 10 M), and takes 1.1 to 4 times as long. A product of two
+# matrices does too; with rows in 4 parts it takes 1.1 to 1.5 times as long.
 _MAX_DOT_COLUMNS = 300_000
 _PARTS = (4, 3, 2)  # the fastest first: 4.4 M columns in 94, 94, 109 ms; multiply-and-sum 130 to 190
 _GRAM_COLUMNS = 2**11  # of a product of matrices on CPU: a chunk of 256 rows is 2 MiB and stays in cache
 _ROWS_AT_A_TIME = 8  # added one by one: XLA for CPU takes 30 times as long for a sum over an axis of rows
-_CHUNK_ENTRIES = 2**21  # of a bfloat16 window that are float32 at a time on CPU: 8 MiB
 
 
-def as_row(updates: optax.Updates, scale: optax.Params | None, window: optax.Params) -> optax.Updates:
-    """The bounded updates, scaled where there is a metric, in the dtypes of the window."""
-    dtype = numerics.accumulation_dtype(updates)
-    updates = jax.tree.map(lambda x: numerics.bounded(x, dtype), updates)
-    if scale is not None:
-        updates = jax.tree.map(jnp.multiply, updates, scale)
-    return jax.tree.map(lambda x, rows: numerics.narrow(x, rows.dtype), updates, window)
-
-
-@jax.jit  # a user's step may run outside of jit: there a bare lax.cond is compiled at every call
-def write_row(
-    window: optax.Params, row: optax.Updates, index: jax.Array, accept: jax.Array
-) -> optax.Params:
-    """The window with `row` at `index`, or unchanged where `accept` is false.
-
-    `accept` has to come from the inner products with the window, as it was read for them: so the write
-    waits for that reading, and XLA needs no copy. On the host the row is read and written back instead: no
-    conditional has to carry a buffer of the host, which XLA for TPU can do, and for GPU was not tried.
-    """
-    if any(host_memory.is_on_host(rows) for rows in jax.tree.leaves(window)):
-
-        def put_or_keep(rows, x):
-            old = host_memory.to_device(lax.dynamic_index_in_dim(rows, index, 0))
-            new = host_memory.to_memory_of(rows, jnp.where(accept, x[None], old))
-            return lax.dynamic_update_slice_in_dim(rows, new, index, 0)
-
-        return jax.tree.map(put_or_keep, window, row)
-
-    def write(window, row):
-        def put(rows, x):
-            return lax.dynamic_update_index_in_dim(rows, x, index, 0)
-
-        return jax.tree.map(put, window, row)
-
-    return lax.cond(accept, write, lambda window, row: window, window, row)
-
-
-@functools.partial(jax.jit, static_argnames=("dtype", "host_chunk"))
-def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype, host_chunk: int | None = None) -> jax.Array:
-    """`(m,)` inner products of the rows `(m, *shape)` of a window leaf with `x` `(*shape)`.
-
-    Rows on the host come to the device `host_chunk` at a time, or as many as a constant of this file says.
-    """
-    if host_memory.is_on_host(rows):
-        return _dots_in_chunks(rows, x, dtype, host_chunk or _chunk_length(rows))
+@functools.partial(jax.jit, static_argnames="dtype")
+def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`(m,)` inner products of the rows `(m, *shape)` of a window leaf with `x` `(*shape)`."""
     axes = tuple(range(1, rows.ndim))
 
     def contracted(rows, x):
@@ -105,14 +56,9 @@ def _dots_in_parts(rows: jax.Array, x: jax.Array, dtype: jnp.dtype, parts: int) 
     return jnp.trace(products.reshape(-1, parts, parts), axis1=1, axis2=2)
 
 
-@functools.partial(jax.jit, static_argnames="host_chunk")
-def combine(coefficients: jax.Array, rows: jax.Array, host_chunk: int | None = None) -> jax.Array:
-    """`coefficients` `(m,)` times the rows `(m, *shape)` of a window leaf, summed: `(*shape)`.
-
-    Rows on the host come to the device as in `dots`.
-    """
-    if host_memory.is_on_host(rows):
-        return _combine_from_host(coefficients, rows, host_chunk or _chunk_length(rows))
+@jax.jit
+def combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
+    """`coefficients` `(m,)` times the rows `(m, *shape)` of a window leaf, summed: `(*shape)`."""
 
     def contracted(coefficients, rows):
         spec = PartitionSpec(*jax.typeof(rows).sharding.spec[1:])
@@ -179,12 +125,7 @@ def column_squares(rows: jax.Array) -> jax.Array:
 
 def _is_large_bfloat16(rows: jax.Array) -> bool:
     """Whether XLA for CPU would make a float32 copy of these rows that counts."""
-    return rows.dtype == jnp.bfloat16 and rows.size > _CHUNK_ENTRIES
-
-
-def _chunk_length(rows: jax.Array) -> int:
-    """How many of these rows are `_CHUNK_ENTRIES`, at least one."""
-    return max(1, _CHUNK_ENTRIES // max(1, math.prod(rows.shape[1:])))
+    return rows.dtype == jnp.bfloat16 and chunks.is_large(rows)
 
 
 def _combine_bfloat16(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
@@ -196,56 +137,8 @@ def _combine_bfloat16(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
         return _dot_general(own.astype(jnp.float32), chunk, ((0,), (0,)), spec)
 
     integers, total = lax.bitcast_convert_type(rows, jnp.uint16), jnp.zeros_like(rows[0], jnp.float32)
-    total = _combine_in_chunks(contract, total, coefficients, integers, _chunk_length(rows))
+    total = chunks.combine_in_chunks(contract, total, coefficients, integers, chunks.chunk_length(rows))
     return total.astype(coefficients.dtype)
-
-
-def _combine_from_host(coefficients: jax.Array, rows: jax.Array, length: int) -> jax.Array:
-    """As `combine`, for `length` rows at a time."""
-    total = jnp.zeros_like(host_memory.to_device(rows[0]), coefficients.dtype)
-
-    def contract(own, chunk):
-        return combine(own, host_memory.to_device(chunk))
-
-    return _combine_in_chunks(contract, total, coefficients, rows, length)
-
-
-def _combine_in_chunks(contract, total, coefficients: jax.Array, rows: jax.Array, length: int) -> jax.Array:
-    """`total` plus the sum of `contract(coefficients, rows)` over chunks of both."""
-
-    def add(total, chunk, start, unseen):
-        own = lax.dynamic_slice_in_dim(coefficients, start, len(chunk))
-        own = jnp.where(start + jnp.arange(len(chunk)) < unseen, 0, own)
-        return total + contract(own, chunk), None
-
-    return _over_chunks(add, total, rows, length)[0]
-
-
-def _dots_in_chunks(rows: jax.Array, x: jax.Array, dtype: jnp.dtype, length: int) -> jax.Array:
-    """As `dots`, for `length` rows at a time."""
-
-    def dot(_, chunk, *__):
-        return None, dots(host_memory.to_device(chunk), x, dtype)
-
-    _, products = _over_chunks(dot, None, rows, length)
-    # The last chunk may begin within the one before: what it has in common with that one is left out.
-    return jnp.concatenate([products[:-1].ravel(), products[-1, products.size - len(rows) :]])
-
-
-def _over_chunks(
-    step: Callable[..., tuple[Any, Any]], carry: Any, rows: jax.Array, length: int
-) -> tuple[Any, Any]:
-    """Scan `step(carry, chunk, start, unseen)` over chunks of the rows, `length` at a time.
-
-    Chunks are of one length, so the last one may `start` before `unseen`, within the chunk before.
-    """
-    m, length = len(rows), min(length, len(rows))
-
-    def body(carry, i):
-        start = jnp.minimum(i * length, m - length)
-        return step(carry, lax.dynamic_slice_in_dim(rows, start, length), start, i * length)
-
-    return lax.scan(body, carry, jnp.arange(-(-m // length)))
 
 
 def _dot_general(a: jax.Array, b: jax.Array, contracted, spec: PartitionSpec) -> jax.Array:

@@ -3,18 +3,25 @@
 The memory of an array stands in its type, so compiled steps keep it, and nobody else has to be told.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.sharding import Sharding
+
+from mfac_jax._src.rows import chunks
+from mfac_jax._src.rows.storages import Rows, Storage, main_array
 
 HOST = "pinned_host"
 
 
-def is_on_host(x) -> bool:
-    """Whether an array, traced or not, is in memory of the host."""
-    return jax.typeof(x).memory_space == jax.memory.Space.Host
+def is_on_host(tree: Any) -> bool:
+    """Whether an array of the tree, traced or not, is in memory of the host."""
+    return any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in jax.tree.leaves(tree))
 
 
 def may_be_on_host(shape: Sequence[int]) -> bool:
@@ -53,3 +60,38 @@ def _repeated(make, row, num_rows):
         return carry, jax.device_put(make(*row), jax.memory.Space.Host)
 
     return lax.scan(one, None, None, length=num_rows)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("storage", "dtype", "length"))
+def dots(storage: Storage, rows: Rows, x: jax.Array, dtype: Any, length: int | None) -> jax.Array:
+    """`storage.dots`, of rows that come to the device `length` at a time; None: 2^21 entries."""
+
+    def of_chunk(chunk):
+        return storage.dots(jax.tree.map(to_device, chunk), x, dtype)
+
+    return chunks.dots_in_chunks(of_chunk, rows, length or chunks.chunk_length(rows))
+
+
+@functools.partial(jax.jit, static_argnames=("storage", "length"))
+def combine(storage: Storage, coefficients: jax.Array, rows: Rows, length: int | None) -> jax.Array:
+    """`storage.combine`, of rows that come to the device `length` at a time; None: 2^21 entries."""
+    total = jnp.zeros_like(to_device(main_array(rows)[0]), coefficients.dtype)
+
+    def of_chunk(own, chunk):
+        return storage.combine(own, jax.tree.map(to_device, chunk))
+
+    length = length or chunks.chunk_length(rows)
+    return chunks.combine_in_chunks(of_chunk, total, coefficients, rows, length)
+
+
+def check_memory(window: optax.Params, host_chunk: int | None) -> None:
+    """Raise for a window that is not in the memory that the transform keeps it in."""
+    expected = host_chunk is not None
+    can_be = any(may_be_on_host(rows.shape[1:]) for rows in jax.tree.leaves(window))
+    if is_on_host(window) != expected and can_be:
+        memory = "pinned memory of the host" if expected else "memory of the device"
+        raise ValueError(
+            f"state must hold the window in {memory} with host_chunk={host_chunk!r}. Put it there: "
+            "jax.device_put(state, jax.tree.map(lambda x: x.sharding, tx.init(params))), or restore a "
+            "checkpoint with the shardings of mfac_jax.state_shardings; jax.pmap has no memory of the host."
+        )

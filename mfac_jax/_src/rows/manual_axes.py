@@ -1,28 +1,21 @@
-"""How the window lies inside of shard_map and pmap, where only the local shapes can be seen.
+"""How the window lies inside of shard_map and pmap, where a device sees its own part alone.
 
-The policy is that of `_mesh.split`; here a leaf's `Layout` is found again from the shapes of its parts.
+`mesh.split` has the policy. Here a leaf's `Layout` is found again, from the shapes of its parts.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
-from jax.sharding import NamedSharding
 
 from mfac_jax._src.base.trees import leaf_name
-from mfac_jax._src.rows import host_memory
 from mfac_jax._src.rows.mesh import (
     Split,
     explicit_sharding,
-    named_sharding,
     names_in,
-    row_sharding,
     split,
-    window_sharding,
     without_rows,
 )
 
@@ -61,7 +54,7 @@ def bound_axes(axis_name: AxisName) -> dict[str, int]:
 
 
 def check_bound(axis_name: AxisName) -> None:
-    """Refuse an update outside of the axes."""
+    """Raise for an update outside of the shard_map or pmap whose axes are named."""
     if axis_name is not None and not bound_axes(axis_name):
         raise ValueError(
             f"axis_name={axis_name!r} is not bound: call update inside of jax.shard_map or jax.pmap with "
@@ -79,14 +72,11 @@ def _knows_varying(axes: Mapping[str, int]) -> bool:
     return any(name in varying(lax.axis_index(name)) for name in axes)
 
 
-def layouts(updates: optax.Updates, window: optax.Params, axis_name: AxisName) -> list[Layout]:
-    """The layout of every leaf of the window, found from the local shapes."""
+def layouts(updates: optax.Updates, rows: Sequence[tuple[int, ...]], axis_name: AxisName) -> list[Layout]:
+    """The layout of every leaf of the window, whose rows have these shapes on a device."""
     axes = bound_axes(axis_name)
     leaves = jax.tree_util.tree_leaves_with_path(updates)
-    rows = jax.tree.leaves(window)
-    found = [
-        _layout_of(path, x, rows.shape[1:], axes) for (path, x), rows in zip(leaves, rows, strict=True)
-    ]
+    found = [_layout_of(path, x, row, axes) for (path, x), row in zip(leaves, rows, strict=True)]
     if not _knows_varying(axes):
         _check_replicated(leaves, found, axes)
     return found
@@ -117,10 +107,10 @@ def _layout_of(path, x: jax.Array, row: tuple[int, ...], axes: Mapping[str, int]
 def _check_replicated(
     leaves: Sequence[tuple[Any, jax.Array]], found: Sequence[Layout], axes: Mapping[str, int]
 ) -> None:
-    """Where types do not tell shards from replicated leaves, refuse what may be a shard.
+    """Raise for what may be a shard, where types do not tell shards from replicated leaves.
 
-    A window that is split over all axes is that of a replicated leaf; what the policy cannot split so
-    passes next to one of them.
+    A window that is split over all axes belongs to a replicated leaf. A leaf that the policy cannot split
+    like that passes beside one that it could.
     """
     everywhere = {name for name, size in axes.items() if size > 1}
     is_split = [set(names_in(layout.split)) == everywhere for layout in found]
@@ -136,7 +126,7 @@ def _check_replicated(
 
 
 def check_named(updates: optax.Updates, gram: jax.Array, axis_name: AxisName) -> None:
-    """Refuse a leaf that varies along a mesh axis that is not named, where the state does not."""
+    """Raise for a leaf that varies along a mesh axis that is not named, unless the state varies too."""
     known = varying(gram) | set(bound_axes(axis_name))
     for path, x in jax.tree_util.tree_leaves_with_path(updates):
         unnamed = tuple(sorted(varying(x) - known))
@@ -152,44 +142,6 @@ def local_shape(split: Split, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a row of the window on one device."""
     parts = [lax.axis_size(names) if names else 1 for names in split]
     return tuple(length // part for length, part in zip(shape, parts, strict=True))
-
-
-def empty_rows(
-    params: optax.Params,
-    dtype: Any,
-    axis_name: AxisName,
-    num_rows: int | None = None,
-    on_host: bool = False,
-) -> Any:
-    """Zeros like rows of the window, `num_rows` in front or one without an axis of rows.
-
-    They are of the dtype, or of the leaf's where that is None; sharded by the policy; local on manual axes.
-    """
-    axes = bound_axes(axis_name)
-    leading = () if num_rows is None else (num_rows,)
-
-    def zeros(leaf):
-        sharding = named_sharding(leaf)
-        row = None if sharding is None else row_sharding(leaf.shape, sharding)
-        sharding = window_sharding(row) if row is not None and num_rows is not None else row
-        sharded = tuple(name for name in axes if name in varying(leaf))
-        beyond = split(leaf.shape, {name: size for name, size in axes.items() if name not in sharded})
-        shape, varying_over = local_shape(beyond, leaf.shape), (*names_in(beyond), *sharded)
-        on_device = shape if row is None else row.shard_shape(shape)
-        if num_rows and on_host and host_memory.may_be_on_host(on_device):
-            like_row = (shape, dtype or leaf.dtype, row, varying_over)
-            outside = None if isinstance(leaf, Tracer) else sharding or getattr(leaf, "sharding", None)
-            return host_memory.zero_rows(_varying_zeros, like_row, num_rows, outside)
-        return _varying_zeros((*leading, *shape), dtype or leaf.dtype, sharding, varying_over)
-
-    return jax.tree.map(zeros, params)
-
-
-def _varying_zeros(shape, dtype, sharding: NamedSharding | None, axes: tuple[str, ...]) -> jax.Array:
-    """Zeros that vary along manual axes as what will take their place, where types tell."""
-    zeros = jnp.zeros(shape, dtype, device=sharding)
-    axes = tuple(name for name in axes if name in varying(lax.axis_index(name)))
-    return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def own_part(x: jax.Array, rows: jax.Array, split: Split) -> jax.Array:

@@ -1,7 +1,11 @@
-"""The window as a whole: its leaves grouped into blocks, on one device or split over manual mesh axes."""
+"""The window as a whole: what a step does with it, whatever its storage, blocks and place.
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+A `Plan` is made once a step, before a number is touched. Its products read the whole window; `write_row`
+puts the new row into it, in place.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,84 +13,119 @@ import optax
 from jax import lax
 
 from mfac_jax._src.base import numerics, trees
-from mfac_jax._src.rows import contractions, manual_axes
+from mfac_jax._src.rows import host_memory, manual_axes, storages
 from mfac_jax._src.rows.manual_axes import AxisName, Layout
-
-Blocks = Literal["leaf"] | Callable[[jax.tree_util.KeyPath], Hashable] | None
-
-
-def block_of_leaf(tree: optax.Params, blocks: Blocks) -> list[int]:
-    """The index of each leaf's block; blocks are numbered in the order of their first leaf."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if blocks is None:
-        return [0] * len(paths)
-    labels = range(len(paths)) if blocks == "leaf" else [blocks(path) for path in paths]
-    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    return [numbers[label] for label in labels]
+from mfac_jax._src.rows.storages import Rows, Storage, main_array
 
 
-def number_of_blocks(block_of_leaf: Sequence[int]) -> int:
-    """At least one."""
-    return max(block_of_leaf, default=0) + 1
+class Plan(NamedTuple):
+    """How the leaves of a tree meet the window.
 
-
-def blocks_of_state(gram: jax.Array, tree: optax.Params, blocks: Blocks) -> list[int]:
-    """The index of each leaf's block, after a check that the state with these Gram matrices has as many."""
-    found = block_of_leaf(tree, blocks)
-    if number_of_blocks(found) != len(gram):
-        raise ValueError(
-            f"blocks must split the tree into the {len(gram)} block(s) of the state, got "
-            f"{number_of_blocks(found)}. Pass the value of blocks given to scale_by_mfac."
-        )
-    return found
-
-
-def layouts(name: str, tree: optax.Params, window: optax.Params, axis_name: AxisName) -> list[Layout]:
-    """How each leaf of the window lies on manual axes, after a check that the tree fits the window."""
-    trees.check_tree(name, tree, window)
-    if axis_name is None:
-        trees.check_shapes(name, tree, window)
-        return [Layout.local(x.ndim) for x in jax.tree.leaves(tree)]
-    manual_axes.check_bound(axis_name)
-    return manual_axes.layouts(tree, window, axis_name)
-
-
-def map_leaves(
-    function: Callable[..., jax.Array], layouts: Sequence[Layout], tree: optax.Params, *rest: Any
-):
-    """`function(leaf, *others, split)` for every leaf of the trees."""
-    leaves, structure = jax.tree.flatten(tree)
-    others = [jax.tree.leaves(other) for other in rest]
-    splits = [layout.split for layout in layouts]
-    return jax.tree.unflatten(structure, map(function, leaves, *others, splits))
-
-
-def products(
-    window: optax.Params,
-    tree: optax.Params,
-    block_of_leaf: Sequence[int],
-    layouts: Sequence[Layout],
-    like: jax.Array,
-    newest: jax.Array | None = None,
-    host_chunk: int | None = None,
-) -> jax.Array:
-    """G x for each block, `(blocks, m)` as `like`; with x itself as the row `newest`, where that is given.
-
-    One sum over the mesh for all leaves that are spread over the same axes.
+    Attributes:
+      storage: of the rows.
+      structure: of the tree.
+      blocks: the number of each leaf's block.
+      layouts: where each leaf of the window lies on manual axes.
+      host_chunk: rows of a window on the host that come to the device at a time.
     """
-    partial: dict[tuple[str, ...], dict[int, list[jax.Array]]] = {}
-    leaves = (jax.tree.leaves(t) for t in (window, tree))
-    for block, layout, rows, x in zip(block_of_leaf, layouts, *leaves, strict=True):
-        product, square = contractions.dots(rows, x, like.dtype, host_chunk), numerics.square(x, like.dtype)
-        partial.setdefault(layout.summed, {}).setdefault(block, []).append(jnp.append(product, square))
-    total = jnp.zeros_like(like)
-    for axes, group in partial.items():
-        stacked = jnp.stack(list(map(_sum, group.values())))
-        product, square = stacked[:, :-1], stacked[:, -1:]
-        if newest is not None:
-            product = jnp.where(jnp.arange(like.shape[-1]) == newest, square, product)
-        total = total.at[jnp.asarray(list(group))].add(lax.psum(product, axes) if axes else product)
-    return total
+
+    storage: Storage
+    structure: Any
+    blocks: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    host_chunk: int | None = None
+
+    def own_parts(self, tree: optax.Updates, window: Any) -> optax.Updates:
+        """The parts of the tree that this device's part of the window belongs to."""
+        arrays = map(main_array, storages.split(self.storage, window))
+        return self._map_leaves(manual_axes.own_part, tree, arrays)
+
+    def whole(self, parts: optax.Updates, like: optax.Updates) -> optax.Updates:
+        """The tree from all devices' parts."""
+        return self._map_leaves(manual_axes.whole, parts, jax.tree.leaves(like))
+
+    def _map_leaves(self, function: Callable[..., jax.Array], tree, others) -> optax.Updates:
+        splits = [layout.split for layout in self.layouts]
+        return self.structure.unflatten(map(function, jax.tree.leaves(tree), others, splits))
+
+    def encode(self, tree: optax.Updates, window: Any) -> Any:
+        """The row of the window that stores the tree."""
+        rows = storages.split(self.storage, window)
+        encoded = map(self.storage.encode, jax.tree.leaves(tree), rows)
+        return storages.join(self.storage, self.structure, list(encoded))
+
+    def decode(self, row: Any) -> optax.Updates:
+        """The tree that a row of the window stands for."""
+        return self.structure.unflatten(map(self.storage.decode, storages.split(self.storage, row)))
+
+    def dots(
+        self, window: Any, tree: optax.Updates, like: jax.Array, newest: jax.Array | None = None
+    ) -> jax.Array:
+        """G x for each block, `(blocks, m)` as `like`; with x itself as row `newest`, where that is given.
+
+        One sum over the mesh for all leaves that are spread over the same axes.
+        """
+        # By the mesh axes that their sums are partial over, then by block.
+        partial: dict[tuple[str, ...], dict[int, list[jax.Array]]] = {}
+        leaves = (storages.split(self.storage, window), jax.tree.leaves(tree))
+        for block, layout, rows, x in zip(self.blocks, self.layouts, *leaves, strict=True):
+            product, square = self._dots_of_leaf(rows, x, like.dtype), numerics.square(x, like.dtype)
+            group = partial.setdefault(layout.summed, {})
+            group.setdefault(block, []).append(jnp.append(product, square))
+        total = jnp.zeros_like(like)
+        for axes, group in partial.items():
+            stacked = jnp.stack(list(map(_sum, group.values())))
+            product, square = stacked[:, :-1], stacked[:, -1:]
+            if newest is not None:
+                product = jnp.where(jnp.arange(like.shape[-1]) == newest, square, product)
+            total = total.at[jnp.asarray(list(group))].add(lax.psum(product, axes) if axes else product)
+        return total
+
+    def _dots_of_leaf(self, rows: Rows, x: jax.Array, dtype: Any) -> jax.Array:
+        if host_memory.is_on_host(rows):
+            return host_memory.dots(self.storage, rows, x, dtype, self.host_chunk)
+        return self.storage.dots(rows, x, dtype)
+
+    def combine(self, coefficients: jax.Array, window: Any) -> optax.Updates:
+        """G^T c, each leaf with the coefficients of its block, on each device for its part of the window.
+
+        The barrier makes the leaves wait for each other. Without it XLA for TPU would merge the
+        coefficients' broadcasts over leaves that are sharded in different ways, and exchange whole leaves.
+        """
+        combined = []
+        for block, rows in zip(self.blocks, storages.split(self.storage, window), strict=True):
+            y = self._combine_leaf(coefficients[block], rows)
+            if not manual_axes.varying(y):
+                y, coefficients = lax.optimization_barrier((y, coefficients))
+            combined.append(y)
+        return self.structure.unflatten(combined)
+
+    def _combine_leaf(self, coefficients: jax.Array, rows: Rows) -> jax.Array:
+        if host_memory.is_on_host(rows):
+            return host_memory.combine(self.storage, coefficients, rows, self.host_chunk)
+        return self.storage.combine(coefficients, rows)
+
+
+def make_plan(
+    name: str,
+    tree: optax.Updates,
+    window: Any,
+    storage: Storage,
+    blocks: Sequence[int],
+    axis_name: AxisName = None,
+    host_chunk: int | None = None,
+) -> Plan:
+    """The plan of a tree that fits the window; `name` is what errors call the tree."""
+    rows = [main_array(leaf) for leaf in storages.split(storage, window)]
+    structure = jax.tree.structure(tree)
+    trees.check_tree(name, tree, storages.first_tree(storage, window))
+    if axis_name is None:
+        trees.check_shapes(name, tree, rows)
+        layouts = [Layout.local(x.ndim) for x in jax.tree.leaves(tree)]
+    else:
+        manual_axes.check_bound(axis_name)
+        layouts = manual_axes.layouts(tree, [x.shape[1:] for x in rows], axis_name)
+    return Plan(storage, structure, tuple(blocks), tuple(layouts), host_chunk)
 
 
 def _sum(leaves: Sequence[jax.Array]) -> jax.Array:
@@ -98,45 +137,36 @@ def _sum(leaves: Sequence[jax.Array]) -> jax.Array:
     return jnp.sum(jnp.concatenate(leaves).reshape(len(leaves), -1), axis=0)
 
 
-def gram(window: optax.Params, block_of_leaf: Sequence[int], like: jax.Array) -> jax.Array:
+def gram(window: Any, storage: Storage, blocks: Sequence[int] | jax.Array, like: jax.Array) -> jax.Array:
     """The Gram matrices of the whole window, `(blocks, m, m)` as `like`."""
     total = jnp.zeros_like(like)
-    for block, rows in zip(block_of_leaf, jax.tree.leaves(window), strict=True):
-        total = total.at[block].add(contractions.gram(rows, like.dtype))
+    for block, rows in zip(blocks, storages.split(storage, window), strict=True):
+        total = total.at[block].add(storages.gram(storage, rows, like.dtype))
     return total
 
 
-def combine(
-    coefficients: jax.Array,
-    window: optax.Params,
-    block_of_leaf: Sequence[int],
-    host_chunk: int | None = None,
-) -> optax.Params:
-    """G^T c, each leaf with the coefficients of its block, on each device for its part of the window.
+@jax.jit  # a user's step may run outside of jit: there a bare lax.cond is compiled at every call
+def write_row(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any:
+    """The window with `row` at `index`, or unchanged where `accept` is false.
 
-    The barrier makes the leaves wait for each other: under automatic mesh axes XLA for TPU would merge the
-    coefficients' broadcasts over leaves that are sharded in different ways, and exchange whole leaves.
+    This is what keeps a donated step in place. `accept` has to come from the inner products with the window
+    as it was read for them: so the write waits for that reading, and XLA needs no copy. On the host the row
+    is read and written back instead: no conditional has to carry a buffer of the host, which XLA for TPU
+    can do, and for GPU was not tried.
     """
-    rows, structure = jax.tree.flatten(window)
-    combined = []
-    for block, leaf in zip(block_of_leaf, rows, strict=True):
-        y = contractions.combine(coefficients[block], leaf, host_chunk)
-        if not manual_axes.varying(y):
-            y, coefficients = lax.optimization_barrier((y, coefficients))
-        combined.append(y)
-    return jax.tree.unflatten(structure, combined)
+    if host_memory.is_on_host(window):
 
+        def put_or_keep(rows, x):
+            old = host_memory.to_device(lax.dynamic_index_in_dim(rows, index, 0))
+            new = host_memory.to_memory_of(rows, jnp.where(accept, x[None], old))
+            return lax.dynamic_update_slice_in_dim(rows, new, index, 0)
 
-def weights_by_age(newest, seen, num_grads: int, momentum, nesterov: bool, dtype) -> jax.Array:
-    """Weights `(m,)` proportional to momentum^age over the rows in use; they add up to one."""
-    age = ages(newest, num_grads)
-    momentum = jnp.asarray(momentum, dtype)
-    decayed = momentum ** age.astype(dtype)
-    weights = jnp.where(age < jnp.maximum(seen, 1), decayed, 0)
-    weights /= jnp.sum(weights)
-    return momentum * weights + (1 - momentum) * (age == 0) if nesterov else weights
+        return jax.tree.map(put_or_keep, window, row)
 
+    def write(window, row):
+        def put(rows, x):
+            return lax.dynamic_update_index_in_dim(rows, x, index, 0)
 
-def ages(newest: jax.Array, num_grads: int) -> jax.Array:
-    """The age of every row `(m,)`, zero for the newest."""
-    return (newest - jnp.arange(num_grads, dtype=newest.dtype)) % num_grads
+        return jax.tree.map(put, window, row)
+
+    return lax.cond(accept, write, lambda window, row: window, window, row)

@@ -1,0 +1,132 @@
+"""The systems of one step: one per layer, or a single one for a whole operator."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from mfac_jax._src.base import trees
+from mfac_jax._src.cgfac.layers import Factors, LayerFactors, LayerFisher
+from mfac_jax._src.cgfac.operators import Operator
+from mfac_jax._src.linalg import conjugate_gradients
+from mfac_jax._src.linalg.conjugate_gradients import Limits
+from mfac_jax._src.rows import mesh
+
+
+class SolvedLeaf(NamedTuple):
+    """A leaf of a solution, with what the state reports of its system."""
+
+    x: jax.Array
+    residual: jax.Array  # () of the dtype of x
+    iterations: jax.Array  # () int32
+    indefinite: jax.Array  # () bool
+
+
+def solve_whole(
+    operator: Operator, preconditioner: Operator | None, gradient: optax.Updates, limits: Limits
+) -> list[SolvedLeaf]:
+    """One system for all leaves."""
+
+    def on_block(operator: Operator) -> conjugate_gradients.Product:
+        def product(blocks):
+            return [jax.tree.map(lambda y, x: y.astype(x.dtype), operator(blocks[0]), blocks[0])]
+
+        return product
+
+    precondition = on_block(preconditioner or (lambda v: v))
+    found = conjugate_gradients.solve(on_block(operator), [gradient], limits, precondition)
+    return [_of_block(x, found, 0) for x in jax.tree.leaves(found.blocks[0])]
+
+
+def solve_layers(
+    factors: Factors, gradient: optax.Updates, mean_squares: jax.Array, limits: Limits, num_batches: int
+) -> list[SolvedLeaf]:
+    """A system for each layer; leaves without factors in closed form. In the order of the leaves."""
+    solve = functools.partial(_solve_layers, num_batches=num_batches)
+    return _with_automatic_axes(solve, gradient)(factors, gradient, mean_squares, limits)
+
+
+def _with_automatic_axes(
+    solve: Callable[..., list[SolvedLeaf]], gradient: optax.Updates
+) -> Callable[..., list[SolvedLeaf]]:
+    """`solve`, with XLA choosing the shardings inside of it if the gradient has explicit mesh axes.
+
+    The factors have the batch's mesh axes and the gradient its own: no type holds for all products.
+    """
+    shardings = [mesh.explicit_sharding(g) for g in jax.tree.leaves(gradient)]
+    if all(sharding is None for sharding in shardings):
+        return solve
+    scalar: Any = PartitionSpec()
+    specs: list[Any] = [scalar if sharding is None else sharding.spec for sharding in shardings]
+    found: Any = [SolvedLeaf(spec, scalar, scalar, scalar) for spec in specs]
+    automatic: Any = jax.sharding.auto_axes(solve, out_sharding=found)
+    return automatic
+
+
+@functools.partial(jax.jit, static_argnames="num_batches")  # a bare loop compiles at each call
+def _solve_layers(
+    factors: Factors, gradient: optax.Updates, mean_squares: jax.Array, limits: Limits, num_batches: int
+) -> list[SolvedLeaf]:
+    grads, damping = trees.paths_and_leaves(gradient), limits.damping
+    layers = [LayerFisher.of(of_layer, damping.dtype, num_batches) for of_layer in factors.values()]
+    matrices = [_matrix(grads, kernel, of_layer) for kernel, of_layer in factors.items()]
+    coordinates = [layer.coordinates(V) for layer, V in zip(layers, matrices, strict=True)]
+
+    def product(blocks):
+        return [layer.product(V) for layer, V in zip(layers, blocks, strict=True)]
+
+    found = conjugate_gradients.solve(product, coordinates, limits)
+    num_examples = max(len(of_layer.inputs) for of_layer in factors.values())
+    solved = {  # all leaves, in the order of the tree; layers then replace theirs
+        path: _closed_form(g, num_examples * mean_squares[number] + damping)
+        for number, (path, g) in enumerate(grads.items())
+    }
+    for number, (kernel, layer) in enumerate(zip(factors, layers, strict=True)):
+        outside = layer.outside(matrices[number], coordinates[number])
+        V = layer.vectors(found.blocks[number]) + outside / damping
+        bias = factors[kernel].bias
+        if bias is not None:
+            solved[bias] = _of_block(V[-1].reshape(grads[bias].shape), found, number)
+            V = V[:-1]
+        solved[kernel] = _of_block(V.reshape(grads[kernel].shape), found, number)
+    return list(solved.values())
+
+
+def _matrix(leaves: Mapping[str, jax.Array], kernel: str, factors: LayerFactors) -> jax.Array:
+    """The layer's part of the leaves, `(in, out)`, with its bias as last row."""
+    V = leaves[kernel].reshape(factors.inputs.shape[-1], -1)
+    if factors.bias is None:
+        return V
+    return jnp.concatenate([V, leaves[factors.bias].reshape(1, -1)])
+
+
+def _closed_form(g: jax.Array, eigenvalue: jax.Array) -> SolvedLeaf:
+    """A leaf whose damped matrix is a multiple of the identity."""
+    return SolvedLeaf(
+        g / eigenvalue, jnp.zeros_like(eigenvalue), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    )
+
+
+def _of_block(x: jax.Array, found: conjugate_gradients.Solution, number: int) -> SolvedLeaf:
+    """A leaf of the block with this number."""
+    return SolvedLeaf(x, found.residuals[number], found.iterations[number], found.indefinite[number])
+
+
+def finite_or_zero(leaf: SolvedLeaf) -> SolvedLeaf:
+    """The leaf; zeros, reported as indefinite, if an entry has overflowed."""
+    finite = jnp.all(jnp.isfinite(leaf.x))
+    residual = jnp.nan_to_num(leaf.residual)
+    return SolvedLeaf(jnp.where(finite, leaf.x, 0), residual, leaf.iterations, leaf.indefinite | ~finite)
+
+
+def reports(solved: list[SolvedLeaf]) -> dict[str, jax.Array]:
+    """What the state reports of the systems, by its fields' names."""
+    return {
+        "residuals": jnp.stack([leaf.residual for leaf in solved]),
+        "iterations": jnp.stack([leaf.iterations for leaf in solved]),
+        "indefinite": jnp.stack([leaf.indefinite for leaf in solved]),
+    }

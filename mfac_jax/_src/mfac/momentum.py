@@ -1,0 +1,21 @@
+"""Momentum over the rows of the window: which mean of them is preconditioned."""
+
+import jax
+import jax.numpy as jnp
+
+
+def weights_by_age(
+    newest: jax.Array, seen: jax.Array, num_grads: int, momentum, nesterov: bool, dtype
+) -> jax.Array:
+    """Weights `(m,)` proportional to momentum^age over the rows in use; they add up to one."""
+    age = ages(newest, num_grads)
+    momentum = jnp.asarray(momentum, dtype)
+    decayed = momentum ** age.astype(dtype)
+    weights = jnp.where(age < jnp.maximum(seen, 1), decayed, 0)
+    weights /= jnp.sum(weights)
+    return momentum * weights + (1 - momentum) * (age == 0) if nesterov else weights
+
+
+def ages(newest: jax.Array, num_grads: int) -> jax.Array:
+    """The age of every row `(m,)`, zero for the newest."""
+    return (newest - jnp.arange(num_grads, dtype=newest.dtype)) % num_grads

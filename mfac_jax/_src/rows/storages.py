@@ -1,0 +1,155 @@
+"""How the rows of the window are stored: the seam, and the storages of plain floating-point numbers.
+
+A storage sees one leaf of the parameters at a time. It says what a row of the leaf is made of, brings
+gradients into that form and back, and contracts many rows. Where the rows lie (on one device, on a mesh, in
+memory of the host) and when they are written is the window's business: `window.py`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mfac_jax._src.base import numerics
+from mfac_jax._src.rows import contractions
+
+_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+Rows = Any  # what `row` returns, each array with a leading axis of m rows
+
+
+class Storage(NamedTuple):
+    """Stores the window's rows in a form of your choice: pass it as `storage` to `scale_by_mfac`.
+
+    A row is an array or a NamedTuple of arrays, the same for all leaves. Its first array has the leaf's
+    shape, and an axis of it is sharded as the leaf's. All functions are pure, and see one leaf.
+
+    Attributes:
+      name: recorded in the state. A state is refused by a storage of another name.
+      row: from a `jax.ShapeDtypeStruct` of the leaf to those of a row.
+      encode: from a gradient (float32, or float64) and the leaf's rows to a row. A NaN has to stay one.
+      decode: from a row to the gradient that it stands for.
+      dots: `(rows, x, dtype)` to the inner products `(m,)` of the rows and x, summed up in `dtype`.
+      combine: `(coefficients, rows)` to the sum of coefficients `(m,)` times rows, in their dtype.
+      gram: `(rows, dtype)` to the inner products `(m, m)`. None: from `dots`, a row at a time.
+      map: `(function, rows)` to the rows of `function(gradient)`. None: by `encode` and `decode`, a row at
+        a time.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mfac_jax
+      >>> half = mfac_jax.components.Storage(
+      ...   name='float16',
+      ...   row=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float16),
+      ...   encode=lambda x, rows: x.astype(jnp.float16),
+      ...   decode=lambda row: row.astype(jnp.float32),
+      ...   dots=lambda rows, x, dtype: jnp.einsum('mi,i->m', rows.astype(dtype), x),
+      ...   combine=lambda c, rows: jnp.einsum('m,mi->i', c, rows.astype(c.dtype)),
+      ... )
+      >>> state = mfac_jax.scale_by_mfac(num_grads=4, storage=half).init(jnp.zeros(3))
+      >>> state.window.dtype
+      dtype('float16')
+    """
+
+    name: str
+    row: Callable[[jax.ShapeDtypeStruct], Any]
+    encode: Callable[[jax.Array, Rows], Any]
+    decode: Callable[[Any], jax.Array]
+    dots: Callable[[Rows, jax.Array, Any], jax.Array]
+    combine: Callable[[jax.Array, Rows], jax.Array]
+    gram: Callable[[Rows, Any], jax.Array] | None = None
+    map: Callable[[Callable[[jax.Array], jax.Array], Rows], Rows] | None = None
+
+
+@functools.cache  # one object for each dtype: compiled functions take storages as static arguments
+def floats(dtype: Any = None) -> Storage:
+    """Rows as plain arrays of the dtype; None: that of each leaf."""
+    return Storage(
+        name="None" if dtype is None else jnp.dtype(dtype).name,
+        row=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype),
+        encode=lambda x, rows: numerics.narrow(x, rows.dtype),
+        decode=lambda row: row,
+        dots=contractions.dots,
+        combine=contractions.combine,
+        gram=contractions.gram,
+        map=lambda function, rows: function(rows),
+    )
+
+
+def as_storage(storage: Any) -> Storage:
+    """A storage from what users pass: None, a dtype, or a storage."""
+    if isinstance(storage, Storage):
+        return storage
+    try:
+        found = None if storage is None else jnp.dtype(storage)
+    except TypeError:
+        found = storage
+    if found is not None and found not in _DTYPES:
+        raise ValueError(
+            "storage must be None, jnp.float32, jnp.bfloat16 or a mfac_jax.components.Storage, got "
+            f"{storage!r}. Pass jnp.bfloat16 for a window of half the size."
+        )
+    return floats(found)
+
+
+def by_name(name: str) -> Storage | None:
+    """The storage that a state of this name was made with; None where it is a user's own."""
+    return {storage.name: storage for storage in map(floats, (None, *_DTYPES))}.get(name)
+
+
+def gram(storage: Storage, rows: Rows, dtype: Any) -> jax.Array:
+    """The inner products `(m, m)` of the rows."""
+    if storage.gram is not None:
+        return storage.gram(rows, dtype)
+
+    def dots_of_row(row):
+        return storage.dots(rows, storage.decode(row).astype(dtype), dtype)
+
+    return lax.map(dots_of_row, rows)
+
+
+def map_rows(storage: Storage, function: Callable[[jax.Array], jax.Array], rows: Rows) -> Rows:
+    """The rows of what the function makes of each gradient."""
+    if storage.map is not None:
+        return storage.map(function, rows)
+
+    def one(row):
+        return storage.encode(function(storage.decode(row)), rows)
+
+    return lax.map(one, rows)
+
+
+def main_array(rows: Rows) -> jax.Array:
+    """The array of the rows that has the axes of the leaf: the first."""
+    return jax.tree.leaves(rows)[0]
+
+
+def split(storage: Storage, window: Any) -> list[Rows]:
+    """The rows of each leaf.
+
+    The window is the storage's structure with a tree like the parameters at each of its arrays: so
+    `optax.tree.map_params` finds trees like the parameters in it.
+    """
+    outer = _structure(storage)
+    arrays = (jax.tree.leaves(tree) for tree in outer.flatten_up_to(window))
+    return [outer.unflatten(leaf) for leaf in zip(*arrays, strict=True)]
+
+
+def first_tree(storage: Storage, window: Any) -> Any:
+    """A tree like the parameters out of the window."""
+    return _structure(storage).flatten_up_to(window)[0]
+
+
+def join(storage: Storage, structure: Any, rows: Sequence[Rows]) -> Any:
+    """The window, or a row of it, from those of each leaf; `structure` is that of the parameters."""
+    outer = _structure(storage)
+    arrays = [outer.flatten_up_to(leaf) for leaf in rows]
+    return outer.unflatten(
+        structure.unflatten([leaf[number] for leaf in arrays]) for number in range(outer.num_leaves)
+    )
+
+
+def _structure(storage: Storage) -> Any:
+    """That of a row; asked of a leaf made up for it, since there may be none."""
+    return jax.tree.structure(storage.row(jax.ShapeDtypeStruct((8, 8), jnp.float32)))

@@ -1,0 +1,94 @@
+"""Zeros like the parameters, for `init`: sharded by the policy of `mesh.py`, local on manual axes."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from mfac_jax._src.rows import host_memory, storages
+from mfac_jax._src.rows.manual_axes import AxisName, bound_axes, local_shape, varying
+from mfac_jax._src.rows.mesh import (
+    named_sharding,
+    names_in,
+    replicated,
+    row_sharding,
+    split,
+    window_sharding,
+)
+from mfac_jax._src.rows.storages import Storage
+
+
+class _Part(NamedTuple):
+    """The part of a leaf that a row of the window has here.
+
+    Attributes:
+      shape: on manual axes that of one device, else that of the whole leaf.
+      sharding: of a row; None where the leaf lies on no mesh.
+      varies_over: the manual axes along which devices have different parts.
+    """
+
+    shape: tuple[int, ...]
+    sharding: NamedSharding | None
+    varies_over: tuple[str, ...]
+
+
+def _part_of(leaf: Any, axes: Mapping[str, int]) -> _Part:
+    sharding = named_sharding(leaf)
+    row = None if sharding is None else row_sharding(leaf.shape, sharding)
+    sharded = tuple(name for name in axes if name in varying(leaf))
+    beyond = split(leaf.shape, {name: size for name, size in axes.items() if name not in sharded})
+    return _Part(local_shape(beyond, leaf.shape), row, (*names_in(beyond), *sharded))
+
+
+def empty_row(params: optax.Params, dtype: Any, axis_name: AxisName) -> optax.Params:
+    """Zeros like a row of the window before it is encoded: what metrics keep for each entry."""
+    axes = bound_axes(axis_name)
+
+    def zeros(leaf):
+        part = _part_of(leaf, axes)
+        return _varying_zeros(part.shape, dtype, part.sharding, part.varies_over)
+
+    return jax.tree.map(zeros, params)
+
+
+def empty_window(
+    params: optax.Params, storage: Storage, num_grads: int, axis_name: AxisName, on_host: bool
+) -> Any:
+    """A window of rows of zeros; on the host where it may be."""
+    axes = bound_axes(axis_name)
+
+    def rows_of(leaf):
+        part = _part_of(leaf, axes)
+        row = storage.row(jax.ShapeDtypeStruct(part.shape, leaf.dtype))
+        return jax.tree.map(lambda array: _empty_rows(array, leaf, part, num_grads, on_host), row)
+
+    leaves, structure = jax.tree.flatten(params)
+    return storages.join(storage, structure, [rows_of(leaf) for leaf in leaves])
+
+
+def _empty_rows(
+    row: jax.ShapeDtypeStruct, leaf: Any, part: _Part, num_grads: int, on_host: bool
+) -> jax.Array:
+    """Of one array that a row of the leaf is made of. Such an array has the leaf's axes, or is whole."""
+    own = part.sharding
+    if own is not None and row.shape != part.shape:
+        own = replicated(own.mesh, len(row.shape))
+    sharding = None if own is None else window_sharding(own)
+    on_device = row.shape if own is None else own.shard_shape(row.shape)
+    if on_host and host_memory.may_be_on_host(on_device):
+        like_row = (row.shape, row.dtype, own, part.varies_over)
+        outside = None if isinstance(leaf, Tracer) else sharding or getattr(leaf, "sharding", None)
+        return host_memory.zero_rows(_varying_zeros, like_row, num_grads, outside)
+    return _varying_zeros((num_grads, *row.shape), row.dtype, sharding, part.varies_over)
+
+
+def _varying_zeros(shape, dtype, sharding: NamedSharding | None, axes: tuple[str, ...]) -> jax.Array:
+    """Zeros that vary along manual axes as what will take their place, where types tell."""
+    zeros = jnp.zeros(shape, dtype, device=sharding)
+    axes = tuple(name for name in axes if name in varying(lax.axis_index(name)))
+    return lax.pcast(zeros, axes, to="varying") if axes else zeros

@@ -1,0 +1,217 @@
+"""Blocks of the inverse Fisher matrix, in stacks of one size: what each holds, and what follows from it.
+
+With the gradients of a block as rows of G `(m, d)`, A any root with A^T A = (G G^T + m damping I)^-1, and
+W = A G, everything follows from W:
+
+    F^-1 = (I - W^T W) / damping,    F = damping I + G^T G / m.
+
+A block with at most m entries holds its own inverse instead, `(d, d)`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mfac_jax._src.linalg.gram import inverse_root
+from mfac_jax._src.rows import contractions
+from mfac_jax._src.rows.blocks import Blocks, block_of_leaf, number_of_blocks
+
+
+class Place(NamedTuple):
+    """Which entries of the tree belong to a stack of blocks.
+
+    Attributes:
+      leaves: their numbers, in the order of `jax.tree.leaves`.
+      shapes: of these leaves.
+      size: entries of a block, if one leaf is cut into several; None if all leaves are one block.
+    """
+
+    leaves: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    size: int | None
+
+    @property
+    def entries(self) -> int:
+        """Of all leaves together."""
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def block_size(self) -> int:
+        """Entries of a block. The last block of a leaf may have fewer, with zeros at its end."""
+        return self.entries if self.size is None else self.size
+
+    def flat(self, xs: Sequence[jax.Array]) -> jax.Array:
+        """The entries of the leaves, `(blocks, block_size)`."""
+        flat = jnp.concatenate([x.ravel() for x in xs])
+        padding = -flat.size % max(1, self.block_size)
+        return jnp.pad(flat, (0, padding)).reshape(-1 if flat.size else 1, self.block_size)
+
+    def unflat(self, blocks: jax.Array) -> list[jax.Array]:
+        """The leaves from what `flat` made of them."""
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])
+        parts = jnp.split(blocks.ravel()[: self.entries], ends[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def positions(self, leaf: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """Where entries of the tree, given by leaf and offset in it, stand in this place; -1: nowhere."""
+        starts = np.cumsum([0, *map(math.prod, self.shapes)])
+        found = np.full(len(leaf), -1)
+        for number, start in zip(self.leaves, starts[:-1], strict=True):
+            found = np.where(leaf == number, start + offset, found)
+        return found
+
+
+def places(grads: optax.Params, blocks: Blocks | int) -> tuple[Place, ...]:
+    """The places of the stacks that the leaves are split into."""
+    shapes = [g.shape[1:] for g in jax.tree.leaves(grads)]
+    if isinstance(blocks, int):
+        return tuple(
+            Place((i,), (shape,), max(1, min(blocks, math.prod(shape)))) for i, shape in enumerate(shapes)
+        )
+    block = block_of_leaf(grads, blocks)
+    groups = [np.flatnonzero(np.equal(block, number)) for number in range(number_of_blocks(block))]
+    return tuple(Place(tuple(group.tolist()), tuple(shapes[i] for i in group), None) for group in groups)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Narrow:
+    """Blocks with at most as many entries as there are gradients.
+
+    Attributes:
+      place: where they are.
+      inverse: F^-1 of each block, `(blocks, block_size, block_size)`.
+    """
+
+    place: Place = dataclasses.field(metadata={"static": True})
+    inverse: jax.Array
+
+    @classmethod
+    def make(cls, place: Place, grads: Sequence[jax.Array], damping: jax.Array) -> "Narrow":
+        m = len(grads[0])
+        rows = jax.vmap(place.flat, out_axes=1)(list(grads)).astype(damping.dtype)  # (blocks, m, size)
+        # A contraction over the gradients: m F - m damping I.
+        fisher = jax.vmap(lambda G: contractions.gram(G.T, damping.dtype))(rows)
+        root = inverse_root(fisher, m * damping)
+        return cls(place, m * jnp.einsum("bki,bkj->bij", root, root, precision=jax.lax.Precision.HIGHEST))
+
+    def ihvp(self, xs: Sequence[jax.Array], damping: jax.Array) -> list[jax.Array]:
+        """The products of the blocks with the leaves."""
+        del damping
+        x = self.place.flat(xs).astype(self.inverse.dtype)
+        product = jnp.einsum("bij,bj->bi", self.inverse, x, precision=jax.lax.Precision.HIGHEST)
+        return self.place.unflat(product)
+
+    def diagonal(self, damping: jax.Array) -> list[jax.Array]:
+        """The diagonals, as leaves."""
+        del damping
+        return self.place.unflat(jnp.diagonal(self.inverse, axis1=-2, axis2=-1))
+
+    def submatrix(self, positions: np.ndarray, damping: jax.Array) -> jax.Array:
+        """The entries at all pairs of positions."""
+        del damping
+        block, i = np.divmod(positions, self.place.block_size)
+        same = block[:, None] == block
+        return jnp.where(same, self.inverse[block[:, None], i[:, None], i], 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Wide:
+    """Blocks with more entries than there are gradients.
+
+    Attributes:
+      place: where they are.
+      rows: W, `(blocks, m, block_size)` if a leaf is cut, else `(1, m, *shape)` for each leaf.
+    """
+
+    place: Place = dataclasses.field(metadata={"static": True})
+    rows: tuple[jax.Array, ...]
+
+    @classmethod
+    def make(cls, place: Place, grads: Sequence[jax.Array], damping: jax.Array) -> "Wide":
+        if place.size is None:  # leaves keep their axes: no copy of G with other axes
+            rows = [g[None].astype(damping.dtype) for g in grads]
+        else:
+            rows = [jax.vmap(place.flat, out_axes=1)(list(grads)).astype(damping.dtype)]
+        m = len(grads[0])
+        gram = _total(_each_block(lambda G: contractions.gram(G, damping.dtype), G) for G in rows)
+        root = inverse_root(gram, m * damping)
+        return cls(place, tuple(_each_block(contractions.mix, root, G) for G in rows))
+
+    def _split(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """The leaves with the leading axes of `rows`."""
+        return [x[None] for x in xs] if self.place.size is None else [self.place.flat(xs)]
+
+    def _join(self, ys: Sequence[jax.Array]) -> list[jax.Array]:
+        """The leaves from what `_split` made of them."""
+        return [y[0] for y in ys] if self.place.size is None else self.place.unflat(ys[0])
+
+    def ihvp(self, xs: Sequence[jax.Array], damping: jax.Array) -> list[jax.Array]:
+        """The products of the blocks with the leaves."""
+        xs = [x.astype(damping.dtype) for x in self._split(xs)]
+        dots = lambda W, x: contractions.dots(W, x, damping.dtype)  # noqa: E731
+        inner = _total(_each_block(dots, W, x) for W, x in zip(self.rows, xs, strict=True))
+        inside = [_each_block(contractions.combine, inner, W) for W in self.rows]
+        return self._join([(x - y) / damping for x, y in zip(xs, inside, strict=True)])
+
+    def diagonal(self, damping: jax.Array) -> list[jax.Array]:
+        """The diagonals, as leaves: at least the rounding noise, if gradients span a coordinate."""
+        noise = jnp.finfo(damping.dtype).eps
+        squares = [_each_block(contractions.column_squares, W) for W in self.rows]
+        return self._join([jnp.maximum(1 - s, noise) / damping for s in squares])
+
+    def submatrix(self, positions: np.ndarray, damping: jax.Array) -> jax.Array:
+        """The entries at all pairs of positions."""
+        if self.place.size is None:
+            same, columns = np.ones((len(positions),) * 2, bool), self._columns_of_leaves(positions)
+        else:
+            block, i = np.divmod(positions, self.place.size)
+            same, columns = block[:, None] == block, self.rows[0][block, :, i]
+        inside = jnp.matmul(columns, columns.T, precision=jax.lax.Precision.HIGHEST)
+        equal = positions[:, None] == positions
+        return jnp.where(same, equal - inside, 0) / damping
+
+    def _columns_of_leaves(self, positions: np.ndarray) -> jax.Array:
+        """W at the positions, `(positions, m)`."""
+        starts = np.cumsum([0, *map(math.prod, self.place.shapes)])
+        leaf = np.searchsorted(starts, positions, side="right") - 1
+        columns = jnp.zeros((len(positions), self.rows[0].shape[1]), self.rows[0].dtype)
+        for number, (rows, shape) in enumerate(zip(self.rows, self.place.shapes, strict=True)):
+            chosen = np.flatnonzero(leaf == number)
+            if len(chosen):
+                index = np.unravel_index(positions[chosen] - starts[number], shape) if shape else ()
+                # One gather, its first axis the positions: `rows[0]` would copy the leaf.
+                columns = columns.at[chosen].set(rows[(0, slice(None), *index)])
+        return columns
+
+
+def _total(terms: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, terms)
+
+
+def _each_block(function: Callable[..., jax.Array], *stacks: jax.Array) -> jax.Array:
+    """`function` for each block of the stacks; without a batch axis for a single block, which is faster."""
+    if len(stacks[0]) == 1:
+        return function(*(stack[0] for stack in stacks))[None]
+    return jax.vmap(function)(*stacks)
+
+
+@functools.partial(jax.jit, static_argnames="places")
+def make(
+    leaves: Sequence[jax.Array], damping: jax.Array, places: tuple[Place, ...]
+) -> tuple[Narrow | Wide, ...]:
+    """The stacks at these places, each narrow or wide by the size of its blocks."""
+
+    def stack(place: Place) -> Narrow | Wide:
+        kind = Narrow if place.block_size <= len(leaves[0]) else Wide
+        return kind.make(place, [leaves[i] for i in place.leaves], damping)
+
+    return tuple(stack(place) for place in places)

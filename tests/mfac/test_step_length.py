@@ -1,0 +1,127 @@
+"""The factor that is learned on the update's length, against its rule written out in NumPy."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfac_jax import scale_by_mfac
+from tests.mfac.dense_streams import (
+    ONE_BLOCKING,
+    as_flat,
+    as_tree,
+    dense_run,
+    jitted_run,
+    stream,
+    worst_error,
+)
+
+slow = pytest.mark.slow
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+
+
+def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float) -> np.ndarray:
+    """What `log_step` should be after each gradient, as long as the window wraps never."""
+    log_steps, mean = [0.0], 0.0
+    for step in range(1, len(grads)):
+        newest = cosine(grads[step], directions[step - 1])
+        share = max(0.05, 1 / step)
+        mean += share * (newest - mean)
+        pairs = [cosine(grads[i], grads[j]) for i in range(step + 1) for j in range(i)]
+        noise = np.sqrt(np.mean(np.square(pairs)) * share / (2 - share))
+        significant = np.sign(mean) * max(abs(mean) - 2 * noise, 0)
+        newer, older = np.array_split(np.log(np.sum(grads[step::-1] ** 2, axis=1)), 2)
+        difference = older.mean() - newer.mean()
+        standard_error = np.sqrt(sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0 for x in (newer, older)))
+        shrinkage = np.sign(difference) * (1 - np.exp(-max(abs(difference) - standard_error, 0)))
+        beyond = significant + 0.06 * shrinkage - 0.005
+        move = newest + 0.06 if log_steps[-1] < np.log(5) else beyond
+        log_steps.append(np.clip(log_steps[-1] + rate * move, -np.log(30), np.log(30)))
+    return np.array(log_steps)
+
+
+@ONE_BLOCKING
+def test_the_step_factor_follows_the_cosine_of_gradient_and_last_update(x64, blocks):
+    signs = np.where(np.arange(40) < 8, 1, (-1) ** np.arange(40))  # along the updates, then against them
+    grads = stream(40) / 3 + signs[:, None] * stream(1, seed=1)
+    plain = dense_run(grads, 40, lambda step: 0.5, 0.3, blocks)
+    tx = scale_by_mfac(40, 0.5, window_momentum=0.3, blocks=blocks, step_adaptation=1.0)
+    updates, state = jitted_run(tx, as_tree(grads))
+    log_steps = adapted_log_steps(grads, plain, 1.0)
+    assert log_steps.max() > np.log(5)
+    assert log_steps[-1] < log_steps.max()
+    np.testing.assert_allclose(state.log_step, log_steps[-1], rtol=1e-9)
+    assert worst_error(as_flat(updates), np.exp(log_steps)[:, None] * plain) < 1e-9
+
+
+def noise(norms: str, dimensions: int) -> np.ndarray:
+    """Unrelated gradients; a bound on the step's length is all they can teach."""
+    rng = np.random.default_rng(0)
+    lengths = {
+        "equal": np.ones(2000),
+        "spread": np.exp(rng.standard_normal(2000)),
+        "outliers": np.where(rng.random(2000) < 0.02, 30, 1),
+        "waves": np.where(np.arange(2000) % 100 < 50, 3, 1),
+    }[norms]
+    return (lengths[:, None] * rng.standard_normal((2000, dimensions))).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="num_grads")
+def log_steps_of(num_grads, grads):
+    tx = scale_by_mfac(num_grads, 0.2, relative_damping=True, window_momentum=0.9, step_adaptation=0.3)
+
+    def step(state, gradient):
+        state = tx.update(gradient, state)[1]
+        return state, optax.tree.get(state, "log_step")
+
+    return jax.lax.scan(step, tx.init(grads[0]), grads)[1]
+
+
+@pytest.mark.parametrize(
+    ("num_grads", "dimensions"),
+    [(4, 64), *(pytest.param(*case, marks=slow) for case in [(4, 2), (64, 2), (64, 64)])],
+)
+@pytest.mark.parametrize("norms", ["equal", "spread", "outliers", "waves"])
+def test_the_step_factor_does_not_grow_on_noise(norms, num_grads, dimensions):
+    log_steps = log_steps_of(num_grads, noise(norms, dimensions))
+    assert np.log(4) < np.median(log_steps[1000:]) < np.log(8)
+    assert log_steps.max() < np.log(20)
+
+
+@pytest.mark.parametrize(("sign", "factor"), [(1, 30), (-1, 1 / 30)])
+def test_the_step_factor_stays_in_its_band(sign, factor):
+    """Equal gradients point along every update; alternating ones against every other."""
+    grads = noise("equal", 64)[:1] * np.float32(sign) ** np.arange(2000, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(np.exp(log_steps_of(4, grads)[-1]), factor, rtol=1e-5)
+
+
+@slow
+@pytest.mark.parametrize(("num_grads", "factors"), [(2, (30, 1 / 30)), (1, (1, 1))])
+def test_the_step_factor_of_a_short_window_stays_in_its_band(num_grads, factors):
+    """In a window of one row the last update's gradient is gone when the next one comes."""
+    g, tx = stream(1)[0].astype(np.float32), scale_by_mfac(num_grads, 0.05, step_adaptation=1.0)
+    for sign, factor in zip((1, -1), factors, strict=True):
+        grads = np.stack([g * sign**step for step in range(200)])
+        _, state = jitted_run(tx, as_tree(grads))
+        np.testing.assert_allclose(np.exp(state.log_step), factor, rtol=1e-5)
+
+
+@slow
+def test_the_step_factor_grows_while_gradients_shrink():
+    shrinking = noise("spread", 64) * np.exp(-np.arange(2000) / 50, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(np.exp(log_steps_of(64, shrinking)[999]), 30, rtol=1e-5)
+
+
+@slow
+def test_a_schedule_of_nan_does_not_poison_the_state():
+    tx = scale_by_mfac(4, lambda count: jnp.nan, step_adaptation=lambda count: jnp.nan)
+    updates, state = jitted_run(tx, as_tree(stream(6)))
+    chex.assert_tree_all_finite((updates, state))
+    assert state.log_step == 0
