@@ -45,7 +45,7 @@ SIZES = {
 
 
 class Case(NamedTuple):
-    """What is compiled for a topology; `tensor` devices are along that axis, all others along fsdp."""
+    """What to compile for a topology: `tensor` devices along that axis, all others along fsdp."""
 
     size: str = "1b"
     num_grads: int = 1024
@@ -93,7 +93,7 @@ class Options:
 
 
 def make_mesh(topology: str, tensor: int) -> Mesh:
-    """All devices of the topology, `tensor` of them along that axis."""
+    """Make the mesh of all devices of the topology, `tensor` of them along that axis."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     shape = (len(devices) // tensor, tensor)
     grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
@@ -101,7 +101,7 @@ def make_mesh(topology: str, tensor: int) -> Mesh:
 
 
 def train_step(graph, tx, activations, params, state, tokens):
-    """One step; the loss too."""
+    """Take one step; return the loss too."""
     loss = functools.partial(pod.loss, graph, activations=activations)
     value, gradients = jax.value_and_grad(loss)(params, tokens)
     updates, state = tx.update(gradients, state, params)
@@ -109,7 +109,7 @@ def train_step(graph, tx, activations, params, state, tokens):
 
 
 def measure_update(tx: optax.GradientTransformation, params: Any, shardings: Any) -> dict[str, Any]:
-    """Compile the update alone; figures of one device."""
+    """Compile the update alone; return the figures of one device."""
     state_shardings = mfac_jax.state_shardings(tx, params, shardings)
     state = placed(jax.eval_shape(tx.init, params), state_shardings)
     params = placed(params, shardings)
@@ -118,14 +118,14 @@ def measure_update(tx: optax.GradientTransformation, params: Any, shardings: Any
 
 
 def transformer(topology: str, size: pod.Size, tensor: int):
-    """The mesh of a topology; the model's graph, the shapes of its parameters and their shardings."""
+    """Make a topology's mesh, and the model's graph, parameter shapes and shardings."""
     mesh = make_mesh(topology, tensor)
     graph, shapes = pod.abstract(size, jnp.dtype(jnp.bfloat16))
     return mesh, graph, shapes, nnx.get_named_sharding(shapes, mesh)
 
 
 def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: int) -> dict[str, Any]:
-    """Compile the whole step, and M-FAC's alone; a line of the table."""
+    """Compile the whole step and M-FAC's alone; return a line of the table."""
     mesh, graph, shapes, shardings = transformer(topology, size, tensor)
     tx = mfac_jax.mfac(3e-3, num_grads)
     state_shardings = mfac_jax.state_shardings(tx, shapes, shardings)
