@@ -65,14 +65,14 @@ class Options:
 
 
 def tuning(options: Options, problem: str, optimizer: str) -> list[Run]:
-    """A run with seed 0 for every rate of the grid."""
+    """List a run with seed 0 for every rate of the grid."""
     data = "given" if options.data_dir and "digits" not in problem else "default"
     rates = opt.rates(opt.RATES[optimizer], problem)
     return [Run("tuning", problem, optimizer, rate, None, 0, data, options.steps) for rate in rates]
 
 
 def grid(options: Options, problem: str) -> list[Run]:
-    """The scan of --grid on the problem."""
+    """List the runs of --grid on the problem."""
     runs = []
     for optimizer, rates in opt.GRID_RATES.items():
         first = tuning(options, problem, optimizer)[0]._replace(study="grid")
@@ -82,7 +82,7 @@ def grid(options: Options, problem: str) -> list[Run]:
 
 
 def variants(options: Options, problem: str) -> list[Run]:
-    """The runs of --variants on the problem."""
+    """List the runs of --variants on the problem."""
     first = tuning(options, problem, "mfac")[0]._replace(study="variants")
     names = (*opt.VARIANTS, *opt.IDEAS)
     rates = opt.rates(opt.VARIANT_RATES, problem)

@@ -104,7 +104,7 @@ class Data(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is asked for."""
+    """One pruning: a method, a sparsity, a pattern and a seed."""
 
     method: str
     sparsity: float
@@ -113,7 +113,7 @@ class Request(NamedTuple):
 
 
 def pruned(network: Network, data: Data, request: Request) -> Network:
-    """The pruned network, with the statistics that its last gradients were taken with."""
+    """Prune the network; it keeps the statistics that its last gradients were taken with."""
     method, random, stats = METHODS[request.method], np.random.default_rng(request.seed), network.stats
     masks = prune_resnet20.prunable(network.params, request.pattern)
 
@@ -142,7 +142,7 @@ def pruned(network: Network, data: Data, request: Request) -> Network:
 
 
 def measure(network: Network, data: Data, request: Request) -> dict[str, Any]:
-    """Accuracy and loss of a method's result, with its statistics and with statistics estimated again."""
+    """Prune, and measure accuracy and loss with both kinds of statistics."""
     result, seconds = timing.stopwatch(pruned, network, data, request)
     again = resnet20.with_new_stats(result, data.images[:IMAGES], jax.random.key(request.seed))
     line: dict[str, Any] = {**request._asdict(), "seconds": round(seconds, 1)}
@@ -153,7 +153,7 @@ def measure(network: Network, data: Data, request: Request) -> dict[str, Any]:
 
 
 def table(lines: list[dict[str, Any]], statistics: str) -> str:
-    """Accuracies in percent, mean and standard deviation over the seeds, as Markdown."""
+    """Write the accuracies as Markdown: percent, mean and standard deviation over the seeds."""
     kinds = sorted({(line["pattern"] or "", line["sparsity"]) for line in lines})
     rows = []
     for method in METHODS:
@@ -170,14 +170,14 @@ def table(lines: list[dict[str, Any]], statistics: str) -> str:
 def accuracies(
     lines: list[dict[str, Any]], statistics: str, method: str, pattern: str, sparsity: float
 ) -> np.ndarray:
-    """Of the runs of a method with this pattern, empty for none, and this sparsity."""
+    """Find the accuracies of all runs of a method at a sparsity; no pattern is an empty text."""
     wanted = (method, pattern, sparsity)
     own = [line for line in lines if (line["method"], line["pattern"] or "", line["sparsity"]) == wanted]
     return np.array([line[f"accuracy_{statistics}"] for line in own])
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy over sparsity of the methods of the table, with both kinds of statistics."""
+    """Draw accuracy over sparsity for the methods of `TABLE`, with both kinds of statistics."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     titles = {
         "kept": "batch statistics as the method leaves them",
@@ -197,7 +197,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def read_data(data_dir: Path) -> tuple[Network, Data]:
-    """The network and the images."""
+    """Read the network and the images."""
     arrays = cifar10_data.load(data_dir)
     parts = (
         arrays.images,

@@ -40,7 +40,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure with so many axes, two in a row."""
+    """Make a figure with so many axes, two in a row."""
     rows = math.ceil(count / 2)
     figure, grid = plt.subplots(rows, 2, figsize=(10, 3 * rows + 0.8), layout="constrained", squeeze=False)
     for axes in grid.flat[count:]:
@@ -49,7 +49,7 @@ def panels(count: int) -> tuple[Any, list[Any]]:
 
 
 def finish(figure, path: Path) -> None:
-    """One legend above all panels, and a file of 256 colours: a third of the size."""
+    """Put one legend above all panels, and write a file of 256 colours: a third of the size."""
     entries = {}
     for axes in figure.axes:
         entries |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
@@ -62,7 +62,7 @@ def finish(figure, path: Path) -> None:
 
 
 def log_if_wide(axes) -> None:
-    """A logarithmic y axis where the lines span more than a factor of 100."""
+    """Make the y axis logarithmic if the lines span more than a factor of 100."""
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
     values = values[np.isfinite(values) & (values > 0)]
     if len(values) and values.max() > 100 * values.min():
@@ -73,7 +73,7 @@ def log_if_wide(axes) -> None:
 
 
 def plot_curves(problems: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> None:
-    """Training loss against steps and seconds: mean and range over the seeds of each optimizer's runs."""
+    """Draw training loss over steps and over seconds: mean and range over each optimizer's seeds."""
     figure, grid = panels(2 * len(problems))
     pairs = zip(grid[::2], grid[1::2], strict=True)
     for (left, right), (problem, own) in zip(pairs, problems.items(), strict=True):
@@ -101,14 +101,14 @@ def plot_curves(problems: Mapping[str, Mapping[str, Sequence[Record]]], path: Pa
 
 
 def loss_at(run: Record, part: float) -> float:
-    """The training loss after this part of the steps; that before the first where it diverged."""
+    """The training loss after this part of the steps; if it diverged, the loss before the first."""
     evaluations = run["evaluations"]
     loss = evaluations[min(int(part * len(evaluations)), len(evaluations) - 1)]["train_loss"]
     return evaluations[0]["train_loss"] if loss is None else loss
 
 
 def draw_curve(axes, name: str, runs: Sequence[Record], axis: str) -> None:
-    """One optimizer's line and band."""
+    """Draw one optimizer's line and band."""
     first = int(axis == "seconds")  # at zero seconds there is no logarithm
     length = min(len(run["evaluations"]) for run in runs)
     evaluations = [run["evaluations"][first:length] for run in runs]
@@ -124,7 +124,7 @@ def draw_curve(axes, name: str, runs: Sequence[Record], axis: str) -> None:
 
 
 def plot_scans(problems: Mapping[str, Mapping[str, Scan]], starts: Mapping[str, float], path: Path) -> None:
-    """Final training loss against the peak rate, a panel a problem; `starts`: losses before training."""
+    """Draw final loss over peak rate, one panel per problem; `starts` are losses before training."""
     figure, grid = panels(len(problems))
     for axes, (problem, scans) in zip(grid, problems.items(), strict=True):
         draw_scans(axes, {name: (scan, STYLES[name]) for name, scan in scans.items()}, starts[problem])
@@ -134,7 +134,7 @@ def plot_scans(problems: Mapping[str, Mapping[str, Scan]], starts: Mapping[str, 
 
 
 def draw_scans(axes, scans: Mapping[str, tuple[Scan, dict]], start: float) -> None:
-    """Loss against rate; what diverged or ended above the start is drawn at the start's loss."""
+    """Draw loss over rate. What diverged or ended above the start stands at the start's loss."""
     for scan, style in scans.values():
         axes.plot(list(scan), [min(loss, start) for loss in scan.values()], lw=1.4, ms=5, **style)
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="final training loss")
@@ -145,7 +145,7 @@ def draw_scans(axes, scans: Mapping[str, tuple[Scan, dict]], start: float) -> No
 def plot_grids(
     problems: Mapping[str, Mapping[float | None, Scan]], starts: Mapping[str, float], path: Path
 ) -> None:
-    """Rate times damping of M-FAC, and beside it the same as lines with AdamW's, which has no damping."""
+    """Draw M-FAC's loss over rate and damping, and beside it as lines with AdamW's."""
     figure, grid = panels(2 * len(problems))
     pairs = zip(grid[::2], grid[1::2], strict=True)
     for (left, right), (problem, scans) in zip(pairs, problems.items(), strict=True):
@@ -166,7 +166,7 @@ def plot_grids(
 
 
 def draw_heat_map(figure, axes, scans: Mapping[float, Scan]) -> None:
-    """The logarithm of the loss as colour, the loss as text; an x where a run diverged."""
+    """Draw the logarithm of the loss as colour and the loss as text; x for a run that diverged."""
     rates = sorted({rate for scan in scans.values() for rate in scan})
     losses = np.array([[scan.get(rate, math.nan) for rate in rates] for scan in scans.values()])
     logs = np.log10(np.where(np.isfinite(losses) & (losses > 0), losses, np.nan))

@@ -46,7 +46,7 @@ class Store:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of runs.jsonl; a last line that was cut short is removed, its run is done again."""
+    """Read runs.jsonl. A last line that was cut short is removed, and its run is done again."""
     if not path.exists():
         return []
     json_lines.drop_cut_line(path)
@@ -70,7 +70,7 @@ class Runner:
         )
 
     def missing(self, optimizers: Sequence[str], problems: Sequence[str]) -> set[tuple[str, str]]:
-        """Optimizer and problem where there can be no run; each is written down with its reason."""
+        """Find the optimizers and problems that cannot run; write each down with its reason."""
         reasons = dict(zip(optimizers, self.pool.map(opt.why_missing, optimizers), strict=True))
         pairs = {}
         for optimizer in optimizers:
@@ -84,7 +84,7 @@ class Runner:
         return set(pairs)
 
     def run(self, runs: Iterable[Run], description: str) -> None:
-        """Do what was not done yet; a run that fails is written down, and the others go on."""
+        """Do what was not done yet. A run that fails is written down, and the others go on."""
         waiting = {
             self.pool.submit(train, run, self.setting): run for run in runs if self.store.loss(run) is None
         }
@@ -102,7 +102,7 @@ class Runner:
 
 
 def _cores(jobs: int) -> list[int]:
-    """A core for each process; more processes than cores share them."""
+    """Choose a core for each process; more processes than cores share them."""
     if not hasattr(os, "sched_getaffinity"):
         return [0] * jobs
     cores = sorted(os.sched_getaffinity(0))

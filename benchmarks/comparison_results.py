@@ -34,7 +34,7 @@ class Summary(NamedTuple):
 
 
 def final_loss(record: Record) -> float:
-    """The last training loss, infinite where the run diverged."""
+    """The last training loss, infinite if the run diverged."""
     loss = record["evaluations"][-1]["train_loss"]
     return math.inf if loss is None else loss
 
@@ -59,13 +59,14 @@ def summarize(records: list[Record]) -> dict[str, Summary]:
 
 
 def width(scan: Scan, limit: float) -> tuple[float, bool]:
-    """Decades of rates around the best one whose loss is at most `limit`; none where the best is above.
+    """Measure how many decades of rates around the best one have a loss of at most `limit`.
 
     Between two rates log(loss) is taken as linear in log(rate); towards a rate that
     diverged it rises at once.
 
     Returns:
-      The width, and whether it reaches an end of the grid, so that it may be larger.
+      The width, NaN if the best loss is above the limit, and whether it reaches an end of the grid, so that
+      it may be larger.
     """
     rates, losses = np.log10(list(scan)), np.array(list(scan.values()))
     best = int(np.argmin(losses))
@@ -88,7 +89,7 @@ def width(scan: Scan, limit: float) -> tuple[float, bool]:
 
 
 def first_at(record: Record, target: float, axis: str) -> float:
-    """Where on the axis log(loss), linear between evaluations, reaches the target; infinite for never."""
+    """Find where log(loss), linear between evaluations, reaches the target; infinite for never."""
     previous = None
     for evaluation in record["evaluations"]:
         loss = evaluation["train_loss"]
@@ -104,7 +105,7 @@ def first_at(record: Record, target: float, axis: str) -> float:
 
 
 def target_loss(summaries: Mapping[str, Summary]) -> tuple[float, str | None]:
-    """The loss that every seed of the best tuned peer reaches, and which peer that is."""
+    """Find the loss that every seed of the best tuned peer reaches, and that peer."""
     peers = [name for name in PEERS if name in summaries]
     losses = {name: max(map(final_loss, summaries[name].runs), default=math.inf) for name in peers}
     losses = {name: loss for name, loss in losses.items() if loss < math.inf}
@@ -122,7 +123,7 @@ def identity(record: Record) -> tuple:
 
 
 def by_section(runs: list[Record]) -> dict[str, list[Record]]:
-    """The runs by problem, data and limit, which are not to be mixed; the title names what differs."""
+    """Group the runs by problem, data and limit, which must not mix; the title names what differs."""
     groups: dict[tuple, list[Record]] = {}
     for run in runs:
         groups.setdefault((run["problem"], run["data"], run["limit"]), []).append(run)
@@ -139,7 +140,7 @@ def by_section(runs: list[Record]) -> dict[str, list[Record]]:
 
 
 def select(sections: Mapping[str, list[Record]], study: str) -> dict[str, list[Record]]:
-    """The runs of a study, without the sections that have none."""
+    """Choose the runs of a study; sections without any are left out."""
     chosen = {title: [run for run in own if run["study"] == study] for title, own in sections.items()}
     return {title: own for title, own in chosen.items() if own}
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -30,7 +29,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mfac_jax
-from benchmarks import tpu_tables
+from benchmarks import timing, tpu_tables
 from benchmarks.compiled_update import collectives, figures, placed
 from examples import pod_transformer as pod
 from examples.common import json_lines, provenance
@@ -46,7 +45,7 @@ SIZES = {
 
 
 class Case(NamedTuple):
-    """What is compiled for a topology; `tensor` devices are along that axis, all others along fsdp."""
+    """What to compile for a topology: `tensor` devices along that axis, all others along fsdp."""
 
     size: str = "1b"
     num_grads: int = 1024
@@ -94,7 +93,7 @@ class Options:
 
 
 def make_mesh(topology: str, tensor: int) -> Mesh:
-    """All devices of the topology, `tensor` of them along that axis."""
+    """Make the mesh of all devices of the topology, `tensor` of them along that axis."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     shape = (len(devices) // tensor, tensor)
     grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
@@ -102,7 +101,7 @@ def make_mesh(topology: str, tensor: int) -> Mesh:
 
 
 def train_step(graph, tx, activations, params, state, tokens):
-    """One step; the loss too."""
+    """Take one step; return the loss too."""
     loss = functools.partial(pod.loss, graph, activations=activations)
     value, gradients = jax.value_and_grad(loss)(params, tokens)
     updates, state = tx.update(gradients, state, params)
@@ -110,7 +109,7 @@ def train_step(graph, tx, activations, params, state, tokens):
 
 
 def measure_update(tx: optax.GradientTransformation, params: Any, shardings: Any) -> dict[str, Any]:
-    """Compile the update alone; figures of one device."""
+    """Compile the update alone; return the figures of one device."""
     state_shardings = mfac_jax.state_shardings(tx, params, shardings)
     state = placed(jax.eval_shape(tx.init, params), state_shardings)
     params = placed(params, shardings)
@@ -119,14 +118,14 @@ def measure_update(tx: optax.GradientTransformation, params: Any, shardings: Any
 
 
 def transformer(topology: str, size: pod.Size, tensor: int):
-    """The mesh of a topology; the model's graph, the shapes of its parameters and their shardings."""
+    """Make a topology's mesh, and the model's graph, parameter shapes and shardings."""
     mesh = make_mesh(topology, tensor)
     graph, shapes = pod.abstract(size, jnp.dtype(jnp.bfloat16))
     return mesh, graph, shapes, nnx.get_named_sharding(shapes, mesh)
 
 
 def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: int) -> dict[str, Any]:
-    """Compile the whole step, and M-FAC's alone; a line of the table."""
+    """Compile the whole step and M-FAC's alone; return a line of the table."""
     mesh, graph, shapes, shardings = transformer(topology, size, tensor)
     tx = mfac_jax.mfac(3e-3, num_grads)
     state_shardings = mfac_jax.state_shardings(tx, shapes, shardings)
@@ -134,15 +133,14 @@ def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: i
     by_sequence = pod.batch_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((sequences, size.context + 1), jnp.int32, sharding=by_sequence)
     replicated = NamedSharding(mesh, PartitionSpec())
-    begin = time.perf_counter()
     step = jax.jit(
         functools.partial(train_step, graph, tx, by_sequence),
         donate_argnums=(0, 1),
         out_shardings=(shardings, state_shardings, replicated),
     )
     state = placed(jax.eval_shape(tx.init, shapes), state_shardings)
-    compiled: Any = step.lower(placed(shapes, shardings), state, tokens).compile()
-    seconds = time.perf_counter() - begin
+    params = placed(shapes, shardings)
+    compiled, seconds = timing.stopwatch(lambda: step.lower(params, state, tokens).compile())
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {

@@ -15,7 +15,7 @@ COLLECTIVE = re.compile(
 
 
 def collectives(text: str) -> dict[str, list[int]]:
-    """The number of each collective operation in a compiled program, and the bytes of their results."""
+    """Count each collective operation in a compiled program, and the bytes of its results."""
     found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for shapes, operation in COLLECTIVE.findall(text):
         size = 0
@@ -27,17 +27,17 @@ def collectives(text: str) -> dict[str, list[int]]:
 
 
 def placed(tree: Any, shardings: Any) -> Any:
-    """Shapes with their shardings."""
+    """Attach the shardings to the shapes."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def bytes_on_device(tree: Any) -> int:
-    """The bytes that one device holds of arrays that are sharded so."""
+    """Count the bytes that one device holds of sharded arrays."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def split_updates(params: Any, window: Any) -> int:
-    """The bytes on one device of updates whose window is split further than the parameters are."""
+    """Count one device's bytes of the updates whose window is split further than the parameters."""
     size = 0
     for param, rows in zip(jax.tree.leaves(params), jax.tree.leaves(window), strict=True):
         own = param.sharding.shard_shape(param.shape)
@@ -47,7 +47,7 @@ def split_updates(params: Any, window: Any) -> int:
 
 
 def figures(compiled: Any, params: Any, state: Any) -> dict[str, Any]:
-    """Of a compiled `update`, whose state was donated, and its sharded arguments."""
+    """Collect the figures of a compiled `update` with donated state, from its sharded arguments."""
     memory, window = compiled.memory_analysis(), optax.tree.get(state, "window")
     return {
         "leaves": len(jax.tree.leaves(params)),

@@ -70,7 +70,7 @@ Batch = tuple[jax.Array, jax.Array, jax.Array]  # gradient, inputs, output gradi
 
 
 def batch_of(case: Case, seed: int) -> Batch:
-    """Inputs with a falling spectrum, as after a ReLU; output gradients of very different sizes.
+    """Draw inputs with a falling spectrum, as after a ReLU, and output gradients of all sizes.
 
     The largest eigenvalue of the Fisher matrix is `LARGEST`.
     """
@@ -93,7 +93,7 @@ def batch_of(case: Case, seed: int) -> Batch:
 
 
 def cg(gradient, inputs, output_grads):
-    """The update, and its iterations."""
+    """Solve by CG-FAC; return the update and its iterations."""
     tx = mfac_jax.scale_by_cgfac(DAMPING, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS)
     factors = {"0": mfac_jax.LayerFactors(inputs, output_grads)}
     updates, state = tx.update([gradient], tx.init([gradient]), curvature=factors)
@@ -105,7 +105,7 @@ def _dot(x, y):
 
 
 def kronecker_factors(inputs, output_grads):
-    """A and B."""
+    """Make A and B."""
     a, b = (x.reshape(-1, x.shape[-1]) for x in (inputs, output_grads))
     return _dot(a.T, a) / len(inputs), _dot(b.T, b) / len(b)
 
@@ -146,18 +146,18 @@ def _in_eigenvectors(V, A, B):
 
 
 def relative_error(actual, expected) -> float:
-    """In float64."""
+    """The error of `actual` as a share of `expected`, in float64."""
     actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def temporary_bytes(program: Any) -> int:
-    """That a compiled program needs beside its arguments and results."""
+    """The bytes that a compiled program needs beside its arguments and results."""
     return program.memory_analysis().temp_size_in_bytes
 
 
 def measure(case: Case, rounds: int) -> dict:
-    """One line of results."""
+    """Check and time all methods on one layer; return a line of results."""
     methods: dict[str, Callable] = {CG: cg, EXPLICIT: explicit, SPAN: span}
     if max(case.sizes) <= LARGEST_EXACT:
         methods[EXACT] = exact
@@ -182,7 +182,7 @@ def measure(case: Case, rounds: int) -> dict:
 
 
 def table(lines: Sequence[dict]) -> str:
-    """Medians and megabytes, as Markdown."""
+    """Write medians and megabytes as Markdown."""
 
     def cells(line, values, form):
         return [form(values[name]) if name in values else "" for name in (CG, EXPLICIT, EXACT, SPAN)]

@@ -74,7 +74,7 @@ class Worker:
         return self.answer()
 
     def answer(self) -> str:
-        """The next line that the process prints."""
+        """Wait for the next line that the process prints."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -91,7 +91,7 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(**checkouts: Path) -> Iterator[dict[str, Worker]]:
-    """A worker for each checkout, by its name."""
+    """Start a worker for each checkout; all of them end with the context."""
     with contextlib.ExitStack() as stack:
         found = {}
         for name, checkout in checkouts.items():
@@ -104,7 +104,7 @@ def workers(**checkouts: Path) -> Iterator[dict[str, Worker]]:
 
 
 def measure(case: Case, options: Options, found: dict[str, Worker]) -> dict[str, list[float]]:
-    """Seconds of a step of each worker in each round."""
+    """Measure the seconds of a step of each worker in each round."""
     for worker in found.values():
         worker.ask(num_grads=options.num_grads, optimizer=case.optimizer, shapes=TREES[case.tree])
     seconds: dict[str, list[float]] = {name: [] for name in found}
@@ -116,7 +116,7 @@ def measure(case: Case, options: Options, found: dict[str, Worker]) -> dict[str,
 
 
 def row(case: Case, seconds: dict[str, list[float]]) -> list[str]:
-    """Milliseconds: median and quartiles of both, the ratio of the medians, the quartiles of the ratios."""
+    """Write medians with quartiles in ms, the ratio of the medians, and the quartiles of the ratios."""
     cells = [case.tree, case.optimizer]
     for name in ("old", "new"):
         low, middle, high = np.quantile(seconds[name], (0.25, 0.5, 0.75)) * 1e3

@@ -65,7 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def rates(grids: Mapping[str, tuple[float, ...]], problem: str) -> tuple[float, ...]:
-    """The grid of the problem's family."""
+    """Choose the grid of the problem's family."""
     return grids.get(problem.split("-")[0]) or grids["all"]
 
 
@@ -114,7 +114,7 @@ PACKAGES = {"kfac": "kfac_jax", "soap": "soap_jax"}  # of optimizers that users 
 
 
 def why_missing(optimizer: str) -> str | None:
-    """Why the optimizer's package cannot be used, None where it can."""
+    """Why the optimizer's package cannot be used; None if it can."""
     try:
         importlib.import_module(PACKAGES.get(optimizer, "optax"))
     except Exception as error:  # a package made for another JAX may raise anything
@@ -129,7 +129,7 @@ def schedule(steps: int) -> optax.Schedule:
 
 @functools.cache
 def make_transform(optimizer: str, steps: int, sweeps_damping: bool) -> optax.GradientTransformation:
-    """The optimizer with peak rate and swept damping in its state: one compilation serves a whole grid."""
+    """Make an optimizer with peak rate and damping in its state: one compilation serves a grid."""
 
     def make(peak_rate, swept_damping=None):
         options = {} if swept_damping is None else {"damping": swept_damping}
@@ -145,7 +145,7 @@ _compiled = {}  # (loss, transform) -> compiled `train_step`, in this process
 
 
 def start(workload: Workload, optimizer: str, rate: float, damping: float | None, seed: int) -> Start:
-    """The run's first state and its compiled step."""
+    """Make the run's first state and its compiled step."""
     if optimizer == "kfac":
         return _start_kfac(workload, rate, seed)
     tx = make_transform(optimizer, len(workload.batches), damping is not None)

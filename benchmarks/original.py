@@ -20,7 +20,7 @@ from benchmarks import peers, timing
 
 
 def load(folder: Path | None, name: str) -> tuple[Any, Any] | None:
-    """PyTorch, a thread for each core, and a module of the checkout; or a message on what is missing."""
+    """Import PyTorch and a module of the checkout; print what is missing, if anything is."""
     if folder is None or not (folder / f"{name}.py").is_file():
         reason = "pass --original" if folder is None else f"{folder} has no {name}.py: pass --original"
         print(f"Without the original: {reason} with a checkout of github.com/IST-DASLab/M-FAC.")
@@ -38,7 +38,7 @@ def load(folder: Path | None, name: str) -> tuple[Any, Any] | None:
 def steps(
     folder: Path, window: Sequence[jax.Array], damping: float
 ) -> dict[str, Callable[[Sequence[jax.Array]], Any]]:
-    """Steps of its dynamic algorithm, from this window on, as it is and with triangular solves.
+    """Make steps of its dynamic algorithm from this window on, as it is and with triangular solves.
 
     They run where JAX runs. On a GPU that needs a PyTorch for it; with a compiler of CUDA at hand, the
     extension of the checkout is compiled, and is what the original then takes for its loops.
@@ -101,7 +101,7 @@ def _upper_factor(torch, matrix):
 
 
 def with_triangular_solves(torch: Any, kind: type) -> type:
-    """The class, with a triangular solve for each of its two loops over the gradients."""
+    """Replace each of the class's two loops over the gradients by a triangular solve."""
 
     class TriangularSolves(kind):
         def setup(self):

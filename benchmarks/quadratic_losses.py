@@ -40,7 +40,7 @@ class Losses(NamedTuple):
 
 
 def random_losses(seed: int, cases: int) -> Losses:
-    """The losses of so many cases, in float64."""
+    """Draw so many cases, and compute their losses in float64."""
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(seed), (len(SHAPES), -(-cases // len(SHAPES))))
         found = [_losses_of_cases(some, *shape) for some, shape in zip(keys, SHAPES, strict=True)]

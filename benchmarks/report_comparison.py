@@ -34,7 +34,7 @@ class Options:
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean ± sample standard deviation, this with two digits and the mean with as many decimals."""
+    """Write mean ± sample standard deviation; this has two digits, the mean as many decimals."""
     numbers = np.array(values, float)  # None, JSON's NaN, becomes one
     diverged = int(np.sum(~np.isfinite(numbers)))
     if diverged:
@@ -50,12 +50,12 @@ def spread(values: Sequence[float | None]) -> str:
 
 
 def bullets(lines: Sequence[str]) -> str:
-    """A list."""
+    """Write a list."""
     return "".join(f"- {line}\n" for line in lines)
 
 
 def summary_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
-    """Every optimizer on every problem: the final training loss, the lowest of a problem in bold."""
+    """Write the final loss of every optimizer on every problem, the lowest of a problem in bold."""
     names = [name for name in STYLES if any(name in own for own in problems.values())]
     rows = {name: [STYLES[name]["label"]] for name in names}
     for own in problems.values():
@@ -189,7 +189,7 @@ def target_note(summaries: Mapping[str, Summary]) -> list[str]:
 
 
 def description(records: list[Record]) -> str:
-    """Model, length and data of the runs of a section; more than one where they were changed meanwhile."""
+    """Describe model, length and data of a section's runs; several if they changed meanwhile."""
     sizes = " and ".join(f"{size:,}" for size in sorted({record["parameters"] for record in records}))
     steps = " and ".join(str(count) for count in sorted({record["steps"] for record in records}))
     cut = "" if records[0]["limit"] is None else " (cut)"
@@ -214,7 +214,7 @@ def revision_lines(sections: Mapping[str, list[Record]]) -> list[str]:
 
 
 def provenance(records: list[Record], runs: list[Record], sections: Mapping[str, list[Record]]) -> str:
-    """With what, on what and how the runs were done."""
+    """List with what, on what and how the runs were done."""
 
     def values(name: str) -> str:
         found = {json.dumps(record[name], sort_keys=True) for record in runs}
@@ -238,7 +238,7 @@ def provenance(records: list[Record], runs: list[Record], sections: Mapping[str,
 
 
 def report(records: list[Record], out: Path) -> str:
-    """Draw the pictures; the text of the report."""
+    """Draw the pictures; return the text of the report."""
     runs = list({results.identity(r): r for r in records if "evaluations" in r}.values())  # the last counts
     sections = results.by_section(runs)
     tuning, grids = results.select(sections, "tuning"), results.select(sections, "grid")

@@ -27,13 +27,13 @@ class Fit(NamedTuple):
 
 
 def terms(m: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Of each point, `(points, 4)`."""
+    """The values of `TERMS` at each point, `(points, 4)`."""
     m, d = np.asarray(m, float), np.asarray(d, float)
     return np.stack([d * m, m**2, m**3, np.ones_like(m)], axis=-1)
 
 
 def fit(terms: np.ndarray, seconds: np.ndarray) -> Fit:
-    """Least squares of the relative residuals, no coefficient below zero; `terms` `(points, terms)`."""
+    """Fit by least squares of the relative residuals, no coefficient below zero."""
     relative = terms / np.asarray(seconds)[:, None]
     scale = np.linalg.norm(relative, axis=0)
     found, _ = scipy.optimize.nnls(relative / scale, np.ones(len(relative)))
@@ -41,20 +41,20 @@ def fit(terms: np.ndarray, seconds: np.ndarray) -> Fit:
 
 
 def points(lines: Sequence[Mapping[str, Any]], part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """m, d and the median seconds of each line."""
+    """Collect m, d and the median seconds of each line."""
     m, d = (np.array([line[key] for line in lines]) for key in ("num_grads", "parameters"))
     return m, d, np.array([line["seconds"][part]["median"] for line in lines])
 
 
 def law(found: Fit, names: Sequence[str]) -> str:
-    """The terms with their coefficients, and how far they are off."""
+    """Write the terms with their coefficients, and how far they are off."""
     total = " + ".join(f"{s:.3g} s x {term}" for s, term in zip(found.seconds, names, strict=True))
     root = f"root mean square residual {np.sqrt(np.mean(found.residuals**2)):.1%}"
     return f"{total}; {root}, largest {np.max(np.abs(found.residuals)):.0%}"
 
 
 def report(solver: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """The fit, and every point beside it with the shares of the terms."""
+    """Write the fit, and beside it every point with the shares of the terms."""
     m, d, seconds = points(lines, OURS)
     found, rows = fit(terms(m, d), seconds), []
     of_solve = fit(terms(m, d)[:, 1:], points(lines, SOLVE)[-1])
@@ -68,7 +68,7 @@ def report(solver: str, lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(of_solver: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Time over m, a line for each d: points as measured, lines as fitted."""
+    """Draw time over m for each d: points as measured, lines as fitted."""
     figure, axes = plt.subplots(
         1,
         len(of_solver),

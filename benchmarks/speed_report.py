@@ -41,13 +41,13 @@ class Options:
 
 
 def read(path: Path, *keys: str) -> list[Line]:
-    """The lines; of those with equal keys the last."""
+    """Read the lines; of several with equal keys the last counts."""
     lines = json_lines.read(path) if path.exists() else ()
     return list({tuple(line[key] for key in keys): line for line in lines}.values())
 
 
 def draw_steps(lines: Sequence[Line], path: Path) -> None:
-    """Milliseconds of a step: the floor, each solver, the original; a group of bars for each window."""
+    """Draw a group of bars for each window: the floor, each solver, the original, in ms."""
     groups: dict[str, dict[str, float]] = {}
     for line in lines:
         name = f"{line['case']}\nm = {line['num_grads']:,}, d = {line['parameters']:,}"
@@ -72,7 +72,7 @@ def draw_steps(lines: Sequence[Line], path: Path) -> None:
 
 
 def draw_training(lines: Sequence[Line], path: Path) -> None:
-    """Milliseconds of the optimizer alone, with its share of the whole step."""
+    """Draw the milliseconds of each optimizer alone, with its share of the whole step."""
     figure, axes = plt.subplots(1, len(lines), figsize=(5 * len(lines), 3.4), layout="constrained")
     for panel, line in zip(np.atleast_1d(axes), lines, strict=True):
         median = {name: 1e3 * values["median"] for name, values in line["seconds"].items()}

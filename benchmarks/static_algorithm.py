@@ -218,7 +218,7 @@ def original_blocked(torch: Any, prun: Any, damping: float, size: int) -> Method
 
 @functools.partial(jax.jit, static_argnames=("m", "d"))
 def draw(key: jax.Array, m: int, d: int) -> jax.Array:
-    """Correlated gradients `(m, d)`, of squared norms near one: a common one, 16 directions, and noise."""
+    """Draw gradients `(m, d)` of squared norm near one: a common one, 16 directions, and noise."""
     keys = jax.random.split(key, 4)
     common = jax.random.normal(keys[0], (1, d))
     few = _dot(jax.random.normal(keys[1], (m, 16)), jax.random.normal(keys[2], (16, d))) / 4
@@ -226,13 +226,13 @@ def draw(key: jax.Array, m: int, d: int) -> jax.Array:
 
 
 def flat(result: Any) -> np.ndarray:
-    """A vector of any of the methods, in float64."""
+    """Flatten a vector of any of the methods, in float64."""
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(result)]
     return np.concatenate(leaves)
 
 
 def errors(method: Method, grads: jax.Array, damping: float, block: int | None) -> dict[str, float]:
-    """Relative errors: of F (F^-1 x) = x, and of entries at 8 places, with F and the entries in float64."""
+    """Measure relative errors, beside float64: of F (F^-1 x) = x, and of entries at 8 places."""
     m, d = grads.shape
     state = method.precompute(method.prepare(grads))
     x = jax.random.normal(jax.random.key(7), (d,))
@@ -264,7 +264,7 @@ def errors(method: Method, grads: jax.Array, damping: float, block: int | None) 
 
 
 def time_round(methods: dict[str, Method], grads: jax.Array, key: jax.Array) -> dict[str, dict[str, list]]:
-    """Seconds of every operation of every method, all on the same new data."""
+    """Time every operation of every method, all on the same new data."""
     d, states = grads.shape[1], {}
     seconds = {name: {} for name in methods}
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
@@ -292,7 +292,7 @@ def time_round(methods: dict[str, Method], grads: jax.Array, key: jax.Array) -> 
 
 
 def measure(methods: dict[str, Method], options: Options, block: int | None) -> dict[str, Any]:
-    """Errors, then times: `{method: {"errors": ..., "seconds": {operation: spread}}}`."""
+    """Measure errors, then times: `{method: {"errors": ..., "seconds": {operation: spread}}}`."""
     key = jax.random.key(options.seed)
     grads = draw(key, options.num_grads, options.parameters)
     result: dict[str, Any] = {}
@@ -313,7 +313,7 @@ def measure(methods: dict[str, Method], options: Options, block: int | None) -> 
 
 
 def table(result: dict[str, Any]) -> str:
-    """Milliseconds, and how many times longer than ours, in Markdown."""
+    """Write the milliseconds, and how many times ours they are, in Markdown."""
     operations = list(result[OURS]["seconds"])
     lines = []
     for name, row in result.items():
@@ -328,7 +328,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def all_methods(options: Options) -> tuple[dict[str, Method], dict[str, Method]]:
-    """What is timed on one block, and what on consecutive blocks."""
+    """Make what is timed on one block, and what on consecutive blocks."""
     damping, size = options.damping, options.block
     methods, blocked = {OURS: ours(damping, None, None)}, {OURS: ours(damping, size, None)}
     if options.parameters == RESNET20_SIZE:

@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """d."""
+        """How many numbers a row holds."""
         return count(self.shapes)
 
 
@@ -101,7 +101,7 @@ Window = list[jax.Array]
 
 
 def draw(case: Case) -> tuple[Callable[[jax.Array], Window], Callable[[jax.Array], Window]]:
-    """Functions of a key that draw rows, and a gradient; half of each is common to all, as in training."""
+    """Make functions of a key that draw rows and a gradient; half of each is common, as in training."""
     ends, scale = np.cumsum(list(map(math.prod, case.shapes)))[:-1], 1 / math.sqrt(2 * case.parameters)
 
     def leaves(key, *leading):
@@ -136,11 +136,11 @@ class Step:
 
     @property
     def compilations(self) -> int:
-        """Of the step, since the start."""
+        """How often the step was compiled since the start."""
         return self._update._cache_size()
 
     def step(self, gradient: Window) -> Window:
-        """The update; the state is changed."""
+        """Take a step; return the update."""
         updates, self.state = self._update(gradient, self.state)
         return updates
 
@@ -156,7 +156,7 @@ def _copy(x: jax.Array) -> jax.Array:
 
 
 def relative_error(window: Window, newest: int, update: np.ndarray) -> float:
-    """Of F u = g, in float64; u flat, and g the newest row."""
+    """The error of F u = g in float64, as a share of g; u is flat, and g the newest row."""
     m, square, residual = len(window[0]), 0.0, 0.0
     rows = [np.asarray(leaf).reshape(m, -1) for leaf in window]
 
@@ -176,7 +176,7 @@ def relative_error(window: Window, newest: int, update: np.ndarray) -> float:
 
 
 def check(step: Step, originals: Mapping[str, Timed], gradient: Window) -> dict[str, float]:
-    """Relative errors of the first step of each; raise where one is large."""
+    """Measure the relative error of everyone's first step; raise if one is large."""
     newest = int(step.state.next_row)
     updates = {OURS: np.concatenate([np.ravel(u) for u in step.step(gradient)])}
     for name, function in originals.items():
@@ -189,7 +189,7 @@ def check(step: Step, originals: Mapping[str, Timed], gradient: Window) -> dict[
 
 
 def floors(case: Case, step: Step) -> dict[str, Timed]:
-    """One reading of as many numbers as the window has, in one array, and a copy of some of them.
+    """Make one reading of as many numbers as the window has, and a copy of some of them.
 
     No copy on CPU: it takes as long as it does for the new memory that it is given.
     """
@@ -202,7 +202,7 @@ def floors(case: Case, step: Step) -> dict[str, Timed]:
 
 
 def measure(case: Case, solver: Solver, rounds: int, folder: Path | None) -> dict[str, Any]:
-    """A line of results."""
+    """Check and time one case; return a line of results."""
     few = case._replace(shapes=((FEW,),))
     rows, gradient = draw(case)
     rows_of_few, gradient_of_few = draw(few)
@@ -241,7 +241,7 @@ def of_copy(line: dict[str, Any]) -> str:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds, and ratios, in Markdown."""
+    """Write milliseconds and ratios in Markdown."""
     present = {name for line in lines for name in line["seconds"]}
     parts = [part for part in PARTS if part in present]
     others = sorted(present - {OURS, "read", "copy", *parts})

@@ -51,7 +51,7 @@ class Options:
 
 
 def start(workload: Workload, optimizer: str, rate: float, seed: int) -> optimizers.Start:
-    """A run's first state and its compiled step, its first result thrown away."""
+    """Make a run's first state and its compiled step; the first result is thrown away."""
     if optimizer != WINDOW:
         return optimizers.start(workload, optimizer, rate, None, seed)
     peak, key = optimizers.schedule(len(workload.batches)), jax.random.key(seed)
@@ -66,7 +66,7 @@ def start(workload: Workload, optimizer: str, rate: float, seed: int) -> optimiz
 
 
 def run(model: str, optimizer: str, rate: float, seed: int) -> dict[str, Any]:
-    """One training; `steps` and `seconds` are None if it does not reach the target."""
+    """Train once; `steps` and `seconds` are None if the run does not reach the target."""
     workload = train_digits.make_workload(model, seed=seed)
     state, step = start(workload, optimizer, rate, seed)
     evaluate, spent, accuracy = jax.jit(workload.evaluate), 0.0, 0.0
@@ -89,7 +89,7 @@ def run(model: str, optimizer: str, rate: float, seed: int) -> dict[str, Any]:
 
 
 def best_rate(model: str, optimizer: str) -> float:
-    """The rate of the grid with the fewest steps."""
+    """Find the rate of the grid with the fewest steps."""
 
     def steps(rate):
         found = [run(model, optimizer, rate, seed) for seed in SEEDS_FOR_RATES]
@@ -99,7 +99,7 @@ def best_rate(model: str, optimizer: str) -> float:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """One row an optimizer, as Markdown."""
+    """Write one row per optimizer, as Markdown."""
 
     def spread(values):
         return f"{np.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else "-"

@@ -20,9 +20,9 @@ def stopwatch(function: Callable[..., Any], *inputs: Any) -> tuple[Any, float]:
 
 
 def in_turn(functions: Mapping[str, Timed], inputs: Iterable[Any]) -> dict[str, list[float]]:
-    """Seconds of each function in each round; the first round warms up and does not count.
+    """Time each function in each round; the first round warms up and does not count.
 
-    In turn, so that whatever else the machine does meanwhile disturbs all of them alike.
+    They run in turn, so that other work of the machine disturbs all of them alike.
 
     Args:
       functions: what to time, by name.

@@ -58,7 +58,7 @@ m us more. The model: the operations of its forward and backward pass, with laye
 
 
 def chip(topology: str) -> Chip:
-    """Of a topology such as v5p:4x4x4."""
+    """The chip of a topology such as v5p:4x4x4."""
     return CHIPS[topology.split(":")[0]]
 
 
@@ -72,7 +72,7 @@ class Prediction(NamedTuple):
 
     @property
     def update(self) -> float:
-        """M-FAC's."""
+        """M-FAC's time."""
         return self.passes + self.network + self.solve
 
     @property
@@ -82,7 +82,7 @@ class Prediction(NamedTuple):
 
 
 def model_flops(size: dict[str, int], tokens: int) -> float:
-    """Operations of forward and backward pass; those that XLA reports count a loop over layers once.
+    """Count the operations of forward and backward pass; XLA's count takes a loop over layers once.
 
     A product takes 2 for each of its parameters and token forward and 4 backward. `jax.checkpoint` runs
     layers forward again, all but the last product, whose result no derivative needs. Attention's two
@@ -94,12 +94,12 @@ def model_flops(size: dict[str, int], tokens: int) -> float:
 
 
 def tokens(row: dict[str, Any]) -> int:
-    """Of one step, on all devices."""
+    """The tokens of one step, on all devices."""
     return row["sequences"] * row["size"]["context"]
 
 
 def predict(row: dict[str, Any]) -> Prediction:
-    """The time of a step from the figures of the compiled programs; `ASSUMPTIONS` says how."""
+    """Predict the time of a step from the compiled programs; `ASSUMPTIONS` says how."""
     hardware = chip(row["topology"])
     hops = sum(int(n) for n in row["topology"].split(":")[1].split("x"))
     one_way = hardware.network * 1e9 / 2 / hardware.devices
@@ -114,13 +114,13 @@ def predict(row: dict[str, Any]) -> Prediction:
 
 
 def tokens_for(row: dict[str, Any], share: float) -> float:
-    """The tokens of a step in which M-FAC would be predicted to take this share of the time."""
+    """How many tokens a step needs so that M-FAC is predicted to take this share of the time."""
     predicted = predict(row)
     return tokens(row) * predicted.update * (1 - share) / share / predicted.model
 
 
 def hbm(row: dict[str, Any]) -> float:
-    """Bytes of memory of one device."""
+    """The bytes of memory of one device."""
     hardware = chip(row["topology"])
     return hardware.hbm * 2**30 / hardware.devices
 
@@ -131,7 +131,7 @@ def allowed(row: dict[str, Any]) -> int:
 
 
 def measured_table(rows: Sequence[dict[str, Any]]) -> str:
-    """What was compiled; memory in MiB on each device."""
+    """Write what was compiled; memory in MiB on each device."""
     header = [
         "topology (fsdp x tensor)",
         "chips",
@@ -171,7 +171,7 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def predicted_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Times of a step as predicted, in ms."""
+    """Write the predicted times of a step, in ms."""
     header = ["predicted, ms", "tokens a step", "model", "M-FAC: passes", "network", "Cholesky"]
     header += ["its share of the step", "a tenth at, tokens"]
     lines = []
@@ -193,7 +193,7 @@ def predicted_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """Both tables."""
+    """Write both tables, and the assumptions between them."""
     return f"{measured_table(rows)}\n{ASSUMPTIONS}\n{predicted_table(rows)}"
 
 

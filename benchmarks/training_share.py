@@ -59,19 +59,19 @@ def _gradient(loss, params, model_state, data, indices, key):
 
 
 def gradients(workload: Workload, number: int) -> list[Any]:
-    """At the first parameters, of the first batches."""
+    """Compute the gradients of the first batches at the first parameters."""
     fixed = workload.loss, workload.params, workload.model_state, workload.data
     return [_gradient(*fixed, indices, jax.random.key(0)) for indices in workload.batches[:number]]
 
 
 def start(workload: Workload, tx: optax.GradientTransformation) -> TrainState:
-    """The first state, without an array that it holds twice: that one could not be donated."""
+    """Make the first state; no array is in it twice, as that one could not be donated."""
     state = first_state(workload, tx)
     return state._replace(opt_state=jax.tree.map(jnp.copy, state.opt_state))
 
 
 def training(state: TrainState, step: Step) -> Timed:
-    """From indices of a batch to the loss, a step further at each call."""
+    """Make a function that takes one training step on a batch at each call."""
 
     def advance(indices):
         nonlocal state
@@ -82,7 +82,7 @@ def training(state: TrainState, step: Step) -> Timed:
 
 
 def updating(workload: Workload, tx: optax.GradientTransformation, grads: Sequence[Any]) -> Timed:
-    """The optimizer alone, on one of these gradients after the other."""
+    """Make a function that takes the optimizer's step alone, on the next of these gradients."""
     _, params, _, state = start(workload, tx)
     following = itertools.cycle(grads)
 
@@ -100,7 +100,7 @@ def updating(workload: Workload, tx: optax.GradientTransformation, grads: Sequen
 
 
 def steps(workload: Workload, rounds: int) -> dict[str, Timed]:
-    """Whole steps by name of the optimizer, and the optimizer alone."""
+    """Make whole steps by name of the optimizer, and the optimizer alone."""
     found, chosen = {}, {}
     for name in OTHERS:
         missing = optimizers.why_missing(name) or optimizers.UNSUPPORTED.get((name, workload.name))
@@ -119,7 +119,7 @@ def steps(workload: Workload, rounds: int) -> dict[str, Timed]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds, and shares, in Markdown."""
+    """Write milliseconds and shares in Markdown."""
     rows = []
     for line in lines:
         median = {name: 1e3 * values["median"] for name, values in line["seconds"].items()}

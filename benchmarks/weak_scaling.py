@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 
 def prepare(mode: str, devices: int, num_grads: int, rows: int) -> Run:
-    """M-FAC's update, compiled for leaves that are sharded over all devices, `rows` of each on each."""
+    """Compile M-FAC's update for leaves sharded over all devices, `rows` of each leaf on each."""
     mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     tx = mfac_jax.mfac(3e-3, num_grads, axis_name="data" if mode == "shard_map" else None)
@@ -76,7 +76,7 @@ def prepare(mode: str, devices: int, num_grads: int, rows: int) -> Run:
 
 
 def stepping(run: Run, index: int) -> Timed:
-    """A step of the run at each call, on its gradient among those of all runs."""
+    """Make a function that takes a step of the run, on its gradient among those of all runs."""
     state = run.state
 
     def advance(gradients):
@@ -88,7 +88,7 @@ def stepping(run: Run, index: int) -> Timed:
 
 
 def time_steps(runs: Sequence[Run], repeats: int) -> list[float]:
-    """The median time of a step of each, in seconds; every gradient is new, as repeated ones are slower."""
+    """Median seconds of a step of each run; every gradient is new, as repeated ones are slower."""
     functions = {str(index): stepping(run, index) for index, run in enumerate(runs)}
     numbers = tqdm(range(repeats + 1), "timing", unit="round")
     gradients = ([run.draw(jax.random.key(number + 1)) for run in runs] for number in numbers)
@@ -96,7 +96,7 @@ def time_steps(runs: Sequence[Run], repeats: int) -> list[float]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """In Markdown; memory and traffic of one device."""
+    """Write the table in Markdown; memory and traffic are those of one device."""
     header = ["", "devices", "parameters", "window, MiB", "accessed, windows", "temporaries, KiB"]
     header += ["collectives", "bytes", "ms a step", "ms a device's share"]
     lines = []

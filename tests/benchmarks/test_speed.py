@@ -102,6 +102,7 @@ def test_training_steps_are_timed_and_speed_is_reported_in_tables_and_pictures(
         assert (tmp_path / f"speed_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_static_algorithm_is_checked_and_timed_and_what_is_missing_is_named(tmp_path, capsys):
     out = tmp_path / "static.jsonl"
     options = ["--num-grads", "40", "--parameters", "300", "--block", "128", "--rounds", "1"]
