@@ -9,7 +9,8 @@ from mfac_jax._src.cgfac.operators import empirical_fisher, gauss_newton
 from mfac_jax._src.cgfac.state import ScaleByCGFACState
 from mfac_jax._src.cgfac.transform import scale_by_cgfac
 from mfac_jax._src.mfac.alias import mfac, mfac_published
-from mfac_jax._src.mfac.diagnostics import Diagnostics, DiagnosticsLog, diagnostics
+from mfac_jax._src.mfac.diagnostics import Diagnostics, diagnostics
+from mfac_jax._src.mfac.diagnostics_log import DiagnosticsLog
 from mfac_jax._src.mfac.ihvp import ihvp
 from mfac_jax._src.mfac.state import ScaleByMFACState
 from mfac_jax._src.mfac.state_shardings import state_shardings

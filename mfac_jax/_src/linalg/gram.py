@@ -1,20 +1,11 @@
-"""Algebra of the m x m Gram matrices: nothing here knows of parameters or of optax.
+"""What the m x m Gram matrices say of the rows, and how a row of them is replaced.
 
-All functions take a stack of Gram matrices K `(blocks, m, m)` and vectors `(blocks, m)`. With G the window
-`(m, d)` of a block, K = G G^T and F = damping I + G^T G / n, the inverse of F acts on the rows of G through
-K: F^-1 G^T w = n G^T (K + n damping I)^-1 w (the push-through identity).
+All functions take a stack of Gram matrices K = G G^T `(blocks, m, m)` and vectors `(blocks, m)`.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg
 from jax import lax
-
-# One step of iterative refinement halves the error of the solve. At m = 1024 it would add 5 % to the
-# step of a 272k-parameter window on CPU, at 512 it is lost in the noise.
-_MAX_REFINED = 512
 
 
 def replace_row(gram: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
@@ -79,110 +70,6 @@ def _with_largest_one(gram: jax.Array) -> jax.Array:
     """The Gram matrices over their largest entry: products of norms would overflow otherwise."""
     largest = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1))
     return gram / jnp.where(largest > 0, largest, 1)
-
-
-@jax.jit  # outside of a user's jit, the conditional would be compiled at every call
-def solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
-    """(K + shift I)^-1 rhs, finite for any finite Gram matrix.
-
-    When gradients repeat and the shift is small against their squared norm, Cholesky breaks down, or
-    its result is rounding noise. A jitter then takes the shift's place.
-    """
-    system, scale = _balanced(gram, shift)
-    factor = _cholesky(system)
-    # The solve stands outside of the conditional: inside, XLA copies the factor into both branches.
-    solution = _cholesky_solve(factor, scale * rhs)
-    if gram.shape[-1] <= _MAX_REFINED:
-        solution += _cholesky_solve(factor, scale * rhs - matvec(system, solution))
-    solution *= scale
-    good = _is_sound(factor) & keeps_digits(gram, rhs, solution)
-
-    def with_jitter():
-        jittered = scale * _cholesky_solve(_jittered_cholesky(system), scale * rhs)
-        return jnp.where(good, solution, jittered)
-
-    return lax.cond(jnp.all(good), lambda: solution, with_jitter)
-
-
-def inverse_root(gram: jax.Array, shift: jax.Array) -> jax.Array:
-    """A `(blocks, m, m)` with A^T A = (K + shift I)^-1, as finite as `solve`."""
-    system, scale = _balanced(gram, jnp.broadcast_to(shift, (len(gram), 1)))
-    factor = _cholesky(system)
-    good = _is_sound(factor)
-    factor = lax.cond(
-        jnp.all(good),
-        lambda: factor,
-        lambda: jnp.where(good[..., None], factor, _jittered_cholesky(system)),
-    )
-    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    return jax.scipy.linalg.solve_triangular(factor, identity, lower=True) * scale[..., None, :]
-
-
-def _balanced(gram: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """S (K + shift I) S and the diagonal of S, powers of two that bring the diagonal near one exactly."""
-    system = gram + shift[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
-    diagonal = jnp.diagonal(system, axis1=-2, axis2=-1)
-    _, exponent = jnp.frexp(diagonal)
-    scale = jnp.ldexp(jnp.ones_like(diagonal), -(exponent // 2))
-    return system * scale[..., :, None] * scale[..., None, :], scale
-
-
-def keeps_digits(gram: jax.Array, rhs: jax.Array, solution: jax.Array) -> jax.Array:
-    """Whether a solution's rows do not cancel to noise, for each block, `(blocks, 1)`.
-
-    rhs^T K c is g.u / n of the update, and positive. With repeated gradients it is a small sum of large
-    terms: rounding of some 10 eps of their magnitude can turn the sign of the whole update.
-    """
-    terms = matvec(gram, rhs) * solution
-    magnitude = jnp.sum(jnp.abs(terms), axis=-1, keepdims=True)
-    return jnp.sum(terms, axis=-1, keepdims=True) >= 50 * _eps(gram) * magnitude
-
-
-def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
-    """Sound Cholesky factors of matrices with their diagonal near one, after adding a jitter to it.
-
-    The larger the jitter, the less the coefficients of repeated gradients cancel: m^2 eps keeps their
-    sum right to about 10 %. Twice the row sums is always enough; a NaN ends the loop as it is.
-    """
-    m = matrix.shape[-1]
-    identity = jnp.eye(m, dtype=matrix.dtype)[None]
-
-    def retry(carry):
-        jitter, _ = carry
-        factor = _cholesky(matrix + jitter * identity)
-        return jnp.where(_is_sound(factor)[..., None], jitter, 16 * jitter), factor
-
-    def is_worth_a_try(carry):
-        jitter, factor = carry
-        return ~jnp.all(_is_sound(factor)) & jnp.all(jitter < 256 * m)
-
-    start = jnp.full((*matrix.shape[:-2], 1, 1), max(8 * m, m**2) * _eps(matrix), matrix.dtype)
-    return lax.while_loop(is_worth_a_try, retry, (start, jnp.full_like(matrix, jnp.nan)))[1]
-
-
-def _is_sound(factor: jax.Array) -> jax.Array:
-    """Whether the pivots of each block, `(blocks, 1)`, are all numbers and above the rounding noise."""
-    pivots = jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1))
-    noise = 2 * math.sqrt(factor.shape[-1]) * _eps(factor)
-    return jnp.min(pivots, axis=-1, keepdims=True) >= noise
-
-
-def _eps(x: jax.Array) -> float:
-    return float(jnp.finfo(x.dtype).eps)
-
-
-def _cholesky(matrix: jax.Array) -> jax.Array:
-    # Transposed, the symmetric matrix is in LAPACK's order as it stands and need not be copied.
-    return lax.linalg.cholesky(matrix.mT, symmetrize_input=False)
-
-
-def _cholesky_solve(factor: jax.Array, rhs: jax.Array) -> jax.Array:
-    def solve_block(L, b):
-        return jax.scipy.linalg.cho_solve((L, True), b)
-
-    if factor.shape[0] == 1:  # half the time of a batch of one on CPU
-        return solve_block(factor[0], rhs[0])[None]
-    return jax.vmap(solve_block)(factor, rhs)
 
 
 def matvec(matrix: jax.Array, x: jax.Array) -> jax.Array:

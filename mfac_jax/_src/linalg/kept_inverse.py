@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mfac_jax._src.linalg import gram as _gram
+from mfac_jax._src.linalg import solve as cholesky
+from mfac_jax._src.linalg.gram import matvec
 
 
 class KeptInverse(NamedTuple):
@@ -63,8 +64,8 @@ def solve(
 
     def refine(found):
         solution, rest, _ = found
-        solution += _gram.matvec(kept.matrix, rest)
-        after = rhs - _gram.matvec(gram, solution) - shift[:, None] * solution
+        solution += matvec(kept.matrix, rest)
+        after = rhs - matvec(gram, solution) - shift[:, None] * solution
         return solution, after, jnp.linalg.norm(after, axis=-1) < jnp.linalg.norm(rest, axis=-1) / 2
 
     def is_worth_a_try(found):
@@ -74,12 +75,12 @@ def solve(
     found = refine((jnp.zeros_like(rhs), rhs, None))
     found = lax.while_loop(is_worth_a_try, refine, found)
     solution = found[0]
-    good = jnp.all(is_good(found)) & jnp.all(_gram.keeps_digits(gram, rhs, solution))
+    good = jnp.all(is_good(found)) & jnp.all(cholesky.keeps_digits(gram, rhs, solution))
 
     def anew(_):
-        root = _gram.inverse_root(gram, shift[:, None])
+        root = cholesky.inverse_root(gram, shift[:, None])
         matrix = jnp.matmul(root.mT, root, precision=lax.Precision.HIGHEST)
-        return _gram.solve(gram, shift[:, None], rhs), KeptInverse(matrix, shift), jnp.array(True)
+        return cholesky.solve(gram, shift[:, None], rhs), KeptInverse(matrix, shift), jnp.array(True)
 
     # A loop of no or one turn, where a conditional would copy the inverse.
     return lax.while_loop(lambda carry: ~carry[-1], anew, (solution, kept, good))[:2]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mfac_jax._src.linalg import gram as _gram
+from mfac_jax._src.linalg.gram import mean_square
 
 
 class System(NamedTuple):
@@ -28,6 +28,6 @@ def absolute(gram: jax.Array, damping: jax.Array) -> System:
 
 def relative(gram: jax.Array, damping: jax.Array, rows_used: jax.Array) -> System:
     """Damping in units of the window: shift rho s, gain (1 + rho) s, s the mean squared norm of a row."""
-    energy = _gram.mean_square(gram, rows_used)
+    energy = mean_square(gram, rows_used)
     rho = jnp.minimum(damping, 2.0**126 / jnp.maximum(energy, 1))  # their product must not overflow
     return System(rho * energy, (1 + rho) * energy)

@@ -1,21 +1,14 @@
 """What the window of gradients says about a training run: spectrum, similarity, damping and step."""
 
-import logging
-import math
-import operator
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
-from mfac_jax._src.base import checks
+from mfac_jax._src.linalg.spectrum import eigenvalues, noise
 from mfac_jax._src.mfac.state import ScaleByMFACState
-
-_logger = logging.getLogger("mfac_jax")
 
 
 class Diagnostics(NamedTuple):
@@ -62,11 +55,10 @@ class Diagnostics(NamedTuple):
 def diagnostics(state: optax.OptState) -> Diagnostics:
     r"""Measure the window of gradients and the last step, from the m x m Gram matrix alone.
 
-    With G the n gradients in the window as rows `(n, d)`, :math:`g_j` the newest, :math:`K = G G^\top`,
-    :math:`s_1 \ge \dots \ge s_n` the eigenvalues of K / n, which are those of :math:`G^\top G / n`, and
-    :math:`\lambda = \delta / n` the damping, where :math:`\delta` is what the last step added to the
-    diagonal of K, and :math:`u = f\, G^\top c` the update with its coefficients c and step factor f, for
-    each block:
+    It runs under `jax.jit` and `jax.vmap`, and never reads the window. For each block, with K the Gram
+    matrix of the n gradients in use, :math:`g_j` the newest, :math:`s_1 \ge \dots \ge s_n` the eigenvalues
+    of K / n, :math:`\lambda` what the last step added to the diagonal of K, over n, and
+    :math:`u = f\, G^\top c` the update with its coefficients c and step factor f:
 
     .. math::
       \text{effective\_rank} &= \left(\textstyle\sum s_i\right)^2 / \textstyle\sum s_i^2 \\
@@ -78,27 +70,9 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
       \text{step\_norm} &= |u| = f \sqrt{c^\top K c}, \qquad
       \text{fisher\_norm} = \sqrt{\tfrac{1}{n} \textstyle\sum (g_i^\top u)^2} = f\, |K c| / \sqrt{n}
 
-    The effective rank is k where k eigenvalues are equal and the others zero; small eigenvalues, which
-    rounding spoils first, hardly count. The damping share counts directions: the update goes along one with
-    :math:`s_i \ll \lambda` as gradient descent does, and one with :math:`s_i \gg \lambda` is normalised;
-    n (1 - damping_share) are the effective degrees of freedom of ridge regression. (The share of the
-    damping in the trace would say less: relative damping fixes it.)
-
-    Gradients are those that `scale_by_mfac` was given, and the update is what it returned, with
-    `window_momentum` and step factor. What comes after it in a chain is not seen: momentum of updates, such
-    as `optax.ema`, decoupled weight decay, learning rate. In the diagonal metric the gradients are
-    already multiplied by D, and the update is not yet.
-
-    After a gradient that was refused they are those of the last one accepted.
-
-    A pure function: it runs under `jax.jit` and `jax.vmap`, and never reads the window. It takes one
-    eigendecomposition of an m x m matrix a block: 0.6 ms at m = 64 and 27 ms at m = 512 on a CPU.
-
-    All numbers are finite. What is not defined is zero: cosines with a zero gradient, which the means
-    leave out, and everything before the first step but condition number and step factor, which are one.
-    Gradients with a squared norm below the smallest float (a norm below 1e-19 in float32) count as zero.
-    Eigenvalues below :math:`8 \sqrt{m}` times the machine epsilon of the largest are rounding noise: they
-    are given as zero, and the condition number takes them to be as large as that.
+    All figures are in the metric and exclude what comes after the transform: momentum of updates, weight
+    decay, learning rate. After a refused gradient they are those of the last one accepted. All are finite.
+    What is not defined is zero; before the first step condition number and step factor are one.
 
     Args:
       state: a `ScaleByMFACState`, or any optimizer state that holds exactly one.
@@ -122,7 +96,8 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
 
     References:
       Trevor Hastie, Robert Tibshirani, Jerome Friedman, `The Elements of Statistical Learning
-      <https://hastie.su.domains/ElemStatLearn/>`_, 2009, section 3.4.1 (effective degrees of freedom).
+      <https://hastie.su.domains/ElemStatLearn/>`_, 2009, section 3.4.1: n (1 - damping_share) are the
+      effective degrees of freedom of ridge regression.
     """
     state = _find(state)
     # The nnx optimizer wraps every array of its state.
@@ -166,7 +141,7 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, l
     n = jnp.maximum(rows_used, 1)
     newest = (next_row - 1) % m
 
-    spectrum = _eigenvalues(gram) / n.astype(dtype)
+    spectrum = eigenvalues(gram) / n.astype(dtype)
     damping = jnp.minimum(shift / n.astype(dtype), max_float / 4)  # sums with eigenvalues stay finite
     norms, cosines = _norms_and_cosines(gram)
     # The update in gradients of norm one, and divided by its largest coefficient: squares neither overflow
@@ -199,22 +174,6 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, l
     )
 
 
-def _eigenvalues(gram: jax.Array) -> jax.Array:
-    """Eigenvalues of the Gram matrices `(blocks, m)`, largest first; zero where they are rounding noise."""
-    _, exponent = jnp.frexp(jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1, keepdims=True))
-    # LAPACK returns NaN on some matrices of 1e30: a power of two brings the largest entry near one.
-    exponent = jnp.maximum(exponent, jnp.finfo(gram.dtype).minexp)
-    scale = jnp.ldexp(jnp.ones_like(gram[..., 0, :1]), -exponent)
-    s = jnp.linalg.eigvalsh(gram * scale[..., None], symmetrize_input=False)
-    s = s[..., ::-1]
-    return jnp.where(s > _noise(gram) * s[..., :1], s, 0) / scale
-
-
-def _noise(x: jax.Array) -> float:
-    """What rounding may add to an eigenvalue, as a part of the largest; x is `(..., m)`."""
-    return 8 * math.sqrt(x.shape[-1]) * float(jnp.finfo(x.dtype).eps)
-
-
 def _norms_and_cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Norms of the gradients `(blocks, m)`, and their cosines, zero with a zero gradient."""
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
@@ -232,7 +191,7 @@ def _effective_rank(spectrum: jax.Array) -> jax.Array:
 def _condition_number(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> jax.Array:
     """(s_1 + damping) / (s_n + damping), with rounding noise in place of an s_n below it."""
     first = spectrum[:, 0]
-    last = jnp.maximum(spectrum[:, n - 1], _noise(spectrum) * first)
+    last = jnp.maximum(spectrum[:, n - 1], noise(spectrum) * first)
     return jnp.maximum(_ratio(first + damping, last + damping), 1)
 
 
@@ -260,62 +219,3 @@ def _root_mean_square(x: jax.Array, n: jax.Array) -> jax.Array:
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     """x / y, and zero where y is zero."""
     return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
-
-
-class DiagnosticsLog:
-    """A callback for a training loop: keeps and logs the diagnostics of every so many steps.
-
-    A call logs one line to the logger `"mfac_jax"` at level INFO, which Python shows after
-    `logging.basicConfig()` and `logging.getLogger("mfac_jax").setLevel(logging.INFO)`. Of several blocks
-    it has the median and the range.
-
-    Attributes:
-      every: calls at other steps than the multiples of this do nothing.
-      records: a dict a step, with `step` and the fields of `Diagnostics` as numbers and lists. To resume
-        a run, keep them with `json` and pass them as `records`; a step that comes again replaces its
-        record, and those after it.
-
-    Example:
-      >>> import jax.numpy as jnp, mfac_jax
-      >>> tx = mfac_jax.mfac(learning_rate=0.1, num_grads=4)
-      >>> state = tx.init(jnp.zeros(2))
-      >>> log = mfac_jax.DiagnosticsLog(every=10)
-      >>> for step in range(30):
-      ...   _, state = tx.update(jnp.array([1.0, step]), state)
-      ...   log(step, state)
-      >>> [record['step'] for record in log.records]
-      [0, 10, 20]
-    """
-
-    def __init__(self, every: int = 10, records: Iterable[dict[str, Any]] = ()):
-        """Check `every`, any integer >= 1, and copy `records`, those of an earlier log."""
-        self.every = checks.check_count("every", every, "10")
-        self.records = list(records)
-
-    def __call__(self, step: int | jax.Array, opt_state: optax.OptState) -> None:
-        """Record and log a state, if the step is a multiple of `every`; errors as `diagnostics`."""
-        step = operator.index(step)
-        if step % self.every:
-            return
-        measured = jax.device_get(diagnostics(opt_state))._asdict()
-        record = {"step": step} | {name: np.asarray(x).tolist() for name, x in measured.items()}
-        self.records = [old for old in self.records if old["step"] < step] + [record]
-        _logger.info("%s", _line(record))
-
-
-def _line(record: dict[str, Any]) -> str:
-    """A record for reading."""
-
-    def show(name: str) -> str:
-        x = np.asarray(record[name])
-        text = f"{np.median(x):.3g}"
-        return text if x.size == 1 else f"{text} ({x.min():.3g} to {x.max():.3g})"
-
-    return (
-        f"step {record['step']}: effective rank {show('effective_rank')} of {record['rows_used']}, "
-        f"condition number {show('condition_number')}, damping share {show('damping_share')}, "
-        f"similarity {show('similarity')}, alignment {show('alignment')}, "
-        f"gradient norm {show('gradient_norm')}, step norm {show('step_norm')}, "
-        f"mean cosine {show('mean_cosine')}, step factor {show('step_factor')}, "
-        f"rejected {record['grads_rejected']}"
-    )

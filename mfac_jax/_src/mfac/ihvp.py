@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules
-from mfac_jax._src.linalg import gram as _gram
+from mfac_jax._src.linalg.solve import solve
 from mfac_jax._src.mfac.state import ScaleByMFACState, storage_of
 from mfac_jax._src.rows.storages import Storage
 from mfac_jax._src.rows.window import make_plan
@@ -71,7 +71,7 @@ def ihvp(
     blocks = state.block_of_leaf if leaves else np.zeros(1, int)
     products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, x, like))
     shift = jnp.full((len(gram), 1), gram.shape[1] * damping)
-    coefficients = -_gram.solve(gram, shift, products) / damping
+    coefficients = -solve(gram, shift, products) / damping
     inside = plan.whole(plan.combine(coefficients[blocks], state.window), tree)
     return jax.tree.map(
         lambda x, y: numerics.narrow(x.astype(y.dtype) / damping + y, x.dtype), tree, inside

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mfac_jax._src.linalg import gram as _gram
 from mfac_jax._src.linalg import kept_inverse
+from mfac_jax._src.linalg.solve import solve
 
 Zeros = Callable[[tuple[int, ...]], jax.Array]  # of a shape: zeros of the Gram matrix's dtype and mesh
 
@@ -53,7 +53,7 @@ CHOLESKY = Solver(
     name="cholesky",
     init=lambda zeros, blocks, m: (),
     replace_row=lambda state, row, index, accept: state,
-    solve=lambda state, gram, shift, rhs: (_gram.solve(gram, shift[:, None], rhs), state),
+    solve=lambda state, gram, shift, rhs: (solve(gram, shift[:, None], rhs), state),
 )
 
 # About ten readings of an m x m matrix a step, which is kept in the state.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import schedules
-from mfac_jax._src.linalg import gram as _gram
+from mfac_jax._src.linalg.gram import cosine_to_row, shrinkage, typical_cosine
 from mfac_jax._src.mfac.momentum import ages
 
 # Where only the next step counts, the best cosine of a gradient and the update before it is 0. In the long
@@ -98,9 +98,9 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
         num_grads = gram.shape[-1]
         in_use = jnp.minimum(view.grads_seen, num_grads - 1) + 1
         statistics = _Statistics(
-            _gram.cosine_to_row(gram, newest, view.last_update),
-            _gram.typical_cosine(gram),
-            _gram.shrinkage(gram, ages(newest, num_grads), in_use),
+            cosine_to_row(gram, newest, view.last_update),
+            typical_cosine(gram),
+            shrinkage(gram, ages(newest, num_grads), in_use),
             view.grads_seen,
         )
         before = (state.mean_cosine, view.log_step)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules, trees
-from mfac_jax._src.linalg import gram as _gram
+from mfac_jax._src.linalg.gram import replace_row
 from mfac_jax._src.mfac import damping as damping_rules
 from mfac_jax._src.mfac import metrics, solvers, step_length
 from mfac_jax._src.mfac.metrics import Metric
@@ -180,7 +180,7 @@ def _step(
     products = plan.dots(state.window, plan.decode(row), state.coefficients, newest)
     accept = jnp.all(jnp.isfinite(products)) & has_blocks
     window = write_row(state.window, row, newest, accept)
-    gram = jnp.where(accept, _gram.replace_row(state.gram, products, newest), state.gram)
+    gram = jnp.where(accept, replace_row(state.gram, products, newest), state.gram)
 
     # The update is a combination of the rows: all that decides about it is m x m.
     solver_state = solver.replace_row(state.solver, products, newest, accept)

@@ -18,7 +18,7 @@ import optax
 from mfac_jax._src.base import numerics
 from mfac_jax._src.base.stacks import check_stacked
 from mfac_jax._src.base.trees import check_tree, leaf_name
-from mfac_jax._src.linalg.gram import inverse_root
+from mfac_jax._src.linalg.solve import inverse_root
 from mfac_jax._src.pruning.masks import is_absent, zero_pruned
 from mfac_jax._src.pruning.patterns import groups
 from mfac_jax._src.rows import contractions

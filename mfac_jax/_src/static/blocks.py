@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mfac_jax._src.linalg.gram import inverse_root
+from mfac_jax._src.linalg.solve import inverse_root
 from mfac_jax._src.rows import contractions
 from mfac_jax._src.rows.blocks import Blocks, block_of_leaf, number_of_blocks
 
