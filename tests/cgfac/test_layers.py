@@ -72,7 +72,7 @@ def test_the_error_is_below_the_tolerance_asked_for(x64, biases):
     """In all layers, which are solved in one program."""
     gradients, factors = {}, {}
     for name, sizes in LAYERS.items():
-        gradients[name], inputs, output_grads = layer(*sizes, biases[name])
+        gradients[name], inputs, output_grads = layer(*sizes, bias=biases[name])
         bias = f"{name}/bias" if biases[name] else None
         factors[f"{name}/kernel"] = LayerFactors(inputs, output_grads, bias)
 

@@ -78,7 +78,8 @@ def test_chain_applies_what_comes_after():
     assert_close(run(doubled, GRADIENTS)[0], expected)
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param({"blocks": is_kernel}, marks=slow)])
+@slow
+@pytest.mark.parametrize("options", [{}, {"blocks": is_kernel}])
 def test_masked_leaves_stay_out_of_the_fisher_matrix(options):
     tx = scale_by_mfac(3, 0.5, **options)
     updates, state = run(optax.masked(tx, {**ALL_TRUE, "bias": False}), GRADIENTS)
@@ -193,7 +194,8 @@ def test_outside_of_jit_a_step_of_numpy_arrays_with_extra_arguments_is_the_compi
 
 
 @pytest.mark.parametrize(
-    "dtype", [jnp.bfloat16, jnp.float64, *(pytest.param(d, marks=slow) for d in (jnp.float16, jnp.float32))]
+    "dtype",
+    [jnp.bfloat16, *(pytest.param(d, marks=slow) for d in (jnp.float16, jnp.float32, jnp.float64))],
 )
 def test_the_leaves_keep_their_dtype_and_the_algebra_has_single_precision(dtype):
     with jax.enable_x64(dtype == jnp.float64):

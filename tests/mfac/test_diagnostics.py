@@ -314,6 +314,7 @@ def test_every_may_be_any_integer():
     assert [record["step"] for record in log.records] == [0, 10]
 
 
+@slow
 def test_the_mean_cosine_tells_short_steps_from_long_ones():
     means, tx = [], scale_by_mfac(4, 100.0, relative_damping=True, step_adaptation=1e-6)
     for rate in (0.01, 10.0):  # gradient descent on |x|^2 / 2, whose right rate is near one

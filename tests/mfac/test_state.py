@@ -69,8 +69,8 @@ def test_no_step_is_traced_twice_and_all_of_the_state_can_be_donated(init):
 def test_the_state_is_an_immutable_named_tuple():
     state: Any = PLAIN.init(PARAMS)
     assert state._fields == (
-        *("grads_seen", "grads_rejected", "next_row", "window", "metric", "gram", "solver"),
-        *("coefficients", "shift", "step_length", "log_step", "block_of_leaf", "made_with"),
+        *("made_with", "grads_seen", "grads_rejected", "next_row", "window", "metric", "gram", "solver"),
+        *("coefficients", "shift", "step_length", "log_step", "block_of_leaf"),
     )
     with pytest.raises(AttributeError):
         state.gram = state.gram

@@ -30,8 +30,8 @@ def tree_of(dtype, rows: tuple[int, ...] = ()) -> dict[str, jax.Array]:
 
 
 class ScaledRow(NamedTuple):
-    integers: jax.Array
-    scale: jax.Array
+    integers: Any
+    scale: Any
 
 
 def _scaled(rows: ScaledRow, dtype) -> jax.Array:
@@ -125,7 +125,7 @@ def test_products_with_the_window_are_those_of_each_block(storage):
     matrices = [np.asarray(stack["a"]).reshape(4, -1), np.asarray(stack["b"])[:, None]]
     vectors = [np.asarray(newest["a"]).ravel(), np.asarray(newest["b"])[None]]
     expected = np.stack([G @ x for G, x in zip(matrices, vectors, strict=True)])
-    close = {"rtol": 1e-3, "atol": 1e-3} if storage is SCALED else {"rtol": 1e-5, "atol": 1e-6}
+    close: Any = {"rtol": 1e-3, "atol": 1e-3} if storage is SCALED else {"rtol": 1e-5, "atol": 1e-6}
     np.testing.assert_allclose(dots, expected, **close)
     expected[:, 2] = [x @ x for x in vectors]
     np.testing.assert_allclose(with_newest, expected, **close)

@@ -176,9 +176,9 @@ def follow(
     return [_after(w, move, mask, share) for w, move, mask in zip(weights, moves, new, strict=True)]
 
 
-@jax.jit
 def _removed(w: jax.Array, old: jax.Array | None, new: jax.Array | None) -> jax.Array:
     """The weights that this step prunes, zeros elsewhere."""
+    # Not compiled: under explicit mesh axes jit refuses zeros like an argument that it does not read.
     return jnp.zeros_like(w) if old is None or new is None else zero_pruned(old & ~new, w)
 
 
