@@ -20,8 +20,9 @@ from examples.common.optimizers import NeedsFactors, warmup_cosine
 from examples.common.training import Step, TrainState, first_state, train_step
 from examples.common.workload import Workload
 
-PUBLISHED_NUM_GRADS = 512
 MFAC_RATE = inspect.signature(mfac_jax.mfac).parameters["learning_rate"].default  # its untuned rate
+PUBLISHED = inspect.signature(mfac_jax.mfac_published).parameters
+PUBLISHED_RATE, PUBLISHED_NUM_GRADS = (PUBLISHED[name].default for name in ("learning_rate", "num_grads"))
 # Peak rates tried, for each family of problems; "all" where one grid serves all of them.
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "sgd": {
@@ -35,7 +36,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "muon": {"digits": (0.01, 0.02, 0.05, 0.1, 0.2), "all": (0.005, 0.01, 0.02, 0.05, 0.1)},
     "kfac": {"all": (0.003, 0.01, 0.03, 0.1, 0.3)},
     "soap": {"all": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
-    "mfac-published": {"all": (1e-3,)},
+    "mfac-published": {"all": (PUBLISHED_RATE,)},
     "mfac-published-tuned": {"all": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
     "mfac-default": {"all": (MFAC_RATE,)},
     "mfac": {"digits": (0.01, 0.02, 0.05, 0.1, 0.2), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
@@ -85,11 +86,6 @@ def _soap(schedule: optax.Schedule) -> optax.GradientTransformation:
     return importlib.import_module("soap_jax").soap(schedule)
 
 
-def published(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """M-FAC with the settings of the paper's authors for ResNet-20."""
-    return mfac_jax.mfac_published(schedule, PUBLISHED_NUM_GRADS)
-
-
 # From a schedule, and a damping where that is swept, to a transform. K-FAC has its own steps below.
 IDEAS = {f"mfac, {name}": transform for name, transform in ideas.IDEAS.items()}
 TRANSFORMS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
@@ -99,8 +95,8 @@ TRANSFORMS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "nadamw": optax.nadamw,
     "muon": functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices),
     "soap": _soap,
-    "mfac-published": published,
-    "mfac-published-tuned": published,
+    "mfac-published": mfac_jax.mfac_published,
+    "mfac-published-tuned": mfac_jax.mfac_published,
     "mfac-default": mfac_jax.mfac,
     "cgfac": mfac_jax.cgfac,
     **{name: functools.partial(mfac_jax.mfac, **options) for name, options in VARIANTS.items()},
