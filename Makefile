@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = OPENBLAS_NUM_THREADS=1 $(VENV)/bin/python
 JOBS ?= 2
 
-.PHONY: demo test slow benchmark lint format clean
+.PHONY: demo test slow slow-here slow-tpu benchmark lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.train_digits
@@ -12,8 +12,13 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
 
-slow: $(VENV)/installed-tpu
-	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
+slow: slow-here slow-tpu
+
+slow-here: $(VENV)/installed
+	$(RUN) -m pytest -n $(JOBS) -m "slow and not tpu" $(PYTEST_ARGS)
+
+slow-tpu: $(VENV)/installed-tpu
+	$(RUN) -m pytest -m tpu $(PYTEST_ARGS)
 
 # Speed, an hour; ORIGINAL is a checkout of github.com/IST-DASLab/M-FAC, GIGABYTES the largest window.
 GIGABYTES ?= 4.5
@@ -47,7 +52,7 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# For `make slow` alone: libtpu, 700 MB, compiles for TPUs that are not here.
+# For `make slow-tpu` alone: libtpu, 700 MB, compiles for TPUs that are not here.
 $(VENV)/installed-tpu: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
 	touch $@

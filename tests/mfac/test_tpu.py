@@ -14,6 +14,7 @@ from benchmarks import tpu_tables
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.tpu,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install '.[tpu]'"),
 ]
 
