@@ -40,7 +40,7 @@ WITH_BAD_GRADIENTS = {
     "published": mfac_published(0.1, 3, 0.5),
     "mfac": DECAYED,
     "no momentum": mfac(0.1, 3, 0.5, None),
-    "other options": mfac(0.1, 3, 0.5, blocks="leaf", solver="inverse", storage=jnp.bfloat16),
+    "other options": mfac(0.1, 3, 0.5, blocks="leaf", storage=jnp.bfloat16),
     "as in the paper, without momentum": mfac_published(0.1, 3, 0.5, None, blocks="leaf"),
 }
 
