@@ -125,6 +125,14 @@ def test_the_window_is_that_of_one_who_only_saw_the_survivors(metric, blocks):
 
 
 @pytest.mark.slow
+def test_an_optimizer_without_a_leaf_keeps_its_empty_window():
+    groups = jax.tree.map(lambda p: "some", PARAMS)
+    inner = optax.partition({"some": scale_by_mfac(M), "none": scale_by_mfac(M)}, groups)
+    tx = keep_pruned(inner, ALL_KEPT)
+    state = tx.init(PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(set_masks(tx, state, MASKS), state)
+
+
 def test_the_gram_matrix_is_that_of_the_window_as_stored():
     tx = keep_pruned(scale_by_mfac(M, 0.5, storage=jnp.bfloat16), ALL_KEPT)
     _, state = step_once(tx, PARAMS, tx.init(PARAMS))

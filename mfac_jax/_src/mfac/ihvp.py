@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules
@@ -68,7 +67,7 @@ def ihvp(
     damping = schedules.damping_at(damping, state.grads_seen, gram.dtype)
     x = plan.own_parts(tree, state.window)
     like = jnp.zeros((max(1, leaves), gram.shape[1]), gram.dtype)
-    blocks = state.block_of_leaf if leaves else np.zeros(1, int)
+    blocks = state.block_of_leaf
     products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, x, like))
     shift = jnp.full((len(gram), 1), gram.shape[1] * damping)
     coefficients = -solve(gram, shift, products) / damping

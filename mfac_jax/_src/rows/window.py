@@ -140,8 +140,8 @@ def _sum(leaves: Sequence[jax.Array]) -> jax.Array:
 def gram(window: Any, storage: Storage, blocks: Sequence[int] | jax.Array, like: jax.Array) -> jax.Array:
     """The Gram matrices of the whole window, `(blocks, m, m)` as `like`."""
     total = jnp.zeros_like(like)
-    for block, rows in zip(blocks, storages.split(storage, window), strict=True):
-        total = total.at[block].add(storages.gram(storage, rows, like.dtype))
+    for number, rows in enumerate(storages.split(storage, window)):
+        total = total.at[blocks[number]].add(storages.gram(storage, rows, like.dtype))
     return total
 
 
