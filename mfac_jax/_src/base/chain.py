@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import checks, numerics
+from mfac_jax._src.base.accept import select
 
 
 def momentum_of_updates(
@@ -41,6 +42,6 @@ def _skip_not_finite(
         finite = numerics.all_finite(updates)
         if axis_name is not None:
             finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name) == 1
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, (updates, state))
+        return select(finite, accepted, (updates, state))
 
     return optax.GradientTransformation(inner.init, update)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules, trees
+from mfac_jax._src.base.accept import accept_or_refuse
 from mfac_jax._src.cgfac import curvature_checks, solve
 from mfac_jax._src.cgfac.layers import Factors
 from mfac_jax._src.cgfac.state import ScaleByCGFACState, check_state, first_state
@@ -132,9 +133,8 @@ def scale_by_cgfac(
             lambda g, x: jnp.where(finite, numerics.narrow(length * x, g.dtype), g), updates, solution
         )
         changed = {"grads_seen": seen, "window": window, "mean_squares": mean_squares}
-        accepted = state._replace(**changed, **solve.reports(solved))
-        rejected = state._replace(grads_rejected=optax.safe_increment(state.grads_rejected))
-        return new, jax.tree.map(lambda new, old: jnp.where(accept, new, old), accepted, rejected)
+        after = state._replace(**changed, **solve.reports(solved))
+        return new, accept_or_refuse(accept, state, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -10,6 +10,7 @@ import optax
 from jax.core import Tracer
 
 from mfac_jax._src.base import numerics
+from mfac_jax._src.base.accept import accept_or_refuse
 from mfac_jax._src.mfac.metrics import Metric
 from mfac_jax._src.mfac.solvers import Solver
 from mfac_jax._src.mfac.step_length import StepLength
@@ -167,7 +168,5 @@ _LARGE = ("window", "gram", "solver")
 def settled(accept: jax.Array, before: ScaleByMFACState, after: ScaleByMFACState) -> ScaleByMFACState:
     """The state after a gradient; where it was refused as before, but for `grads_rejected`."""
     large = {name: getattr(after, name) for name in _LARGE}
-    accepted, old = (state._replace(**dict.fromkeys(_LARGE)) for state in (after, before))
-    rejected = old._replace(grads_rejected=optax.safe_increment(before.grads_rejected))
-    chosen = jax.tree.map(lambda new, old: jnp.where(accept, new, old), accepted, rejected)
-    return chosen._replace(**large)
+    small_before, small_after = (state._replace(**dict.fromkeys(_LARGE)) for state in (before, after))
+    return accept_or_refuse(accept, small_before, small_after)._replace(**large)

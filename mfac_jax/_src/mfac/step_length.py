@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import schedules
+from mfac_jax._src.base.accept import select
 from mfac_jax._src.linalg.gram import cosine_to_row, shrinkage, typical_cosine
 from mfac_jax._src.mfac.momentum import ages
 
@@ -107,9 +108,7 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
         after = _moved(*before, statistics, speed)
         # Without a direction on both sides there is nothing to learn, not even the drift.
         is_known = jnp.any(view.last_update != 0) & jnp.any(gram[:, newest, newest] > 0)
-        mean_cosine, log_step = (
-            jnp.where(is_known, new, old) for new, old in zip(after, before, strict=True)
-        )
+        mean_cosine, log_step = select(is_known, after, before)
         return AdaptedStepState(mean_cosine), log_step
 
     return StepLength("adapted", init, update)
