@@ -192,6 +192,21 @@ def test_components_of_ones_own_run_in_mfac_and_under_inject_hyperparams():
     np.testing.assert_allclose(flat(injected), flat(plain), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        ({"metric": ROTATED}, r"metric must be elementwise with axis_name='x', got 'rotated'"),
+        (
+            {"storage": HALF},
+            r"storage must have one array .*axis_name='x', got 'scaled float16'",
+        ),
+    ],
+)
+def test_components_that_need_more_than_a_part_of_a_leaf_are_refused_on_manual_axes(component, message):
+    with pytest.raises(ValueError, match=message):
+        scale_by_mfac(NUM_GRADS, DAMPING, axis_name="x", **component)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_storage_of_ones_own_on_a_mesh(axis_type):

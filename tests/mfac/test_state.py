@@ -178,3 +178,16 @@ def test_an_nnx_optimizer_trains():
 
     losses = [step(model, optimizer) for _ in range(30)]
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "inverse", "metric": "diagonal", "step_adaptation": 0.3}]
+)
+def test_a_state_of_numpy_arrays_goes_on_outside_of_jit(options):
+    tx, params = scale_by_mfac(3, 0.1, **options), jnp.ones(4)
+    state: Any = jax.jit(tx.init)(params)
+    _, state = jax.jit(tx.update)(params, state)
+    gradient = jnp.arange(4.0)
+    expected, _ = tx.update(gradient, state)
+    found, _ = tx.update(np.asarray(gradient), jax.device_get(state))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

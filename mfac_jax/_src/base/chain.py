@@ -14,10 +14,14 @@ def momentum_of_updates(
     momentum: float | None, axis_name: str | Sequence[str] | None
 ) -> list[optax.GradientTransformation]:
     """An average of updates, if there is to be one."""
-    if momentum is None:
-        return []
-    checks.check_decay("momentum", momentum, "0.9")
-    return [_skip_not_finite(optax.ema(momentum), axis_name)]
+    check_momentum(momentum)
+    return [] if momentum is None else [_skip_not_finite(optax.ema(momentum), axis_name)]
+
+
+def check_momentum(momentum: float | None) -> None:
+    """Raise for anything but None or a number in [0, 1)."""
+    if momentum is not None:
+        checks.check_decay("momentum", momentum, "0.9")
 
 
 def weight_decay(weight_decay: float | None, mask: optax.MaskOrFn) -> list[optax.GradientTransformation]:

@@ -68,6 +68,12 @@ def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> N
         raise ValueError(message)
 
 
+def check_step_adaptation(value) -> None:
+    """Raise for anything but a schedule or a number in [0, 1]."""
+    if not callable(value):
+        check_share("step_adaptation", value, "0.3")
+
+
 def check_bool(name: str, value) -> None:
     """Raise for anything but True or False."""
     if not isinstance(value, bool):

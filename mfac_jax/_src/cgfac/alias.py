@@ -5,18 +5,18 @@ import optax
 
 from mfac_jax._src.base import chain
 from mfac_jax._src.cgfac.layers import Factors
-from mfac_jax._src.cgfac.transform import scale_by_cgfac
+from mfac_jax._src.cgfac.transform import DAMPING, MAX_ITERATIONS, TOLERANCE, scale_by_cgfac
 
 
 def cgfac(
     learning_rate: optax.ScalarOrSchedule = 0.1,
-    damping: optax.ScalarOrSchedule = 1e-2,
+    damping: optax.ScalarOrSchedule = DAMPING,
     momentum: float | None = 0.9,
     weight_decay: float | None = None,
     mask: optax.MaskOrFn = None,
     *,
-    tolerance: float | jax.Array = 0.1,
-    max_iterations: int = 20,
+    tolerance: float | jax.Array = TOLERANCE,
+    max_iterations: int = MAX_ITERATIONS,
     norm_constraint: float | jax.Array | None = 1.0,
     num_batches: int = 1,
     factors: Factors | None = None,

@@ -15,14 +15,15 @@ from mfac_jax._src.cgfac.state import ScaleByCGFACState, check_state, first_stat
 from mfac_jax._src.cgfac.window import check_window, empty_window, remember
 from mfac_jax._src.linalg.conjugate_gradients import Limits
 
+DAMPING, TOLERANCE, MAX_ITERATIONS = 1e-2, 0.1, 20
 _MEMORY = 0.99  # of the running mean of squares: about a hundred gradients
 
 
 def scale_by_cgfac(
-    damping: optax.ScalarOrSchedule = 1e-2,
+    damping: optax.ScalarOrSchedule = DAMPING,
     *,
-    tolerance: float | jax.Array = 0.1,
-    max_iterations: int = 20,
+    tolerance: float | jax.Array = TOLERANCE,
+    max_iterations: int = MAX_ITERATIONS,
     norm_constraint: float | jax.Array | None = None,
     num_batches: int = 1,
     factors: Factors | None = None,
@@ -88,9 +89,9 @@ def scale_by_cgfac(
       <https://arxiv.org/abs/2311.00636>`_, NeurIPS 2023: kernels used at several places ('expand').
     """
     if not callable(damping):
-        checks.check_positive("damping", damping, "1e-2")
-    checks.check_positive("tolerance", tolerance, "0.1")
-    max_iterations = checks.check_size("max_iterations", max_iterations, "20")
+        checks.check_positive("damping", damping, str(DAMPING))
+    checks.check_positive("tolerance", tolerance, str(TOLERANCE))
+    max_iterations = checks.check_size("max_iterations", max_iterations, str(MAX_ITERATIONS))
     if norm_constraint is not None:
         checks.check_positive("norm_constraint", norm_constraint, "1.0")
     num_batches = checks.check_size("num_batches", num_batches, "4")

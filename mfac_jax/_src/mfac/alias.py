@@ -8,14 +8,14 @@ from mfac_jax._src.base import chain, checks, schedules
 from mfac_jax._src.mfac.metrics import Metric
 from mfac_jax._src.mfac.solvers import Solver
 from mfac_jax._src.mfac.step_length import StepLength
-from mfac_jax._src.mfac.transform import scale_by_mfac
+from mfac_jax._src.mfac.transform import NUM_GRADS, scale_by_mfac
 from mfac_jax._src.rows.blocks import Blocks
 from mfac_jax._src.rows.manual_axes import AxisName
 
 
 def mfac(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
-    num_grads: int = 64,
+    num_grads: int = NUM_GRADS,
     damping: optax.ScalarOrSchedule = 0.2,
     momentum: float | None = 0.9,
     weight_decay: float | None = None,
@@ -84,11 +84,9 @@ def mfac(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
-    if momentum is not None:
-        checks.check_decay("momentum", momentum, "0.9")
+    chain.check_momentum(momentum)
     if not isinstance(step_adaptation, StepLength):
-        if not callable(step_adaptation):
-            checks.check_share("step_adaptation", step_adaptation, "0.3")
+        checks.check_step_adaptation(step_adaptation)
         step_adaptation = schedules.resting_while_rising(step_adaptation, learning_rate)
     decay = chain.weight_decay(weight_decay, mask)
     preconditioner = scale_by_mfac(

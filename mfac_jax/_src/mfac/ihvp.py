@@ -7,6 +7,7 @@ import optax
 from mfac_jax._src.base import checks, numerics, schedules
 from mfac_jax._src.linalg.solve import solve
 from mfac_jax._src.mfac.state import ScaleByMFACState, storage_of
+from mfac_jax._src.mfac.transform import DAMPING
 from mfac_jax._src.rows.storages import Storage
 from mfac_jax._src.rows.window import make_plan
 
@@ -14,7 +15,7 @@ from mfac_jax._src.rows.window import make_plan
 def ihvp(
     state: ScaleByMFACState,
     tree: optax.Params,
-    damping: float | jax.Array = 1e-3,
+    damping: float | jax.Array = DAMPING,
     *,
     storage: Storage | None = None,
 ) -> optax.Params:
@@ -60,7 +61,7 @@ def ihvp(
             f"state must be a ScaleByMFACState, got {type(state).__name__}. In the state of a chain, "
             "optax.tree.get(state, 'ScaleByMFACState') finds it."
         )
-    checks.check_positive("damping", damping, "1e-3")
+    checks.check_positive("damping", damping, str(DAMPING))
     leaves, gram = len(jax.tree.leaves(tree)), state.gram
     # A block for each leaf here, and sums over them: the state's own blocks may be traced.
     plan = make_plan("tree", tree, state.window, storage_of(state, storage), range(leaves))

@@ -38,7 +38,7 @@ class Coordinates(NamedTuple):
 class Metric(NamedTuple):
     """Preconditions in coordinates of your choice: pass it as `metric` to `scale_by_mfac`.
 
-    Its functions are pure and see whole leaves. Gradients come in float32, or float64, clipped so that
+    Its functions are pure. Gradients come in float32, or float64, clipped so that
     their squares do not overflow. What the metric returns for a gradient with a NaN is thrown away.
 
     Attributes:
@@ -46,6 +46,8 @@ class Metric(NamedTuple):
       init: from a tree of zeros like the gradients to the metric's state: arrays, or trees like that one.
       update: `(state, gradients, count)` to the new state and the `Coordinates` of this step; `count` is
         the number of gradients with this one.
+      elementwise: whether entries do not meet each other. Only then a part of a leaf is enough, as a device
+        has it inside of `jax.shard_map` and `jax.pmap`; elsewhere metrics see whole leaves.
 
     Example:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -65,6 +67,7 @@ class Metric(NamedTuple):
     name: str
     init: Callable[[optax.Params], Any]
     update: Callable[[Any, optax.Updates, jax.Array], tuple[Any, Coordinates]]
+    elementwise: bool = False
 
 
 class DiagonalMetricState(NamedTuple):
@@ -86,6 +89,7 @@ IDENTITY = Metric(
     name="identity",
     init=lambda zeros: (),
     update=lambda state, gradients, count: (state, Coordinates(_unchanged, _unchanged)),
+    elementwise=True,
 )
 
 
@@ -113,4 +117,4 @@ def _update_diagonal(
     return DiagonalMetricState(second_moment), Coordinates(into, out_of)
 
 
-DIAGONAL = Metric(name="diagonal", init=DiagonalMetricState, update=_update_diagonal)
+DIAGONAL = Metric("diagonal", DiagonalMetricState, _update_diagonal, elementwise=True)

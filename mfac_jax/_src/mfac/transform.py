@@ -28,13 +28,15 @@ from mfac_jax._src.rows.blocks import Blocks, block_of_leaf
 from mfac_jax._src.rows.manual_axes import AxisName, check_named
 from mfac_jax._src.rows.window import Plan, make_plan, write_row
 
+NUM_GRADS = 64
+DAMPING = 1e-3  # absolute: in units of a squared gradient
 METRICS = {metric.name: metric for metric in (metrics.IDENTITY, metrics.DIAGONAL)}
 SOLVERS = {solver.name: solver for solver in (solvers.CHOLESKY, solvers.KEPT_INVERSE)}
 
 
 def scale_by_mfac(
-    num_grads: int = 64,
-    damping: optax.ScalarOrSchedule = 1e-3,
+    num_grads: int = NUM_GRADS,
+    damping: optax.ScalarOrSchedule = DAMPING,
     *,
     relative_damping: bool = False,
     window_momentum: float | jax.Array = 0.0,
@@ -112,7 +114,7 @@ def scale_by_mfac(
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
     if not callable(damping):
-        checks.check_positive("damping", damping, "1e-3")
+        checks.check_positive("damping", damping, str(DAMPING))
     checks.check_decay("window_momentum", window_momentum, "0.9")
     checks.check_bool("relative_damping", relative_damping)
     checks.check_bool("nesterov", nesterov)
@@ -125,8 +127,9 @@ def scale_by_mfac(
         storage=storages.as_storage(storage),
         step_adaptation=_as_step_length(step_adaptation),
     )
+    _check_axes(kinds, axis_name)
     settings = _Settings(
-        num_grads=checks.check_size("num_grads", num_grads, "64"),
+        num_grads=checks.check_size("num_grads", num_grads, str(NUM_GRADS)),
         damping=damping,
         relative_damping=relative_damping,
         window_momentum=window_momentum,
@@ -188,7 +191,8 @@ def _step(
     weights = _weights(settings, gram, newest, seen)
     solution, solver_state = solver.solve(solver_state, gram, shift, weights)
     coefficients = gain[:, None] * solution
-    last_update = state.coefficients.at[:, newest].set(0)  # that row is gone
+    is_newest = jnp.arange(settings.num_grads) == newest
+    last_update = jnp.where(is_newest, 0, state.coefficients)  # the row that was there is gone
     view = StepView(gram, last_update, newest, state.grads_seen, state.log_step)
     step_state, log_step = step_adaptation.update(state.step_length, view)
 
@@ -248,12 +252,27 @@ def _chosen(accept: jax.Array, has_blocks: Any, updates: optax.Updates, precondi
     return jax.tree.map(choose, updates, preconditioned)
 
 
+def _check_axes(kinds: Kinds, axis_name: AxisName) -> None:
+    """Raise for components that need more than the part of a leaf that a device has on manual axes."""
+    if axis_name is None:
+        return
+    if not kinds.metric.elementwise:
+        raise ValueError(
+            f"metric must be elementwise with axis_name={axis_name!r}, got {kinds.metric.name!r}, which "
+            "sees whole leaves. Leave axis_name out and use jax.jit, or give the Metric elementwise=True."
+        )
+    if not storages.is_one_array(kinds.storage):
+        raise ValueError(
+            f"storage must have one array for a row with axis_name={axis_name!r}, got "
+            f"{kinds.storage.name!r}. Leave axis_name out and use jax.jit."
+        )
+
+
 def _as_step_length(step_adaptation: optax.ScalarOrSchedule | StepLength) -> StepLength:
     """The rule; none where it is known to be 0 before tracing."""
     if isinstance(step_adaptation, StepLength):
         return step_adaptation
-    if not callable(step_adaptation):
-        checks.check_share("step_adaptation", step_adaptation, "0.3")
+    checks.check_step_adaptation(step_adaptation)
     if schedules.is_known_zero(step_adaptation):
         return step_length.NONE
     return step_length.adapted(step_adaptation)

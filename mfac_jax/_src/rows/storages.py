@@ -125,6 +125,11 @@ def main_array(rows: Rows) -> jax.Array:
     return jax.tree.leaves(rows)[0]
 
 
+def is_one_array(storage: Storage) -> bool:
+    """Whether a row of a leaf is one array."""
+    return _structure(storage).num_leaves == 1
+
+
 def split(storage: Storage, window: Any) -> list[Rows]:
     """The rows of each leaf.
 
