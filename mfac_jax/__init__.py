@@ -50,7 +50,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str):
-    """Names of pruning as they were before 0.2, with a warning."""
+    """Names of pruning from before it had a namespace, with a warning."""
     if name not in pruning.__all__:
         raise AttributeError(f"module 'mfac_jax' has no attribute {name!r}")
     import warnings

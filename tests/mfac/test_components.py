@@ -65,7 +65,7 @@ def rotated(tree, transposed):
 
 ROTATED = Metric(
     name="rotated",
-    init=lambda zeros: (),
+    init=lambda new: (),
     update=lambda state, grads, count: (
         state,
         Coordinates(lambda tree: rotated(tree, False), lambda tree: rotated(tree, True)),
@@ -205,6 +205,38 @@ def test_components_of_ones_own_run_in_mfac_and_under_inject_hyperparams():
 def test_components_that_need_more_than_a_part_of_a_leaf_are_refused_on_manual_axes(component, message):
     with pytest.raises(ValueError, match=message):
         scale_by_mfac(NUM_GRADS, DAMPING, axis_name="x", **component)
+
+
+@pytest.mark.parametrize(
+    "component",
+    [
+        {"metric": ROTATED._replace(name="diagonal")},
+        {"solver": LU._replace(name="cholesky")},
+        {"storage": HALF._replace(name="float32")},
+        {"step_adaptation": HALVED._replace(name="none")},
+    ],
+    ids=str,
+)
+def test_components_need_a_name_of_their_own(component):
+    with pytest.raises(ValueError, match=r"must have a name of its own, got '\w+', which the package uses"):
+        scale_by_mfac(NUM_GRADS, DAMPING, **component)
+
+
+def test_masks_are_refused_in_a_metric_whose_entries_meet():
+    tx = pruning.keep_pruned(scale_by_mfac(2, metric=ROTATED), jnp.ones((2, 2), bool))
+    state = tx.init(jnp.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"a metric of 'identity', 'diagonal', got 'rotated'"):
+        pruning.set_masks(tx, state, jnp.eye(2, dtype=bool))
+
+
+def test_a_metric_may_keep_several_trees_and_its_state_be_donated():
+    twice = Metric("twice", lambda new: (new(), new()), ROTATED.update)
+    tx = scale_by_mfac(2, metric=twice)
+    state = jax.jit(tx.init)(jnp.ones(3))
+    eager: Any = tx.init(jnp.ones(3))
+    for first in (state, eager):
+        _, after = jax.jit(tx.update, donate_argnums=1)(jnp.ones(3), first)
+        assert [x.shape for x in jax.tree.leaves(after.metric)] == [(3,), (3,)]
 
 
 @pytest.mark.slow

@@ -188,6 +188,6 @@ def test_a_state_of_numpy_arrays_goes_on_outside_of_jit(options):
     state: Any = jax.jit(tx.init)(params)
     _, state = jax.jit(tx.update)(params, state)
     gradient = jnp.arange(4.0)
-    expected, _ = tx.update(gradient, state)
-    found, _ = tx.update(np.asarray(gradient), jax.device_get(state))
+    expected: Any = tx.update(gradient, state)[0]
+    found: Any = tx.update(np.asarray(gradient), jax.device_get(state))[0]
     np.testing.assert_allclose(found, expected, rtol=1e-6)

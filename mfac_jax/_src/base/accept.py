@@ -10,8 +10,8 @@ State = TypeVar("State", bound=Any)
 
 
 def select(accept: jax.Array, new: State, old: State) -> State:
-    """The first tree where `accept` is true, else the second."""
-    return jax.tree.map(lambda x, y: jnp.where(accept, x, y), new, old)
+    """The first tree where `accept` is true, else the second, in the dtypes of the second."""
+    return jax.tree.map(lambda x, y: jnp.where(accept, jnp.asarray(x, jnp.result_type(y)), y), new, old)
 
 
 def accept_or_refuse(accept: jax.Array, before: State, after: State) -> State:

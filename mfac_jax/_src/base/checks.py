@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,21 +87,23 @@ def check_choice(name: str, value, allowed: Sequence[str | None], otherwise: str
         raise ValueError(f"{name} must be one of {options}{otherwise}, got {value!r}.")
 
 
+def check_own_name(argument: str, name: str, taken: Collection[str]) -> None:
+    """Raise for a user's component that is called like one of the package: states could not tell them."""
+    if name in taken:
+        raise ValueError(
+            f"{argument} must have a name of its own, got {name!r}, which the package uses. Pass "
+            "another name to the component."
+        )
+
+
 def check_component(name: str, value: Any, known: Mapping[str, Any], kind: type) -> Any:
     """The component of a name, or a user's own."""
     if isinstance(value, kind):
+        if value not in known.values():
+            check_own_name(name, value.name, known)
         return value
     check_choice(name, value, tuple(known), f" or a mfac_jax.components.{kind.__name__}")
     return known[value]
-
-
-def check_made_with(name: str, value: str | bool | int, made: str | bool | int) -> None:
-    """Raise for a state that was made with another option."""
-    if made != value:
-        raise ValueError(
-            f"state must be that of a transform with {name}={value!r}, got {name}={made!r}. After "
-            "changing it call init again."
-        )
 
 
 def check_axis_name(axis_name: Any) -> None:

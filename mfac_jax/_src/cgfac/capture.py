@@ -23,7 +23,7 @@ from mfac_jax._src.cgfac.uses import Origin
 def value_and_grad_with_factors(
     loss: Callable[..., Any], has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerFactors]]]:
-    """As `jax.value_and_grad`, and returns K-FAC's factors of each layer from the same backward pass.
+    """Compute a loss, its gradient and K-FAC's factors of each layer in one backward pass.
 
     A layer is a parameter that is multiplied, or convolved, with something that has a batch axis: Flax's
     `Dense`, `DenseGeneral`, `Conv`, `Linear`, or `x @ w`. Its bias is the parameter that is added to the

@@ -11,7 +11,7 @@ from mfac_jax._src.cgfac.layers import LayerFactors
 def nnx_value_and_grad_with_factors(
     loss: Callable[..., Any], has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any, dict[str, LayerFactors]]]:
-    """As `flax.nnx.value_and_grad`, and returns K-FAC's factors of each layer from the same backward pass.
+    """Compute the loss of an nnx module, its gradient and K-FAC's factors in one backward pass.
 
     Changes that the loss makes to the model's other variables (batch statistics, counts of random numbers)
     stay in the model. The loss must not change its other arguments: keep random numbers in the model.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mfac_jax._src.base import checks, numerics
+from mfac_jax._src.base import numerics
 from mfac_jax._src.cgfac.window import Window, num_batches_in
 from mfac_jax._src.rows import mesh
 
@@ -54,7 +54,12 @@ def first_state(params: optax.Params, window: Window) -> ScaleByCGFACState:
 
 def check_state(state: ScaleByCGFACState, updates: optax.Updates, num_batches: int) -> None:
     """Raise if the state was made with another `num_batches`, or for another number of leaves."""
-    checks.check_made_with("num_batches", num_batches, num_batches_in(state.window))
+    kept = num_batches_in(state.window)
+    if kept != num_batches:
+        raise ValueError(
+            f"state must be that of a transform with num_batches={num_batches}, got num_batches={kept}. "
+            "After changing it call init again."
+        )
     found, made = len(jax.tree.leaves(updates)), len(state.mean_squares)
     if found != made:
         raise ValueError(

@@ -45,9 +45,9 @@ def typical_cosine(gram: jax.Array) -> jax.Array:
 def shrinkage(gram: jax.Array, age: jax.Array, count: jax.Array) -> jax.Array:
     """How far the `count` rows in use shrink, in [-1, 1], negative where they grow; all blocks together.
 
-    1 - e^-x, for x > 0 the difference of the mean logarithms of |row|^2 in the older half and the newer, as
-    far as it exceeds its standard error: single large rows and the spread of the norms do not count. `age`
-    is 0 for the newest row; rows of zeros are left out.
+    Let x be the difference of the mean log |row|^2 of the older and the newer half, less its standard
+    error. The result is 1 - e^-x, so single large rows hardly count. `age` is 0 for the newest row. Rows of
+    zeros are left out.
     """
     squares = jnp.sum(jnp.diagonal(_with_largest_one(gram), axis1=-2, axis2=-1), axis=0)
     logarithms = jnp.log(jnp.where(squares > 0, squares, 1))

@@ -1,12 +1,12 @@
 """The M-FAC optimizers: chains of preconditioner, momentum, weight decay and learning rate."""
 
-from typing import Any, Literal
+from typing import Any
 
 import optax
 
 from mfac_jax._src.base import chain, checks, schedules
-from mfac_jax._src.mfac.metrics import Metric
-from mfac_jax._src.mfac.solvers import Solver
+from mfac_jax._src.mfac.metrics import Metric, MetricName
+from mfac_jax._src.mfac.solvers import Solver, SolverName
 from mfac_jax._src.mfac.step_length import StepLength
 from mfac_jax._src.mfac.transform import NUM_GRADS, scale_by_mfac
 from mfac_jax._src.rows.blocks import Blocks
@@ -21,10 +21,10 @@ def mfac(
     weight_decay: float | None = None,
     mask: optax.MaskOrFn = None,
     *,
-    metric: Literal["identity", "diagonal"] | Metric = "diagonal",
+    metric: MetricName | Metric = "diagonal",
     step_adaptation: optax.ScalarOrSchedule | StepLength = 0.3,
     blocks: Blocks = None,
-    solver: Literal["cholesky", "inverse"] | Solver = "cholesky",
+    solver: SolverName | Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
     host_chunk: int | None = None,
@@ -115,7 +115,7 @@ def mfac_published(
     mask: optax.MaskOrFn = None,
     *,
     blocks: Blocks = None,
-    solver: Literal["cholesky", "inverse"] | Solver = "cholesky",
+    solver: SolverName | Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
     host_chunk: int | None = None,

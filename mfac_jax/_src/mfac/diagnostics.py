@@ -12,7 +12,7 @@ from mfac_jax._src.mfac.state import ScaleByMFACState
 
 
 class Diagnostics(NamedTuple):
-    """What `diagnostics` returns; the formulas stand there.
+    """Figures about the gradients in the window and the last step; `diagnostics` has the formulas.
 
     Attributes:
       spectrum: eigenvalues of the Fisher matrix of the window, largest first.

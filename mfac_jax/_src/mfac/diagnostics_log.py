@@ -24,7 +24,7 @@ class DiagnosticsLog:
 
     Attributes:
       every: calls at other steps than the multiples of this do nothing.
-      records: a dict a step, with `step` and the fields of `Diagnostics` as numbers and lists. To resume
+      records: a dict per step, with `step` and the fields of `Diagnostics` as numbers and lists. To resume
         a run, keep them with `json` and pass them as `records`; a step that comes again replaces its
         record, and those after it.
 

@@ -5,7 +5,7 @@ is symmetric: P g goes in, P times what comes out is the update.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ class Metric(NamedTuple):
 
     Attributes:
       name: recorded in the state. A state is refused by a metric of another name.
-      init: from a tree of zeros like the gradients to the metric's state: arrays, or trees like that one.
+      init: from a function to the metric's state. The function makes a new tree of zeros like the
+        gradients at each call; the state may hold such trees and other arrays.
       update: `(state, gradients, count)` to the new state and the `Coordinates` of this step; `count` is
         the number of gradients with this one.
       elementwise: whether entries do not meet each other. Only then a part of a leaf is enough, as a device
@@ -55,7 +56,7 @@ class Metric(NamedTuple):
       ...   return jax.tree.map(jnp.negative, tree)
       >>> metric = mfac_jax.components.Metric(
       ...   name='flipped',
-      ...   init=lambda zeros: (),
+      ...   init=lambda new: (),
       ...   update=lambda state, grads, count: (state, mfac_jax.components.Coordinates(flipped, flipped)),
       ... )
       >>> tx = mfac_jax.scale_by_mfac(num_grads=4, damping=0.5, metric=metric)
@@ -65,7 +66,7 @@ class Metric(NamedTuple):
     """
 
     name: str
-    init: Callable[[optax.Params], Any]
+    init: Callable[[Callable[[], optax.Params]], Any]
     update: Callable[[Any, optax.Updates, jax.Array], tuple[Any, Coordinates]]
     elementwise: bool = False
 
@@ -87,7 +88,7 @@ def _unchanged(tree: optax.Updates) -> optax.Updates:
 # The paper's: gradients as they are.
 IDENTITY = Metric(
     name="identity",
-    init=lambda zeros: (),
+    init=lambda new: (),
     update=lambda state, gradients, count: (state, Coordinates(_unchanged, _unchanged)),
     elementwise=True,
 )
@@ -117,4 +118,6 @@ def _update_diagonal(
     return DiagonalMetricState(second_moment), Coordinates(into, out_of)
 
 
-DIAGONAL = Metric("diagonal", DiagonalMetricState, _update_diagonal, elementwise=True)
+DIAGONAL = Metric("diagonal", lambda new: DiagonalMetricState(new()), _update_diagonal, elementwise=True)
+MetricName = Literal["identity", "diagonal"]
+METRICS = {metric.name: metric for metric in (IDENTITY, DIAGONAL)}

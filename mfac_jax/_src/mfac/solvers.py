@@ -1,7 +1,7 @@
 """How the m x m systems are solved from step to step: the seam, and the solvers of the package."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -23,7 +23,8 @@ class Solver(NamedTuple):
       replace_row: `(state, row, index, accept)` to the state after row and column `index` of each K have
         become `row` `(blocks, m)`; unchanged where `accept` is false.
       solve: `(state, K, shift, rhs)` to (K + shift I)^-1 rhs `(blocks, m)` and the state; `shift` is
-        `(blocks,)`. The solution has to be finite for any finite K.
+        `(blocks,)`. The solution has to be finite for any finite K. It runs for a refused gradient too,
+        and what it then returns as the state stays.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
@@ -63,3 +64,5 @@ KEPT_INVERSE = Solver(
     replace_row=kept_inverse.replace_row,
     solve=kept_inverse.solve,
 )
+SolverName = Literal["cholesky", "inverse"]
+SOLVERS = {solver.name: solver for solver in (CHOLESKY, KEPT_INVERSE)}

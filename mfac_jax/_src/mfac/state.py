@@ -28,7 +28,8 @@ class ScaleByMFACState(NamedTuple):
       made_with: the kinds that give the fields their meaning, as in 'metric=diagonal', without leaves. It
         stands first, so that a library that restores another structure names it first.
       grads_seen: gradients accepted so far; stops at the largest int32.
-      grads_rejected: gradients refused because an entry was NaN or Inf; stops there too.
+      grads_rejected: gradients refused because an entry was NaN or Inf, or the state has other blocks than
+        the transform; stops there too.
       next_row: row of the window that the next gradient will take, in [0, num_grads).
       window: the last `num_grads` gradients in the metric's coordinates, the parameter tree with a leading
         axis on every leaf. Rows are zero until they are first used.
@@ -95,7 +96,7 @@ def first_state(
         grads_rejected=zeros_on_mesh((), jnp.int32),
         next_row=zeros_on_mesh((), jnp.int32),
         window=zeros.empty_window(params, kinds.storage, num_grads, axis_name, on_host),
-        metric=kinds.metric.init(zeros.empty_row(params, dtype, axis_name)),
+        metric=kinds.metric.init(lambda: zeros.empty_row(params, dtype, axis_name)),
         gram=new((num_blocks, num_grads, num_grads)),
         solver=kinds.solver.init(new, num_blocks, num_grads),
         coefficients=new((num_blocks, num_grads)),
@@ -132,7 +133,7 @@ def check_sizes(state: ScaleByMFACState, blocks: Sequence[int], num_grads: int) 
 
 
 def has_blocks(state: ScaleByMFACState, updates: optax.Updates, blocks: Sequence[int]) -> Any:
-    """Whether the state's blocks are these. Raises where they are not; an array where they are traced."""
+    """Whether the state has these blocks. Raises if not; an array if the state's labels are traced."""
     expected = _labels(blocks)
     if isinstance(state.block_of_leaf, Tracer):
         return jnp.all(state.block_of_leaf == expected)
@@ -148,9 +149,15 @@ def has_blocks(state: ScaleByMFACState, updates: optax.Updates, blocks: Sequence
     return True
 
 
+def kind_of(state: ScaleByMFACState, argument: str) -> str:
+    """The name of the component that the state was made with."""
+    prefix = f"{argument}="
+    return next(kind for kind in state.made_with if kind.startswith(prefix)).removeprefix(prefix)
+
+
 def storage_of(state: ScaleByMFACState, storage: Storage | None) -> Storage:
     """The storage of the state's window, if it is the package's; else the one that is given."""
-    name = next(kind for kind in state.made_with if kind.startswith("storage=")).removeprefix("storage=")
+    name = kind_of(state, "storage")
     found = storage or storages.by_name(name)
     if found is None or found.name != name:
         raise ValueError(

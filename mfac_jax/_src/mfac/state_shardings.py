@@ -131,7 +131,7 @@ def _checked(params: optax.Params, param_shardings: Any) -> tuple[Any, Any]:
 
 
 def _as_named(path, sharding: Any) -> NamedSharding:
-    """The NamedSharding that is meant; what is none is refused."""
+    """The sharding as a NamedSharding; raise for anything else."""
     if isinstance(sharding, PartitionSpec):
         mesh = jax.sharding.get_mesh()
         mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
@@ -150,7 +150,7 @@ def _as_named(path, sharding: Any) -> NamedSharding:
 
 
 def _check_fits(path, leaf, sharding: NamedSharding) -> None:
-    """Refuse a sharding that is not one of the parameter."""
+    """Raise for a sharding that does not fit its parameter."""
     shape, spec = leaf.shape, sharding.spec
     if len(spec) > len(shape):
         raise ValueError(

@@ -16,9 +16,8 @@ from mfac_jax._src.mfac.momentum import ages
 # Where only the next step counts, the best cosine of a gradient and the update before it is 0. In the long
 # run it is below: -0.05 to -0.1 at the best fixed rates on digits and text.
 _DRIFT = 0.06
-# So the factor grows also without evidence, but only up to here: gradients that are pure noise have the
-# cosine 0 at any length, and would drive it on for ever. Beyond, it drifts on only while gradients shrink,
-# that is as long as no noise is their floor, and falls back otherwise.
+# So the factor grows without evidence too, but only up to here. Pure noise has the cosine 0 at any length,
+# and would let it grow for ever. Beyond, it grows only while gradients shrink, and falls back otherwise.
 _FREE_UP_TO = math.log(5)
 _RETURN = 0.005
 _LARGEST = math.log(30)
@@ -80,6 +79,7 @@ class AdaptedStepState(NamedTuple):
 
 
 # The update as it is.
+NAMES = ("none", "adapted")
 NONE = StepLength("none", lambda zeros: (), lambda state, view: (state, view.log_step))
 
 

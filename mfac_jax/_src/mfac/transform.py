@@ -1,6 +1,6 @@
 """One step of M-FAC, as an optax transform."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ import optax
 from mfac_jax._src.base import checks, numerics, schedules, trees
 from mfac_jax._src.linalg.gram import replace_row
 from mfac_jax._src.mfac import damping as damping_rules
-from mfac_jax._src.mfac import metrics, solvers, step_length
-from mfac_jax._src.mfac.metrics import Metric
+from mfac_jax._src.mfac import step_length
+from mfac_jax._src.mfac.metrics import METRICS, Metric, MetricName
 from mfac_jax._src.mfac.momentum import weights_by_age
-from mfac_jax._src.mfac.solvers import Solver
+from mfac_jax._src.mfac.solvers import SOLVERS, Solver, SolverName
 from mfac_jax._src.mfac.state import (
     Kinds,
     ScaleByMFACState,
@@ -30,8 +30,6 @@ from mfac_jax._src.rows.window import Plan, make_plan, write_row
 
 NUM_GRADS = 64
 DAMPING = 1e-3  # absolute: in units of a squared gradient
-METRICS = {metric.name: metric for metric in (metrics.IDENTITY, metrics.DIAGONAL)}
-SOLVERS = {solver.name: solver for solver in (solvers.CHOLESKY, solvers.KEPT_INVERSE)}
 
 
 def scale_by_mfac(
@@ -43,8 +41,8 @@ def scale_by_mfac(
     nesterov: bool = False,
     step_adaptation: optax.ScalarOrSchedule | StepLength = 0.0,
     blocks: Blocks = None,
-    metric: Literal["identity", "diagonal"] | Metric = "identity",
-    solver: Literal["cholesky", "inverse"] | Solver = "cholesky",
+    metric: MetricName | Metric = "identity",
+    solver: SolverName | Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
     host_chunk: int | None = None,
@@ -74,7 +72,7 @@ def scale_by_mfac(
       step_adaptation: h in [0, 1], or a schedule. Above 0 a factor in [1/30, 30] multiplies the update. It
         is learned from the cosine of each gradient and the update before it, at the speed h. Or a
         `components.StepLength`.
-      blocks: None for one Fisher matrix of all parameters; 'leaf' for one each leaf; or a function from a
+      blocks: None for one Fisher matrix of all parameters; 'leaf' for one per leaf; or a function from a
         leaf's key path to the label of its block.
       metric: 'identity', as in the paper; 'diagonal' works in the metric of a running second moment, as
         networks need whose layers differ in scale; or a `components.Metric`.
@@ -243,7 +241,7 @@ def _weights(settings: _Settings, gram: jax.Array, newest: jax.Array, seen: jax.
 def _chosen(accept: jax.Array, has_blocks: Any, updates: optax.Updates, preconditioned: optax.Updates):
     """The preconditioned updates; the gradient as it came where it was refused.
 
-    NaN where the state has other blocks, which nobody overlooks.
+    NaN if the state has other blocks: that cannot be overlooked.
     """
 
     def choose(x, u):
@@ -271,6 +269,7 @@ def _check_axes(kinds: Kinds, axis_name: AxisName) -> None:
 def _as_step_length(step_adaptation: optax.ScalarOrSchedule | StepLength) -> StepLength:
     """The rule; none where it is known to be 0 before tracing."""
     if isinstance(step_adaptation, StepLength):
+        checks.check_own_name("step_adaptation", step_adaptation.name, step_length.NAMES)
         return step_adaptation
     checks.check_step_adaptation(step_adaptation)
     if schedules.is_known_zero(step_adaptation):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base.trees import leaf_name
-from mfac_jax._src.mfac.state import ScaleByMFACState, storage_of
+from mfac_jax._src.mfac.metrics import METRICS
+from mfac_jax._src.mfac.state import ScaleByMFACState, kind_of, storage_of
 from mfac_jax._src.pruning.keep_pruned import KeepPrunedState, mask_of_state
 from mfac_jax._src.pruning.masks import as_masks, check_masks, is_absent, placed, zero_pruned
 from mfac_jax._src.rows import host_memory, storages
@@ -46,7 +47,8 @@ def set_masks(
     Raises:
       TypeError: a mask is no array of numbers or bools.
       ValueError: there is no `keep_pruned` in the state; the masks do not fit those in it; a window is in
-        host memory, or in another storage; inside of `jax.shard_map` or `jax.pmap`.
+        host memory, in another storage or in a metric of your own; inside of `jax.shard_map` or
+        `jax.pmap`.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
@@ -149,7 +151,14 @@ def _check_state(opt_state: optax.OptState, masks: Any) -> None:
             "tx = keep_pruned(inner, masks)."
         )
     for state in _states(opt_state, ScaleByMFACState):
-        if any(host_memory.is_on_host(rows) for rows in jax.tree.leaves(state.window)):
+        metric = kind_of(state, "metric")
+        if metric not in METRICS:
+            raise ValueError(
+                f"opt_state must hold M-FAC's window in a metric of {', '.join(map(repr, METRICS))}, got "
+                f"{metric!r}: in another one, an entry of a row may not belong to one weight. Start anew "
+                "with keep_pruned(inner, masks).init(params)."
+            )
+        if host_memory.is_on_host(state.window):
             raise ValueError(
                 "opt_state must hold M-FAC's window in device memory, got one in host memory. Use "
                 "host_chunk=None, or start anew with keep_pruned(inner, masks).init(params)."

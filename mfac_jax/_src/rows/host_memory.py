@@ -1,6 +1,6 @@
 """In which memory does the window lie: the device's, or pinned memory of the host?
 
-The memory of an array stands in its type, so compiled steps keep it, and nobody else has to be told.
+The memory of an array stands in its type. So compiled steps keep it, and no other code asks.
 """
 
 import functools

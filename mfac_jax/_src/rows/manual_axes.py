@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
     @staticmethod
     def local(ndim: int) -> "Layout":
-        """Of a leaf that is whole."""
+        """The layout of a leaf that is not split."""
         return Layout(((),) * ndim, ())
 
 

@@ -18,7 +18,7 @@ Split = tuple[tuple[str, ...], ...]
 
 
 def split(shape: Sequence[int], axes: Mapping[str, int]) -> Split:
-    """The policy: which of the free mesh axes, name to size, go where on a leaf of the local shape.
+    """Choose the axes of a leaf, of the local shape, that free mesh axes (name to size) split: the policy.
 
     All go to the longest axis of the leaf that they divide together. Where there is none, they go one after
     the other, the largest first, each to the longest axis that it divides. The last axis of the leaf is
@@ -96,7 +96,7 @@ def zeros_like_params(params: optax.Params) -> Callable[..., jax.Array]:
 
 
 def replicated(mesh, ndim: int) -> NamedSharding:
-    """With an entry for each axis, as compiled steps return it: another spelling would compile anew."""
+    """With an entry for each axis, as explicit axes spell it: another spelling would compile anew."""
     return NamedSharding(mesh, PartitionSpec(*[None] * ndim))
 
 

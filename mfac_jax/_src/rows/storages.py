@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mfac_jax._src.base import numerics
+from mfac_jax._src.base import checks, numerics
 from mfac_jax._src.rows import contractions
 
 _DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -80,6 +80,9 @@ def floats(dtype: Any = None) -> Storage:
 def as_storage(storage: Any) -> Storage:
     """A storage from what users pass: None, a dtype, or a storage."""
     if isinstance(storage, Storage):
+        if storage is not by_name(storage.name):
+            known = (floats(dtype).name for dtype in (None, *_DTYPES))
+            checks.check_own_name("storage", storage.name, tuple(known))
         return storage
     try:
         found = None if storage is None else jnp.dtype(storage)
@@ -156,5 +159,5 @@ def join(storage: Storage, structure: Any, rows: Sequence[Rows]) -> Any:
 
 
 def _structure(storage: Storage) -> Any:
-    """That of a row; asked of a leaf made up for it, since there may be none."""
+    """The structure of a row, from a made-up leaf: the tree may have none."""
     return jax.tree.structure(storage.row(jax.ShapeDtypeStruct((8, 8), jnp.float32)))

@@ -131,8 +131,8 @@ def make_plan(
 def _sum(leaves: Sequence[jax.Array]) -> jax.Array:
     """The sum of vectors of one length, as one operation.
 
-    Additions XLA would repeat for every entry of the Gram matrix: with 1,000 leaves and m = 1024 a step
-    took 3.4 s in place of 0.1. It makes additions of the sum of a stack too, where it sees that it is one.
+    XLA would repeat separate additions for every entry of the Gram matrix: with 1,000 leaves and m = 1024 a
+    step took 3.4 s in place of 0.1. It turns the sum of a stack into additions too, hence the reshape.
     """
     return jnp.sum(jnp.concatenate(leaves).reshape(len(leaves), -1), axis=0)
 
@@ -151,8 +151,8 @@ def write_row(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any
 
     This is what keeps a donated step in place. `accept` has to come from the inner products with the window
     as it was read for them: so the write waits for that reading, and XLA needs no copy. On the host the row
-    is read and written back instead: no conditional has to carry a buffer of the host, which XLA for TPU
-    can do, and for GPU was not tried.
+    is read and written back instead. Then no conditional carries a host buffer: XLA for TPU could carry
+    one, and GPUs are untried.
     """
     if host_memory.is_on_host(window):
 
