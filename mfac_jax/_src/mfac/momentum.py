@@ -10,7 +10,7 @@ def weights_by_age(
     """Weights `(m,)` proportional to momentum^age over the rows in use; they add up to one."""
     age = ages(newest, num_grads)
     momentum = jnp.asarray(momentum, dtype)
-    decayed = momentum ** age.astype(dtype)
+    decayed = momentum ** age.astype(dtype)  # one for the newest row, also where the momentum is 0
     weights = jnp.where(age < jnp.maximum(seen, 1), decayed, 0)
     weights /= jnp.sum(weights)
     return momentum * weights + (1 - momentum) * (age == 0) if nesterov else weights

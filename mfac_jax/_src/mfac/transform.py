@@ -81,11 +81,9 @@ def scale_by_mfac(
       storage: dtype of the window, `jnp.float32` or `jnp.bfloat16`; None for that of the parameters; or a
         `components.Storage`.
       axis_name: in `jax.shard_map` and `jax.pmap`, the mesh axes that parameters or window are spread over.
-        Gradients must be equal along axes that their parameter does not vary along. Under `jax.jit` alone
-        leave it out: `state_shardings` says where the window lies.
+        Under `jax.jit` alone leave it out: `state_shardings` says where the window lies.
       host_chunk: None for a window in memory of the device. An int keeps it in pinned memory of the host,
-        and brings that many rows of a leaf to the device at a time. Not for `jax.pmap`. Leaves without an
-        axis of a multiple of 128 and another of a multiple of 8 stay on the device.
+        and brings that many rows of a leaf to the device at a time. Not for `jax.pmap`.
 
     Returns:
       A transform whose state is a `ScaleByMFACState`. It ignores `params` and extra arguments.

@@ -84,6 +84,7 @@ def layouts(updates: optax.Updates, rows: Sequence[tuple[int, ...]], axis_name: 
 
 def _layout_of(path, x: jax.Array, row: tuple[int, ...], axes: Mapping[str, int]) -> Layout:
     """The layout of a leaf whose window has rows of this shape on a device."""
+    # The parameter's own shards are given; only axes that it does not use can split its window further.
     sharded = tuple(name for name in axes if name in varying(x))
     planned = split(x.shape, {name: size for name, size in axes.items() if name not in sharded})
     if names_in(planned) and row == local_shape(planned, x.shape):
@@ -163,6 +164,7 @@ def whole(y: jax.Array, like: jax.Array, split: Split) -> jax.Array:
         return jax.reshard(y, explicit)
     for axis, names in enumerate(split):
         if names:
+            # Where types tell, the gathered leaf is equal on all devices again; elsewhere nobody keeps count.
             to = "invarying" if varying(y) else "varying"
             y = lax.all_gather(y, names, axis=axis, tiled=True, to=to)
     return y

@@ -40,6 +40,7 @@ class _Part(NamedTuple):
 def _part_of(leaf: Any, axes: Mapping[str, int]) -> _Part:
     sharding = named_sharding(leaf)
     row = None if sharding is None else row_sharding(leaf.shape, sharding)
+    # Inside of shard_map the leaf is this device's shard; the axes it does not vary along split it further.
     sharded = tuple(name for name in axes if name in varying(leaf))
     beyond = split(leaf.shape, {name: size for name, size in axes.items() if name not in sharded})
     return _Part(local_shape(beyond, leaf.shape), row, (*names_in(beyond), *sharded))
