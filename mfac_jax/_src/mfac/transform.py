@@ -78,8 +78,7 @@ def scale_by_mfac(
         networks need whose layers differ in scale; or a `components.Metric`.
       solver: 'cholesky', or 'inverse', which keeps the inverse of the m x m system and is faster from
         m = 512 on; or a `components.Solver`.
-      storage: dtype of the window, `jnp.float32` or `jnp.bfloat16`; None for that of the parameters; or a
-        `components.Storage`.
+      storage: `jnp.float32`, `jnp.bfloat16`, None for the parameters' dtype, or a `components.Storage`.
       axis_name: in `jax.shard_map` and `jax.pmap`, the mesh axes that parameters or window are spread over.
         Under `jax.jit` alone leave it out: `state_shardings` says where the window lies.
       host_chunk: None for a window in memory of the device. An int keeps it in pinned memory of the host,
@@ -89,8 +88,7 @@ def scale_by_mfac(
       A transform whose state is a `ScaleByMFACState`. It ignores `params` and extra arguments.
 
     Raises:
-      TypeError: an argument, a parameter or an update has a wrong type; sizes are traced (pass
-        `static_args` to `optax.inject_hyperparams`).
+      TypeError: an argument, a parameter or an update has a wrong type; a size is traced.
       ValueError: an argument is out of its range; updates or the state do not fit the transform.
 
     Example:

@@ -164,7 +164,7 @@ def whole(y: jax.Array, like: jax.Array, split: Split) -> jax.Array:
         return jax.reshard(y, explicit)
     for axis, names in enumerate(split):
         if names:
-            # Where types tell, the gathered leaf is equal on all devices again; elsewhere nobody keeps count.
+            # Where types tell, a gathered leaf is equal on all devices again.
             to = "invarying" if varying(y) else "varying"
             y = lax.all_gather(y, names, axis=axis, tiled=True, to=to)
     return y
