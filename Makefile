@@ -10,12 +10,12 @@ demo: $(VENV)/installed
 	$(RUN) -m examples.train_digits
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 slow: slow-here slow-tpu
 
 slow-here: $(VENV)/installed
-	$(RUN) -m pytest -n $(JOBS) -m "slow and not tpu" $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "slow and not tpu" $(PYTEST_ARGS)
 
 slow-tpu: $(VENV)/installed-tpu
 	$(RUN) -m pytest -m tpu $(PYTEST_ARGS)
