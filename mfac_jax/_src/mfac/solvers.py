@@ -24,7 +24,7 @@ class Solver(NamedTuple):
         become `row` `(blocks, m)`; unchanged where `accept` is false.
       solve: `(state, K, shift, rhs)` to (K + shift I)^-1 rhs `(blocks, m)` and the state; `shift` is
         `(blocks,)`. The solution has to be finite for any finite K. It runs for a refused gradient too,
-        and what it then returns as the state stays.
+        with zeros as `rhs`, and has to leave its state as it is then.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax

@@ -182,7 +182,8 @@ def _step(
     # The update is a combination of the rows: all that decides about it is m x m.
     solver_state = solver.replace_row(state.solver, products, newest, accept)
     shift, gain = _system(settings, gram, seen)
-    weights = _weights(settings, gram, newest, seen)
+    # A refused gradient asks for nothing, so no solver has a reason to change its state for it.
+    weights = jnp.where(accept, _weights(settings, gram, newest, seen), 0)
     solution, solver_state = solver.solve(solver_state, gram, shift, weights)
     coefficients = gain[:, None] * solution
     is_newest = jnp.arange(settings.num_grads) == newest
