@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for above, below in (("joint", "independent"), ("joint", "zeroing"), ("independent", "zeroing")):
         ratios = np.quantile(getattr(losses, above) / getattr(losses, below), QUANTILES)
         rows.append([f"{above} / {below}", *(f"{ratio:.3g}" for ratio in ratios)])
-    print(markdown.table(["loss of", *(f"{100 * q:g} %" for q in QUANTILES)], rows))
+    print(markdown.table(["loss of", *(f"{100 * q:g} %" for q in QUANTILES)], rows), end="")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ def injected(factory, **kwargs):
 TRANSFORMS = {
     "alone": preconditioner(),
     "a block a leaf": preconditioner(blocks="leaf"),
-    "bfloat16": preconditioner(storage=jnp.bfloat16),
     "inverse kept": preconditioner(solver="inverse"),
     "chain": optax.chain(optax.clip_by_global_norm(1.0), preconditioner(), optax.scale(-0.1)),
     "named_chain": optax.named_chain(("mfac", preconditioner()), ("rate", optax.scale(-0.1))),
