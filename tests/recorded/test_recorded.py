@@ -2,12 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from tests.recorded import streams
 
 FIGURES = json.loads(streams.FIGURES.read_text())
+# Of the largest entry. They were recorded with jax 0.10.2; with 0.12 the old revision itself moves by 4.7e-4.
+TOLERANCE = 1e-5 if jax.__version__.startswith("0.10.") else 1e-3
 
 
 @pytest.mark.slow
@@ -17,4 +20,4 @@ def test_figures_are_those_recorded(name):
     assert len(found) == len(FIGURES[name])
     for numbers, recorded in zip(found, FIGURES[name], strict=True):
         scale = np.max(np.nan_to_num(np.abs(recorded), posinf=0))
-        np.testing.assert_allclose(numbers, recorded, rtol=0, atol=2e-4 * scale, equal_nan=True)
+        np.testing.assert_allclose(numbers, recorded, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
