@@ -9,7 +9,7 @@ import pytest
 from tests.recorded import streams
 
 FIGURES = json.loads(streams.FIGURES.read_text())
-# Of the largest entry. They were recorded with jax 0.10.2; with 0.12 the old revision itself moves by 4.7e-4.
+# Of the largest entry. Recorded with jax 0.10.2; with 0.12 the old revision itself moves by 4.7e-4.
 TOLERANCE = 1e-5 if jax.__version__.startswith("0.10.") else 1e-3
 
 
