@@ -215,7 +215,7 @@ def test_components_that_need_more_than_a_part_of_a_leaf_are_refused_on_manual_a
         {"storage": HALF._replace(name="float32")},
         {"step_adaptation": HALVED._replace(name="none")},
     ],
-    ids=str,
+    ids=lambda component: next(iter(component)),
 )
 def test_components_need_a_name_of_their_own(component):
     with pytest.raises(ValueError, match=r"must have a name of its own, got '\w+', which the package uses"):
