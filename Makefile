@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = OPENBLAS_NUM_THREADS=1 $(VENV)/bin/python
 JOBS ?= 2
+# Few arenas: glibc would give each thread one, and a worker would take 1.6 GB in place of 1.3.
+PYTEST = MALLOC_ARENA_MAX=2 $(RUN) -m pytest
 
 .PHONY: demo test slow slow-here slow-tpu benchmark lint format clean
 
@@ -10,15 +12,15 @@ demo: $(VENV)/installed
 	$(RUN) -m examples.train_digits
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 slow: slow-here slow-tpu
 
 slow-here: $(VENV)/installed
-	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "slow and not tpu" $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not tpu" $(PYTEST_ARGS)
 
 slow-tpu: $(VENV)/installed-tpu
-	$(RUN) -m pytest -m tpu $(PYTEST_ARGS)
+	$(PYTEST) -m tpu $(PYTEST_ARGS)
 
 # Speed, an hour; ORIGINAL is a checkout of github.com/IST-DASLab/M-FAC, GIGABYTES the largest window.
 GIGABYTES ?= 4.5
