@@ -12,29 +12,58 @@ orthogonal to Q, F is zero, and only the damping acts.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelLayout:
+    """Which axes of a kernel are which, where its first axes are not simply the one side of a layer.
+
+    The kernel's matrices are `(S, in, out)`: the kernel, reshaped to `shape`, with its axes in the order
+    `(*stack, *inputs, *outputs)`, and each of the three groups made one axis.
+
+    Attributes:
+      shape: what the kernel is reshaped to; every axis of it is in one of the three groups.
+      stack: axes along which independent layers lie: layers under a scan, experts, groups of a convolution.
+      inputs: axes of the side of `LayerFactors.inputs`.
+      outputs: axes of the side of `LayerFactors.output_grads`.
+    """
+
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("inputs", "output_grads"), meta_fields=("bias",)
+    jax.tree_util.register_dataclass,
+    data_fields=("inputs", "output_grads"),
+    meta_fields=("bias", "layout", "bias_side"),
 )
 @dataclasses.dataclass(frozen=True)
 class LayerFactors:
-    """The inputs and output gradients of a layer, from which K-FAC makes the layer's Fisher matrix.
+    """The rows of the two sides of a layer, from which K-FAC makes the layer's Fisher matrix.
 
-    `value_and_grad_with_factors` returns them. Make them by hand for layers that it does not find.
+    `value_and_grad_with_factors` returns them. Make them by hand for layers that it does not find. The sum
+    over all rows of inputs outer output_grads, divided by N, is the kernel's gradient, reshaped.
 
     Attributes:
-      inputs: what the kernel is multiplied with, `(N, ..., in)`. N examples, then the axes of the places
-        where the kernel is used, such as those of an image or a text. For a convolution, the patches, in
-        the order of the kernel's entries.
-      output_grads: gradient of each example's own loss by the layer's output, `(N, ..., out)`. That is N
-        times the gradient of the mean loss. The number of examples may differ from that of the inputs.
+      inputs: the rows of the side of the kernel's first axes, `(N, ..., in)`. N examples, then the axes of
+        the places where the kernel is used, such as those of an image or a text. For `x @ kernel` they are
+        x. For a convolution they are the patches, in the order of the kernel's entries.
+      output_grads: the rows of the side of the kernel's other axes, `(N, ..., out)`. For `x @ kernel` they
+        are the gradient of each example's own loss by the output: N times that of the mean loss. For
+        `x @ kernel.T` the two change places: `inputs` is that gradient, and `output_grads` is x. A kernel
+        that is used several times has the rows of all uses, as places. Rows of zeros are allowed: a use
+        that did not take place has them.
       bias: path of the parameter that is added to the output, as in 'dense/bias', or None.
+      layout: which axes of the kernel are which, if its first axes are not those of `inputs`. With stacked
+        layers both arrays have a first axis more, of the S layers, before that of the N examples.
+      bias_side: 'inputs' or 'outputs': the side whose rows add up to the gradient of the bias, divided by N.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
@@ -49,6 +78,8 @@ class LayerFactors:
     inputs: jax.Array
     output_grads: jax.Array
     bias: str | None = None
+    layout: KernelLayout | None = None
+    bias_side: Literal["inputs", "outputs"] = "outputs"
 
 
 Factors = Mapping[str, LayerFactors]  # by the path of the kernel
