@@ -31,6 +31,15 @@ class KernelLayout:
       stack: axes along which independent layers lie: layers under a scan, experts, groups of a convolution.
       inputs: axes of the side of `LayerFactors.inputs`.
       outputs: axes of the side of `LayerFactors.output_grads`.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> layout = mfac_jax.KernelLayout(shape=(4, 3, 2), stack=(0,), inputs=(1,), outputs=(2,))
+      >>> layer = mfac_jax.LayerFactors(jnp.ones((4, 8, 3)), jnp.ones((4, 8, 2)), layout=layout)
+      >>> tx, grads = mfac_jax.scale_by_cgfac(damping=1.0), {'experts': jnp.ones((4, 3, 2))}
+      >>> updates, state = tx.update(grads, tx.init(grads), curvature={'experts': layer})
+      >>> print(updates['experts'][3, 0], state.iterations)  # four experts, as in LayerFactors' example
+      [0.14285715 0.14285715] [1]
     """
 
     shape: tuple[int, ...]
@@ -63,7 +72,7 @@ class LayerFactors:
       bias: path of the parameter that is added to the output, as in 'dense/bias', or None.
       layout: which axes of the kernel are which, if its first axes are not those of `inputs`. With stacked
         layers both arrays have a first axis more, of the S layers, before that of the N examples.
-      bias_side: 'inputs' or 'outputs': the side whose rows add up to the gradient of the bias, divided by N.
+      bias_side: 'inputs' or 'outputs': the side whose rows, over N, add up to the gradient of the bias.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
