@@ -111,8 +111,7 @@ def shown_factors(factors: Factors, tree: optax.Params) -> dict[str, LayerFactor
 def _check_arrays(kernel: str, factors: LayerFactors) -> None:
     """Raise for arrays that are no rows of examples."""
     stack = int(factors.is_stacked)
-    for name in ("inputs", "output_grads"):
-        x = getattr(factors, name)
+    for name, x in zip(("inputs", "output_grads"), factors.arrays, strict=True):
         if not jnp.issubdtype(getattr(x, "dtype", bool), jnp.floating):
             raise TypeError(
                 f"{name} of {kernel!r} must be a floating-point array, got {getattr(x, 'dtype', x)!r}. "

@@ -95,6 +95,11 @@ class LayerFactors:
     bias_side: Literal["inputs", "outputs"] = "outputs"
 
     @property
+    def arrays(self) -> tuple[jax.Array, jax.Array]:
+        """The rows of both sides."""
+        return self.inputs, self.output_grads
+
+    @property
     def is_stacked(self) -> bool:
         """Whether both arrays have a first axis of independent layers."""
         return self.layout is not None and bool(self.layout.stack)
@@ -160,8 +165,7 @@ class LayerFisher(NamedTuple):
 
         `of_gradient` is the dtype of the gradient, which says how much of it is rounding.
         """
-        arrays = (factors.inputs, factors.output_grads)
-        a, b = (_rows(x, factors.is_stacked).astype(dtype) for x in arrays)
+        a, b = (_rows(x, factors.is_stacked).astype(dtype) for x in factors.arrays)
         in_use = _in_use(a, b)
         if factors.bias is not None and factors.bias_side == "outputs":
             a = _with_ones(a, in_use)
@@ -171,7 +175,7 @@ class LayerFisher(NamedTuple):
         num_rows = jnp.broadcast_to(num_rows, a.shape[:-2]).astype(dtype)
         scale = 1 / (factors.num_examples * num_batches * jnp.maximum(num_rows, 1))
         (a, span_in), (b, span_out) = _spanned(a), _spanned(b)
-        noise = _noise(of_gradient, *(x.dtype for x in arrays))
+        noise = _noise(of_gradient, *(x.dtype for x in factors.arrays))
         return cls(a, b, span_in, span_out, scale, noise)
 
     def product(self, V: jax.Array) -> jax.Array:

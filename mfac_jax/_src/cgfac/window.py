@@ -1,6 +1,7 @@
 """The window: factors of the last batches, for `num_batches` above 1."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,12 +40,26 @@ def empty_window(factors: Factors, num_batches: int) -> Window:
     return _of_arrays(zeros, factors)
 
 
-def num_batches_in(window: Window) -> int:
-    """How many batches the window was made for."""
-    if isinstance(window, optax.EmptyState):
-        return 1
-    of_layer = next(iter(window.values()))
-    return of_layer.inputs.shape[1 + of_layer.is_stacked]
+def check_kept(window: Any, num_batches: int) -> None:
+    """Raise unless the window is one of so many batches."""
+    kept = {1}
+    if not isinstance(window, optax.EmptyState):
+        is_window = isinstance(window, Mapping) and all(
+            isinstance(x, LayerFactors) for x in window.values()
+        )
+        arrays = [(x, 1 + of.is_stacked) for of in window.values() for x in of.arrays] if is_window else []
+        is_floating = [jnp.issubdtype(getattr(x, "dtype", bool), jnp.floating) for x, _ in arrays]
+        if not arrays or not all(is_floating) or any(x.ndim < axis + 2 for x, axis in arrays):
+            raise ValueError(
+                "state.window must be a dict of LayerFactors, or an optax.EmptyState for one batch, got "
+                f"{window!r}. Restore the whole state that was saved, or call init again."
+            )
+        kept = {x.shape[axis] for x, axis in arrays}
+    if kept != {num_batches}:
+        raise ValueError(
+            f"state must be that of a transform with num_batches={num_batches}, got num_batches="
+            f"{' and '.join(map(str, sorted(kept)))}. After changing it call init again."
+        )
 
 
 def check_window(window: Window, factors: Factors) -> None:
@@ -64,7 +79,8 @@ def check_window(window: Window, factors: Factors) -> None:
 
 def _kind(factors: LayerFactors) -> dict[str, Any]:
     """What the factors of two batches have in common."""
-    return {name: getattr(x, "shape", x) for name, x in vars(factors).items() if x is not None}
+    values = {field.name: getattr(factors, field.name) for field in dataclasses.fields(factors)}
+    return {name: getattr(x, "shape", x) for name, x in values.items() if x is not None}
 
 
 def remember(window: Window, factors: Factors, step: jax.Array) -> tuple[Window, Factors]:

@@ -121,8 +121,8 @@ def _repeat(iterate: Callable[[_Loop], _Loop], loop: _Loop) -> _Loop:
 @functools.partial(jax.jit, static_argnames="stacked")
 def _scaled(rhs: Blocks, stacked: Stacked) -> tuple[jax.Array, Blocks]:
     """The largest entry of each system, and the right-hand sides divided by it."""
-    # Squares of tiny or huge entries would leave the range of float32. The solution has no derivative by the
-    # scale, which it is multiplied with in the end.
+    # Squares of tiny or huge entries would leave the range of float32. The scale has no derivative: in the
+    # end the solution is multiplied with it.
     scale = lax.stop_gradient(_largest(rhs, stacked))
     return scale, _each(lambda c, x: x / c, scale, stacked, rhs)
 
