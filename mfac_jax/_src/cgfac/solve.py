@@ -31,6 +31,8 @@ def solve_whole(
     operator: Operator, preconditioner: Operator | None, gradient: optax.Updates, limits: Limits
 ) -> list[SolvedLeaf]:
     """One system for all leaves."""
+    if not jax.tree.leaves(gradient):
+        return []
 
     def on_block(operator: Operator) -> conjugate_gradients.Product:
         def product(blocks):
@@ -139,10 +141,10 @@ def finite_or_zero(leaf: SolvedLeaf) -> SolvedLeaf:
     return SolvedLeaf(jnp.where(finite, leaf.x, 0), residual, leaf.iterations, leaf.indefinite | ~finite)
 
 
-def reports(solved: list[SolvedLeaf]) -> dict[str, jax.Array]:
+def reports(solved: list[SolvedLeaf], dtype: jnp.dtype) -> dict[str, jax.Array]:
     """What the state reports of the systems, by its fields' names."""
     return {
-        "residuals": jnp.stack([leaf.residual for leaf in solved]),
-        "iterations": jnp.stack([leaf.iterations for leaf in solved]),
-        "indefinite": jnp.stack([leaf.indefinite for leaf in solved]),
+        "residuals": jnp.asarray([leaf.residual for leaf in solved], dtype),
+        "iterations": jnp.asarray([leaf.iterations for leaf in solved], jnp.int32),
+        "indefinite": jnp.asarray([leaf.indefinite for leaf in solved], bool),
     }
