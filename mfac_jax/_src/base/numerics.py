@@ -28,19 +28,6 @@ def scaled(u: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.clip(u, -limit, limit) * scale
 
 
-def square(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The squared norm of `x`."""
-    return jnp.sum(jnp.square(x.astype(dtype)))
-
-
-def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x` as `dtype`, clipped to what it can hold: float16 ends at 65,504."""
-    limit = float(jnp.finfo(dtype).max)
-    if limit < float(jnp.finfo(x.dtype).max):
-        x = jnp.clip(x, -limit, limit)
-    return x.astype(dtype)
-
-
 @jax.custom_jvp
 def quotient(x: jax.Array, y: jax.Array) -> jax.Array:
     """`x / y`, whose derivative does not square y: below 1e-19 that would leave the range of float32."""
@@ -52,3 +39,16 @@ def _(primals, tangents):
     (x, y), (dx, dy) = primals, tangents
     found = quotient(x, y)
     return found, (dx - found * dy) / y
+
+
+def square(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The squared norm of `x`."""
+    return jnp.sum(jnp.square(x.astype(dtype)))
+
+
+def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` as `dtype`, clipped to what it can hold: float16 ends at 65,504."""
+    limit = float(jnp.finfo(dtype).max)
+    if limit < float(jnp.finfo(x.dtype).max):
+        x = jnp.clip(x, -limit, limit)
+    return x.astype(dtype)
