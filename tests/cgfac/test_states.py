@@ -42,7 +42,7 @@ SPOILED: dict[str, Any] = {
     "missing": lambda x: None,
     "of another shape": lambda x: jnp.zeros((7, 2), x.dtype),
     "of another dtype": lambda x: x.astype(jnp.float16),
-    "a list": lambda x: np.asarray(x).tolist(),
+    "a list": lambda x: [np.asarray(x).tolist()],
 }
 
 
