@@ -1,9 +1,9 @@
-"""Makes the factors of layers from gradients that are sums of products of rows, and says what was left out."""
+"""Makes the factors of layers from gradients that are sums of products; says what was left out."""
 
 import collections
 import dataclasses
+import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mfac_jax._src.cgfac.layers import KernelLayout, LayerFactors
-from mfac_jax._src.cgfac.terms import CannotFollow, Sum, Term, Unknown, regrouped
+from mfac_jax._src.cgfac.terms import CannotFollowError, Sum, Term, Unknown, regrouped
 
 KERNEL = "kernel"
 
@@ -56,7 +56,7 @@ def assembled(leaves: Mapping[str, Any], gradients: Sequence[Sum | Unknown | Non
             has_product = True
             try:
                 kernels[path], report[path] = _kernel(leaf.shape, gradient.terms), KERNEL
-            except CannotFollow as error:
+            except CannotFollowError as error:
                 report[path] = f"left out: {error}"
         if has_product and leaf.ndim > 1 and report[path] != KERNEL:
             missed.append(path)
@@ -69,13 +69,13 @@ def assembled(leaves: Mapping[str, Any], gradients: Sequence[Sum | Unknown | Non
 def _kernel(shape: Sequence[int], terms: Sequence[Term]) -> _Kernel:
     """A kernel's layer; raise if its uses do not have the same examples, or split its axes differently."""
     if 0 in shape:
-        raise CannotFollow("it has no entries")
+        raise CannotFollowError("it has no entries")
     if not all(term.rows for term in terms):
-        raise CannotFollow("it is multiplied with data that has no batch axis")
+        raise CannotFollowError("it is multiplied with data that has no batch axis")
     examples = {term.size(term.rows[0]) for term in terms}
     if len(examples) > 1:
         counts = " and ".join(map(str, sorted(examples)))
-        raise CannotFollow(f"its uses have different numbers of examples, {counts}")
+        raise CannotFollowError(f"its uses have different numbers of examples, {counts}")
     fine = [size for size in shape if size > 1]
     for term in terms:
         sizes = [term.size(name) for group in term.axes for name in group]
@@ -84,7 +84,7 @@ def _kernel(shape: Sequence[int], terms: Sequence[Term]) -> _Kernel:
     sides = [_sides(term) for term in terms]
     stack, data, grad = sides[0]
     if any(side not in ((stack, data, grad), (stack, grad, data)) for side in sides):
-        raise CannotFollow("its uses split its axes into inputs and outputs in different ways")
+        raise CannotFollowError("its uses split its axes into inputs and outputs in different ways")
     (stack, data, grad) = sides[0]
     is_plain = not stack and (_is_prefix(data) or _is_prefix(grad))
     inputs, outputs = (grad, data) if is_plain and not _is_prefix(data) else (data, grad)
@@ -144,7 +144,7 @@ def _names(term: Term, axes: Sequence[int]) -> list[int]:
 
 
 def _times(n: int, x: jax.Array) -> jax.Array:
-    """n x. It is computed in float32 at least: bfloat16 does not have every n, nor float16 every product."""
+    """n x, computed in float32 at least: bfloat16 does not have every n, nor float16 every product."""
     if jnp.finfo(x.dtype).bits > 16:
         return n * x
     product = n * x.astype(jnp.float32)
@@ -183,7 +183,7 @@ def _biases(kernels: Mapping[str, _Kernel], sums: Mapping[str, Sequence[Any]]) -
     Where several fit, the paths that share most of their beginning belong together.
     """
     pairs = [
-        (-len(os.path.commonprefix([kernel.split("/"), bias.split("/")])), kernel, bias)
+        (_shared_keys(kernel, bias), kernel, bias)
         for kernel, found in kernels.items()
         for bias, of_bias in sums.items()
         if found.sums
@@ -191,7 +191,13 @@ def _biases(kernels: Mapping[str, _Kernel], sums: Mapping[str, Sequence[Any]]) -
         and collections.Counter(found.sums) == collections.Counter(of_bias)
     ]
     taken: dict[str, str] = {}
-    for _, kernel, bias in sorted(pairs, key=lambda pair: pair[0]):
+    for _, kernel, bias in sorted(pairs, key=lambda pair: -pair[0]):
         if kernel not in taken and bias not in taken.values():
             taken[kernel] = bias
     return taken
+
+
+def _shared_keys(one: str, other: str) -> int:
+    """How many keys two paths begin with together."""
+    pairs = zip(one.split("/"), other.split("/"), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,8 +1,9 @@
-"""Inputs and output gradients of the layers of any model, found in the program of the gradient of its loss.
+"""Inputs and output gradients of the layers of any model, found in the program of its gradient.
 
-JAX traces the gradient to a list of operations. In it, the gradient of a kernel is a sum of products of rows,
-one for each use of the kernel. `interpreter.py` runs that list once, and keeps the factors of these products.
-So all uses are found, or it is seen that one is of another kind. No model has to be changed.
+JAX traces the gradient of the loss to a list of operations. There the gradient of a kernel is a sum of
+products of rows, one for each use of the kernel. `interpreter.py` runs that list once, and keeps the
+factors of these products. So all uses are found, or it is seen that one is of another kind. No model is
+changed.
 """
 
 import functools
@@ -18,8 +19,8 @@ from jax import lax
 from mfac_jax._src.base import trees
 from mfac_jax._src.cgfac.assembly import Found, assembled
 from mfac_jax._src.cgfac.interpreter import run
+from mfac_jax._src.cgfac.known import Known
 from mfac_jax._src.cgfac.layers import LayerFactors
-from mfac_jax._src.cgfac.rules import Known
 
 
 class WithFactors:
@@ -99,8 +100,8 @@ def _warning(found: Found) -> str:
         f"{path!r}: {found.report[path].removeprefix('left out: ')}" for path in found.missed
     )
     return (
-        f"value_and_grad_with_factors leaves out {len(found.missed)} of the kernels, because their gradients are "
-        f"more than products of rows. {missed}. What explain() of the function says, it says of all parameters."
+        f"value_and_grad_with_factors has no factors for {len(found.missed)} of the kernels. {missed}. "
+        "The function's explain() says this of every parameter."
     )
 
 
@@ -150,5 +151,4 @@ def value_and_grad_with_factors(loss: Callable[..., Any], has_aux: bool = False)
       Roger Grosse, James Martens, `A Kronecker-factored approximate Fisher matrix for convolution layers
       <https://arxiv.org/abs/1602.01407>`_, ICML 2016.
     """
-
     return WithFactors(loss, has_aux)

@@ -16,6 +16,11 @@ def opened(program: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(program, "jaxpr", program), getattr(program, "consts", ())
 
 
+def inlined(eqn: JaxprEqn) -> Any:
+    """The program that an operation runs."""
+    return eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["jaxpr"]
+
+
 def sizes_of_scan(eqn: JaxprEqn) -> tuple[int, int]:
     """The numbers of constants and carries of a loop: inside of it, only they have all their axes."""
     jaxpr, _ = opened(eqn.params["jaxpr"])
@@ -31,7 +36,7 @@ def flags_after(eqn: JaxprEqn, inputs: Sequence[Flag]) -> list[Flag]:
     """What the outputs of an operation depend on."""
     name = eqn.primitive.name
     if name in INLINED:
-        return _flags_of(eqn.params["jaxpr"], inputs)
+        return _flags_of(inlined(eqn), inputs)
     if name == "scan":
         return _flags_of(eqn.params["jaxpr"], flags_in_loop(eqn, inputs))
     if name == "cond":

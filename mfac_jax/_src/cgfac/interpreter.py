@@ -15,9 +15,17 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from mfac_jax._src.cgfac import rules
-from mfac_jax._src.cgfac.flags import INLINED, Flags, flags_after, flags_in_loop, opened, sizes_of_scan
-from mfac_jax._src.cgfac.rules import Known
-from mfac_jax._src.cgfac.terms import CannotFollow, Sum, Term, Unknown, structure
+from mfac_jax._src.cgfac.flags import (
+    INLINED,
+    Flags,
+    flags_after,
+    flags_in_loop,
+    inlined,
+    opened,
+    sizes_of_scan,
+)
+from mfac_jax._src.cgfac.known import Known
+from mfac_jax._src.cgfac.terms import CannotFollowError, Sum, Term, Unknown, structure
 
 
 def run(
@@ -64,7 +72,7 @@ def _sources(eqn: JaxprEqn, asked: Sequence[bool]) -> list[Any]:
     """What the wanted outputs of an operation are made of."""
     name = eqn.primitive.name
     if name in INLINED:
-        jaxpr, _ = opened(eqn.params["jaxpr"])
+        jaxpr, _ = opened(inlined(eqn))
         inner = _needed(jaxpr, asked)
         return [v for v, own in zip(eqn.invars, jaxpr.invars, strict=True) if own in inner]
     if name == "cond":
@@ -74,9 +82,11 @@ def _sources(eqn: JaxprEqn, asked: Sequence[bool]) -> list[Any]:
         return [v for v, own in pairs if own in inner]
     if name == "scan":
         n_consts, n_carry = sizes_of_scan(eqn)
-        return [v for v, is_asked in zip(eqn.invars[n_consts : n_consts + n_carry], asked) if is_asked]
+        carries = zip(eqn.invars[n_consts : n_consts + n_carry], asked[:n_carry], strict=True)
+        return [v for v, is_asked in carries if is_asked]
     if name.startswith("scatter"):  # a lookup; of whole matrices, if the table has three axes
-        return list(eqn.invars[2:]) if eqn.outvars[0].aval.ndim > 2 else []
+        out: Any = eqn.outvars[0].aval
+        return list(eqn.invars[2:]) if out.ndim > 2 else []
     return list(eqn.invars)
 
 
@@ -85,7 +95,7 @@ def _operation(
 ) -> list[Known]:
     name = eqn.primitive.name
     if name in INLINED:
-        return run(eqn.params["jaxpr"], _kept_apart(eqn, inputs), wanted, roots)
+        return run(inlined(eqn), _kept_apart(eqn, inputs), wanted, roots)
     if name in ("scan", "cond") and any(wanted):
         outputs, tracked = (_scan if name == "scan" else _cond)(eqn, inputs, wanted, next(roots))
     else:
@@ -96,9 +106,9 @@ def _operation(
     flags = flags_after(eqn, [(x.has_data, x.has_grad) for x in inputs])
     found = []
     for number, (value, (has_data, has_grad)) in enumerate(zip(outputs, flags, strict=True)):
-        root = inputs[0].root if name in rules.SAME_ENTRIES else next(roots)
-        known = Known(value, has_data, has_grad, root=root, spread=_spread(eqn, inputs))
-        if wanted[number] and (has_grad or inputs and all(x.is_zero for x in inputs)):
+        root, strides = rules.source(eqn, inputs, next(roots))
+        known = Known(value, has_data, has_grad, None, root, strides, _spread(eqn, inputs))
+        if wanted[number] and (has_grad or (inputs and all(x.is_zero for x in inputs))):
             of_value = rules.track(eqn, inputs, number) if tracked is None else tracked[number]
             known = known._replace(tracked=of_value)
         found.append(known)
@@ -164,14 +174,14 @@ def _body_of_scan(
 def _tracked(known: Known) -> Sum | Unknown:
     try:
         return rules.tracked_of(known)
-    except CannotFollow as error:
+    except CannotFollowError as error:
         return Unknown(str(error), rules.has_product("", [known]))
 
 
 def _scan(
     eqn: JaxprEqn, inputs: Sequence[Known], wanted: Sequence[bool], root: int
 ) -> tuple[list[Any], list[Sum | Unknown | None]]:
-    """A loop: carries that only add terms are sums over its iterations, other outputs are stacks of them."""
+    """A loop: carries that only add are sums over its iterations, other outputs are stacks of them."""
     body, length = eqn.params["jaxpr"], eqn.params["length"]
     n_consts, n_carry = sizes_of_scan(eqn)
     flags = flags_in_loop(eqn, [(x.has_data, x.has_grad) for x in inputs])
@@ -206,7 +216,7 @@ def _only_adds(of_body: Sum | Unknown | None, number: int) -> bool:
 
 
 def _after_loop(of_body: Sum, root: int, number: int, first: Known | None) -> Sum | Unknown:
-    """What an output of a loop is, from what the body makes of it and, for a carry, from its first value."""
+    """What an output of a loop is, from what the body makes of it and, for a carry, its first value."""
     is_carry = first is not None
     if is_carry != _only_adds(of_body, number):
         return Unknown("a loop changes its gradient at each iteration", of_body.has_product)
@@ -225,7 +235,7 @@ def _branch(
     wanted: tuple[bool, ...],
     slots: tuple[tuple[int | None, ...], ...] | None,
 ) -> Callable[..., Any]:
-    """A branch that returns the factors of its terms, in the places that `slots` gives them; or its sums."""
+    """A branch that returns the factors of its terms, in the places of `slots`; without these, its sums."""
 
     def branch(values, likes):
         outputs = run(body, _as_known(values, flags, carries), wanted, itertools.count(len(values)))

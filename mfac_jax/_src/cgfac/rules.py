@@ -2,54 +2,27 @@
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from mfac_jax._src.cgfac.terms import CannotFollow, Place, Sum, Term, Unknown, strides_of
+from mfac_jax._src.cgfac.convolutions import convolution
+from mfac_jax._src.cgfac.known import Known, is_data_first
+from mfac_jax._src.cgfac.terms import CannotFollowError, Sum, Term, Unknown, regrouped, strides_of
 
 
-class _IsUnknown(CannotFollow):
+class _UnknownError(CannotFollowError):
     """What an operation is applied to is unknown already; the text says why."""
 
 
-class Known(NamedTuple):
-    """A value of the program, and what it was computed from.
-
-    Attributes:
-      value: the array.
-      has_data: whether anything but parameters and constants went into it.
-      has_grad: whether the cotangent of the loss went into it.
-      tracked: what the value is as a sum of products; None where nobody asks.
-      root: a number of the value, if it is no constant. Another shape or dtype of the same entries has the same number.
-      spread: an array of fewer entries, and its axes here, if the value repeats it; or None.
-    """
-
-    value: Any
-    has_data: bool = False
-    has_grad: bool = False
-    tracked: Sum | Unknown | None = None
-    root: int | None = None
-    spread: tuple[Any, tuple[int, ...]] | None = None
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether it is seen to be zero."""
-        if self.spread is not None and not self.spread[1]:
-            return _is_zero(self.spread[0])
-        return _is_zero(self.value) or self.tracked == Sum()
-
-
-def _is_zero(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer | jax.Array) and jnp.ndim(x) == 0 and bool(x == 0)
-
-
-SAME_ENTRIES = ("convert_element_type", "copy", "copy_p", "reshape", "squeeze", "expand_dims")
+_SAME_ENTRIES = (
+    *("convert_element_type", "copy", "copy_p", "reshape", "squeeze", "expand_dims", "transpose"),
+    *("broadcast_in_dim", "optimization_barrier", "sharding_constraint", "reshard", "pvary", "name"),
+)
 _IDENTITY = (
     *("convert_element_type", "copy", "copy_p", "reduce_precision", "name", "optimization_barrier"),
     *("sharding_constraint", "mesh_cast", "reshard", "pvary", "pcast"),
@@ -58,14 +31,14 @@ _IDENTITY = (
 )
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 _WITHOUT_PRODUCT = (
-    "it is also used without a product with data (such as in a weight normalisation, or in a penalty on its "
-    "entries: take that out of the loss, and chain optax.add_decayed_weights)"
+    "it is also used without a product with data (such as in a weight normalisation, or in a penalty: take "
+    "that out of the loss, and chain optax.add_decayed_weights)"
 )
 _REASONS = {
     **dict.fromkeys(
         ("scatter-add", "scatter", "gather", "scatter_add", "dynamic_update_slice", "dynamic_slice"),
-        "it is read by an index that the program computes (such as a lookup in a table). Stacked kernels can be "
-        "handed to jax.lax.scan as xs",
+        "it is read by an index that the program computes (such as a lookup in a table; stacked kernels "
+        "can be xs of jax.lax.scan)",
     ),
     "while": "it is used in a loop without a fixed number of steps",
     "shard_map": "it is used inside of a shard_map. Call value_and_grad_with_factors in there",
@@ -80,12 +53,37 @@ def track(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum | Unknown:
         if name in _IDENTITY:
             return tracked_of(inputs[number if len(inputs) > 1 else 0])
         if name not in _RULES:
-            raise CannotFollow(_REASONS.get(name, f"the operation {name!r} is in its gradient"))
+            raise CannotFollowError(_REASONS.get(name, f"the operation {name!r} is in its gradient"))
         return _RULES[name](eqn, inputs, number)
-    except _IsUnknown as error:
+    except _UnknownError as error:
         return Unknown(str(error), has_product(name, inputs))
-    except CannotFollow as error:
+    except CannotFollowError as error:
         return Unknown(f"{error}{line_of(eqn)}", has_product(name, inputs))
+
+
+def source(eqn: JaxprEqn, inputs: Sequence[Known], fresh: int) -> tuple[int | None, tuple[int, ...] | None]:
+    """The root and the strides of what an operation on one array gives."""
+    name = eqn.primitive.name
+    if name not in _SAME_ENTRIES or len(inputs) != 1 or inputs[0].root is None:
+        return fresh, None
+    (known,), shape = inputs, _shape(eqn.outvars[0])
+    strides = [place.stride for place in known.places]
+    if name == "transpose":
+        return known.root, tuple(strides[axis] for axis in eqn.params["permutation"])
+    if shape == known.value.shape:
+        return known.root, known.strides
+    try:
+        pieces, groups = regrouped(known.value.shape, shape)
+    except CannotFollowError:  # mixed, or repeated
+        return fresh, None
+    steps = [[stride * step for step in strides_of(p)] for stride, p in zip(strides, pieces, strict=True)]
+    found = []
+    for group in groups:
+        parts = [(steps[i][k], pieces[i][k]) for i, k in group]
+        if any(one[0] != other[0] * other[1] for one, other in itertools.pairwise(parts)):
+            return fresh, None
+        found.append(parts[-1][0] if parts else 1)
+    return known.root, tuple(found)
 
 
 def has_product(name: str, inputs: Sequence[Known]) -> bool:
@@ -93,15 +91,19 @@ def has_product(name: str, inputs: Sequence[Known]) -> bool:
     return name in _PRODUCTS or any(x.tracked is not None and x.tracked.has_product for x in inputs)
 
 
-def tracked_of(known: Known) -> Sum | Unknown:
+def tracked_of(known: Known) -> Sum:
     """What a value is; raise if that is no sum of terms."""
     if known.is_zero:
         return Sum()
     if isinstance(known.tracked, Sum):
         return known.tracked
     if isinstance(known.tracked, Unknown):
-        raise _IsUnknown(known.tracked.reason)
-    raise CannotFollow(_WITHOUT_PRODUCT)
+        raise _UnknownError(known.tracked.reason)
+    raise CannotFollowError(_WITHOUT_PRODUCT)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
 
 
 def _map(change: Callable[[JaxprEqn, Term, int], Term]):
@@ -115,8 +117,17 @@ def _map(change: Callable[[JaxprEqn, Term, int], Term]):
 
 def _add(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
     del eqn, number
-    one, other = map(tracked_of, inputs)
+    # A loop over examples adds up the gradients of a bias as they are.
+    is_loop = any(isinstance(known.tracked, Sum) and known.tracked.carries for known in inputs)
+    one, other = (
+        _added(known, ()) if is_loop and known.has_grad and _is_unknown_vector(known) else tracked_of(known)
+        for known in inputs
+    )
     return one.plus(other)
+
+
+def _is_unknown_vector(known: Known) -> bool:
+    return jnp.ndim(known.value) == 1 and not isinstance(known.tracked, Sum)
 
 
 def _subtract(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
@@ -134,12 +145,12 @@ def _multiply(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
     if eqn.primitive.name == "mul" and not isinstance(one.tracked, Sum):
         one, other = other, one
     if not any(has_product("", [known]) or isinstance(known.tracked, Sum) for known in inputs):
-        raise CannotFollow(_WITHOUT_PRODUCT)
-    total, dtype = tracked_of(one), eqn.outvars[0].aval.dtype
+        raise CannotFollowError(_WITHOUT_PRODUCT)
+    total, out = tracked_of(one), eqn.outvars[0].aval
     source, axes = (other.value, ()) if jnp.ndim(other.value) == 0 else other.spread or (None, ())
     if source is None:
-        raise CannotFollow("its gradient is multiplied entry by entry (such as by a mask)")
-    factor = jnp.asarray(source, dtype)
+        raise CannotFollowError("its gradient is multiplied entry by entry (such as by a mask)")
+    factor = jnp.asarray(source, out.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     factor = 1 / factor if eqn.primitive.name == "div" else factor
     return total.map(lambda term: term.multiplied(factor, axes) if axes else term.scaled(factor))
 
@@ -147,19 +158,17 @@ def _multiply(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
 def _broadcast(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
     """New axes of size one."""
     del number
-    out = eqn.outvars[0].aval
+    shape = _shape(eqn.outvars[0])
     if inputs[0].is_zero:
         return Sum()
-    if out.size != jnp.size(inputs[0].value):
-        raise CannotFollow("sums over its entries are used")
-    return tracked_of(inputs[0]).map(lambda term: term.reshaped(out.shape))
+    return tracked_of(inputs[0]).map(lambda term: term.reshaped(shape))
 
 
 def _pad(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
     del number
     if not inputs[1].is_zero:
-        raise CannotFollow("the operation 'pad' is in its gradient")
-    config = [tuple(int(x) for x in axis) for axis in eqn.params["padding_config"]]
+        raise CannotFollowError("the operation 'pad' is in its gradient")
+    config = [(int(low), int(high), int(inner)) for low, high, inner in eqn.params["padding_config"]]
     return tracked_of(inputs[0]).map(lambda term: _padded(term, inputs[0].value.shape, config))
 
 
@@ -182,7 +191,7 @@ def _padded(term: Term, shape: Sequence[int], config: Sequence[tuple[int, int, i
 
 def _slice(eqn: JaxprEqn, term: Term, number: int) -> Term:
     del number
-    params, shape = eqn.params, eqn.invars[0].aval.shape
+    params, shape = eqn.params, _shape(eqn.invars[0])
     steps = params["strides"] or (1,) * len(shape)
     parts = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
     for axis, part in enumerate(parts):
@@ -204,7 +213,7 @@ def _split(eqn: JaxprEqn, term: Term, number: int) -> Term:
 def _concatenate(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
     del number
     axis, total = eqn.params["dimension"], Sum()
-    size, start = eqn.outvars[0].aval.shape[axis], 0
+    size, start = _shape(eqn.outvars[0])[axis], 0
     for known in inputs:
         shape = known.value.shape
         config = [(0, 0, 0)] * len(shape)
@@ -217,7 +226,7 @@ def _concatenate(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
 def _reverse(eqn: JaxprEqn, term: Term, number: int) -> Term:
     del number
     for axis in eqn.params["dimensions"]:
-        if eqn.invars[0].aval.shape[axis] > 1:
+        if _shape(eqn.invars[0])[axis] > 1:
             term = term.edited(axis, lambda x, i: lax.rev(x, (i,)), "rev")
     return term
 
@@ -229,18 +238,18 @@ def _reduce(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
     if isinstance(known.tracked, Sum):
         try:
             return known.tracked.map(lambda term: term.summed(axes))
-        except CannotFollow:
+        except CannotFollowError:
             pass
-    x = known.value
     if not known.has_grad:
-        raise CannotFollow("the operation 'reduce_sum' is in its gradient")
-    names = tuple(range(x.ndim))
-    rest = tuple((axis,) for axis in names if axis not in axes)
-    return Sum((Term(None, x, (), names, _places(x), rest, tuple(axes), known.root),))
+        raise CannotFollowError("the operation 'reduce_sum' is in its gradient")
+    return _added(known, axes)
 
 
-def _places(x: jax.Array) -> tuple[Place, ...]:
-    return tuple(Place(0, stride) for stride in strides_of(x.shape))
+def _added(known: Known, rows: Sequence[int]) -> Sum:
+    """The gradient of what was added to a value, from that of the value."""
+    names = tuple(range(known.value.ndim))
+    rest = tuple((axis,) for axis in names if axis not in rows)
+    return Sum((Term(None, known.value, (), names, known.places, rest, tuple(rows), known.root),))
 
 
 def _product(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
@@ -259,81 +268,9 @@ def _product(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
     stack = range(len(batch[0]))
     axes = tuple((name,) for name in (*stack, *free[0], *free[1]))
     rows = tuple(range(len(stack), len(shared)))
-    return Sum((_term((left, left.value, names[0]), (right, right.value, names[1]), axes, rows),))
-
-
-def _term(
-    left: tuple[Known, jax.Array, Sequence[int]],
-    right: tuple[Known, jax.Array, Sequence[int]],
-    axes: tuple[tuple[int, ...], ...],
-    rows: tuple[int, ...],
-) -> Term:
-    """The term of a product of two factors: what each is, its array, and the names of its axes."""
-    data, grad = (left, right) if right[0].has_grad else (right, left)
-    if data[0].has_grad or not grad[0].has_grad or not data[0].has_data:
-        raise CannotFollow(
-            "it is multiplied with parameters or constants, not with data (such as in a penalty)"
-        )
-    known, x, names = grad
-    return Term(data[1], x, tuple(data[2]), tuple(names), _places(x), axes, rows, known.root)
-
-
-def _convolution(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
-    """A convolution that sums over the places of another one: the gradient of that one's kernel."""
-    del number
-    params: Mapping[str, Any] = eqn.params
-    lhs, rhs, out = params["dimension_numbers"]
-    left, right = inputs
-    x, window = jnp.transpose(left.value, lhs), right.value
-    groups, of_batch = params["feature_group_count"], params["batch_group_count"] > 1
-    groups = params["batch_group_count"] if of_batch else groups
-    n_places = x.ndim - 2
-    names_in, names_place = range(4, 4 + n_places), range(4 + n_places, 4 + 2 * n_places)
-    batch, feature, group, outputs = range(4)
-    for i in range(n_places):
-        x = _patches(eqn, x, 2 + 2 * i, i, window.shape[rhs[2 + i]], eqn.outvars[0].aval.shape[out[2 + i]])
-    between = [name for i in range(n_places) for name in (names_place[i], names_in[i])]
-    split = [batch, feature]
-    if groups > 1:
-        n, f, *rest = x.shape
-        shape = (groups, n // groups, f, *rest) if of_batch else (n, groups, f // groups, *rest)
-        x, split = x.reshape(shape), [group, batch, feature] if of_batch else [batch, group, feature]
-    names_window = {rhs[0]: [outputs], rhs[1]: [feature]} | {
-        rhs[2 + i]: [names_place[i]] for i in range(n_places)
-    }
-    shape_window = {axis: [size] for axis, size in enumerate(window.shape)}
-    if groups > 1:
-        names_window[rhs[0]] = [group, outputs]
-        shape_window[rhs[0]] = [groups, window.shape[rhs[0]] // groups]
-    window = window.reshape([size for axis in range(window.ndim) for size in shape_window[axis]])
-    axes_of_out = {out[0]: (batch,), out[1]: tuple(names_window[rhs[0]])}
-    axes_of_out |= {out[2 + i]: (names_in[i],) for i in range(n_places)}
-    term = _term(
-        (left._replace(root=None), x, [*split, *between]),
-        (right, window, [name for axis in range(right.value.ndim) for name in names_window[axis]]),
-        tuple(axes_of_out[axis] for axis in range(len(out))),
-        (feature, *names_place),
-    )
-    return Sum((term,))
-
-
-def _patches(eqn: JaxprEqn, x: jax.Array, axis: int, number: int, places: int, size: int) -> jax.Array:
-    """What the entries of a kernel meet: the axis becomes two, of the places and of the kernel's entries.
-
-    They are cut out, not convolved with ones: nothing is rounded, in any dtype and on any device.
-    """
-    params = eqn.params
-    step, inner = params["rhs_dilation"][number], params["lhs_dilation"][number]
-    apart = params["window_strides"][number]
-    low = params["padding"][number][0]
-    length = (x.shape[axis] - 1) * inner + 1
-    high = (places - 1) * step + (size - 1) * apart + 1 - low - length
-    padding = [(low, high, inner - 1) if i == axis else (0, 0, 0) for i in range(x.ndim)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), padding)
-    parts = [
-        lax.slice_in_dim(x, i * apart, i * apart + (places - 1) * step + 1, step, axis) for i in range(size)
-    ]
-    return jnp.stack(parts, axis + 1)
+    factors = (left, tuple(names[0])), (right, tuple(names[1]))
+    (data, data_axes), (grad, grad_axes) = factors if is_data_first(left, right) else factors[::-1]
+    return Sum((Term(data.value, grad.value, data_axes, grad_axes, grad.places, axes, rows, grad.root),))
 
 
 def line_of(eqn: JaxprEqn) -> str:
@@ -356,7 +293,7 @@ _RULES: dict[str, Callable[[JaxprEqn, Sequence[Known], int], Sum]] = {
     "broadcast_in_dim": _broadcast,
     **dict.fromkeys(
         ("reshape", "squeeze", "expand_dims"),
-        _map(lambda eqn, term, number: term.reshaped(eqn.outvars[0].aval.shape)),
+        _map(lambda eqn, term, number: term.reshaped(_shape(eqn.outvars[0]))),
     ),
     "transpose": _map(lambda eqn, term, number: term.transposed(eqn.params["permutation"])),
     "pad": _pad,
@@ -366,5 +303,5 @@ _RULES: dict[str, Callable[[JaxprEqn, Sequence[Known], int], Sum]] = {
     "rev": _map(_reverse),
     "reduce_sum": _reduce,
     "dot_general": _product,
-    "conv_general_dilated": _convolution,
+    "conv_general_dilated": convolution,
 }

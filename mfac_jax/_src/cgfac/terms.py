@@ -1,8 +1,8 @@
 """A gradient as a sum of products of rows, and what the operations of a program make of it.
 
 A `Term` stands for an array that need not be formed: the sum over `rows` of `data` times `grad`, as in
-`jnp.einsum`. Its axes have names, which are numbers. A name that both factors have, and the array too, is that
-of a stack of independent products. Transposing or reshaping the array only renames; padding it pads a factor.
+`jnp.einsum`. Its axes have names, which are numbers. A name that both factors and the array have is that of
+a stack of independent products. Transposing the array only renames, padding it pads a factor.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-class CannotFollow(Exception):
+class CannotFollowError(Exception):
     """What an operation gives is no sum of products of rows; the text says why."""
 
 
@@ -94,14 +94,14 @@ class Term:
         """The sum over axes that both factors have: they are rows."""
         names = tuple(name for axis in axes for name in self.axes[axis])
         if self.data is not None and not all(self.on_both(name) for name in names):
-            raise CannotFollow("its gradient is summed over an axis of one factor")
+            raise CannotFollowError("its gradient is summed over an axis of one factor")
         rest = tuple(group for axis, group in enumerate(self.axes) if axis not in axes)
         return dataclasses.replace(self, axes=rest, rows=(*names, *self.rows), slots=None)
 
     def edited(self, axis: int, edit: Callable[[Any, int], Any], label: Hashable) -> "Term":
         """The array with an axis padded, sliced or reversed: that of the factors which have it."""
         if len(self.axes[axis]) != 1:
-            raise CannotFollow("a part of it is used that cuts through several axes")
+            raise CannotFollowError("a part of it is used that cuts through several axes")
         (name,) = self.axes[axis]
         data, grad, origin = self.data, self.grad, self.origin
         if name in self.data_axes:
@@ -115,7 +115,7 @@ class Term:
     def placed(self, axis: int, entry: int, size: int) -> "Term":
         """The array with an axis of size one padded to `size`: one entry of a stack."""
         if any(self.size(name) > 1 for name in self.axes[axis]) or self.slots is not None:
-            raise CannotFollow("a part of it is used that cuts through several axes")
+            raise CannotFollowError("a part of it is used that cuts through several axes")
         clean = self.reshaped([1 if i == axis else self._length(i) for i in range(len(self.axes))])
         name = clean._fresh()
 
@@ -169,7 +169,7 @@ class Term:
         """The array times one that has these of its axes, if one factor has them all."""
         sizes = [self._length(axis) for axis in axes]
         if list(factor.shape) != sizes:
-            raise CannotFollow("its gradient is multiplied entry by entry")
+            raise CannotFollowError("its gradient is multiplied entry by entry")
         names = [name for axis in axes for name in self.axes[axis]]
         factor = factor.reshape([self.size(name) for name in names])
         if self.data is not None and set(names) <= set(self.data_axes):
@@ -177,7 +177,7 @@ class Term:
         if set(names) <= set(self.grad_axes):
             grad = _times(self.grad, _spread(factor, names, self.grad_axes))
             return dataclasses.replace(self, grad=grad, origin=None, slots=None)
-        raise CannotFollow("its gradient is multiplied entry by entry")
+        raise CannotFollowError("its gradient is multiplied entry by entry")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("terms",), meta_fields=("carries",))
@@ -203,7 +203,7 @@ class Sum:
 
     def map(self, change: Callable[[Term], Term]) -> "Sum":
         if self.carries:
-            raise CannotFollow("a loop changes its gradient at each iteration")
+            raise CannotFollowError("a loop changes its gradient at each iteration")
         return Sum(tuple(change(term) for term in self.terms))
 
 
@@ -245,7 +245,9 @@ def regrouped(
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
     """How axes are split for a reshape: the pieces of each, and which pieces make up each new axis."""
     if 0 in (*sizes, *shape):
-        raise CannotFollow("it has no entries")
+        raise CannotFollowError("it has no entries")
+    if math.prod(sizes) != math.prod(shape):
+        raise CannotFollowError("sums over its entries are used")
     pieces: list[list[int]] = [[] for _ in sizes]
     groups: list[list[tuple[int, int]]] = [[] for _ in shape]
     old, new = ([i for i, size in enumerate(all_sizes) if size > 1] for all_sizes in (sizes, shape))
@@ -254,7 +256,7 @@ def regrouped(
         i, j = old[0], new[0]
         piece = min(left[i], wanted[j])
         if left[i] % piece or wanted[j] % piece:
-            raise CannotFollow("a reshape mixes its axes")
+            raise CannotFollowError("a reshape mixes its axes")
         groups[j].append((i, len(pieces[i])))
         pieces[i].append(piece)
         left[i], wanted[j] = left[i] // piece, wanted[j] // piece
