@@ -90,15 +90,13 @@ def _kernel(shape: Sequence[int], terms: Sequence[Term]) -> _Kernel:
     inputs, outputs = (grad, data) if is_plain and not _is_prefix(data) else (data, grad)
     (n,) = examples
     rows = [_rows(term, stack, inputs, outputs, n) for term in terms]
-    arrays = [_one_after_another([pair[side] for pair in rows], bool(stack)) for side in (0, 1)]
+    a, b = (_one_after_another([pair[side] for pair in rows], bool(stack)) for side in (0, 1))
     layout = None if is_plain else KernelLayout(tuple(fine), stack, inputs, outputs)
     side: Literal["inputs", "outputs"] = "outputs" if grad == outputs else "inputs"
-    sums = [
-        _signature(t, (*stack, *own)) for t, (_, _, own) in zip(terms, sides, strict=True) if own == grad
-    ]
-    return _Kernel(
-        LayerFactors(*arrays, layout=layout, bias_side=side), sums if len(sums) == len(terms) else []
-    )
+    # A bias is added to the outputs of all uses.
+    has_one_side = all(own == grad for _, _, own in sides)
+    sums = [_signature(term, (*stack, *grad)) for term in terms] if has_one_side else []
+    return _Kernel(LayerFactors(a, b, layout=layout, bias_side=side), sums)
 
 
 def _with_ones(term: Term) -> Term:
@@ -127,7 +125,7 @@ def _rows(
     """The rows of both sides, `(S, N, ..., in)` and `(S, N, ..., out)`, without S if there is no stack."""
     _, data, _ = _sides(term)
     # The loss is a mean: an example's own loss has N times the gradient.
-    factors = ((term.data, term.data_axes), (_times(n, term.grad), term.grad_axes))
+    factors: tuple[Any, Any] = (term.data, term.data_axes), (_times(n, term.grad), term.grad_axes)
     pair = factors if data == inputs else factors[::-1]
     arrays = []
     for (x, names), own in zip(pair, (inputs, outputs), strict=True):

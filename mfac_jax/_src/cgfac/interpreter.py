@@ -272,19 +272,22 @@ def _cond(
     for of_branches in zip(*found, strict=True):
         total, own = _shared(of_branches, root)
         tracked.append(total)
-        likes.append([jax.tree.map(_zeros, _factors(term)) for term in total.terms] if own else [])
+        terms = total.terms if isinstance(total, Sum) else ()
+        likes.append([jax.tree.map(_zeros, _factors(term)) for term in terms])
         for of_branch, numbers in zip(slots, own or [[]] * len(branches), strict=True):
             of_branch.append(tuple(numbers))
     functions = [_branch(b, *args, tuple(own)) for b, own in zip(branches, slots, strict=True)]
     outputs, filled = lax.switch(index.value, functions, values, likes)
-    for number, factors in enumerate(filled):
-        if factors:
-            terms = [
-                dataclasses.replace(term, data=x[0], grad=x[1])
-                for term, x in zip(tracked[number].terms, factors, strict=True)
-            ]
-            tracked[number] = Sum(tuple(terms), tracked[number].carries)
-    return outputs, tracked
+    return outputs, [_with_factors(*pair) for pair in zip(tracked, filled, strict=True)]
+
+
+def _with_factors(total: Sum | Unknown | None, factors: Sequence[Any]) -> Sum | Unknown | None:
+    """A sum with these factors in its terms."""
+    if not isinstance(total, Sum):
+        return total
+    pairs = zip(total.terms, factors, strict=True)
+    terms = [dataclasses.replace(term, data=data, grad=grad) for term, (data, grad) in pairs]
+    return Sum(tuple(terms), total.carries)
 
 
 def _shared(
@@ -299,23 +302,21 @@ def _shared(
         return next(x for x in of_branches if not isinstance(x, Sum)), None
     if len({x.carries for x in sums}) > 1:
         return Unknown("branches change its gradient", any(x.has_product for x in sums)), None
-    places: list[tuple[Term, list[int | None]]] = []
+    places: list[tuple[Term, dict[int, int]]] = []  # a term, and its number in each branch that has it
     for number, of_branch in enumerate(sums):
         for i, term in enumerate(of_branch.terms):
-            free = (p for p in places if p[1][number] is None and structure(p[0]) == structure(term))
-            place = next(free, None)
-            if place is None:
-                place = (term, [None] * len(sums))
-                places.append(place)
-            place[1][number] = i
+            free = (own for like, own in places if number not in own and structure(like) == structure(term))
+            own = next(free, None)
+            if own is None:
+                places.append((term, {number: i}))
+            else:
+                own[number] = i
     terms = []
     for term, own in places:
-        origins = [None if i is None else of.terms[i].origin for of, i in zip(sums, own, strict=True)]
-        is_known = all(i is None or origin is not None for i, origin in zip(own, origins, strict=True))
-        terms.append(dataclasses.replace(term, origin=(root, *origins) if is_known else None, slots=None))
-    return Sum(tuple(terms), sums[0].carries), [
-        list(own) for own in zip(*(own for _, own in places), strict=True)
-    ]
+        origins = tuple((number, sums[number].terms[i].origin) for number, i in own.items())
+        is_known = all(origin is not None for _, origin in origins)
+        terms.append(dataclasses.replace(term, origin=(root, origins) if is_known else None, slots=None))
+    return Sum(tuple(terms), sums[0].carries), [[own.get(i) for _, own in places] for i in range(len(sums))]
 
 
 def _zeros(like: Any) -> jax.Array:
