@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -48,6 +48,7 @@ def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         x = jnp.clip(x, -limit, limit)
     return x.astype(dtype)
 
+
 class Parts(NamedTuple):
     """A number, mantissa 2^exponent, that may be larger or smaller than its dtype can hold.
 
@@ -86,10 +87,16 @@ def exponent_of(x: jax.Array) -> jax.Array:
     return jnp.frexp(lax.stop_gradient(x))[1].astype(jnp.int32)
 
 
-def largest_exponent(xs: Sequence[jax.Array], axes: Callable[[jax.Array], tuple[int, ...]]) -> jax.Array:
-    """The exponent of the largest entry of all arrays over these axes of each; 0 if all are zero."""
-    largest = [jnp.max(jnp.abs(lax.stop_gradient(x)), axis=axes(x), initial=0) for x in xs]
+def largest_exponent(xs: Sequence[jax.Array]) -> jax.Array:
+    """The exponent of the largest entry of all arrays; 0 if all are zero."""
+    largest = [jnp.max(jnp.abs(lax.stop_gradient(x)), initial=0) for x in xs]
     return exponent_of(functools.reduce(jnp.maximum, largest))
+
+
+def exponents_near_one(largest: jax.Array, shift: Parts) -> jax.Array:
+    """Exponents that bring rows, or the root of the shift where that is larger, near one."""
+    of_shift = (shift.exponent + exponent_of(shift.mantissa) + 1) // 2
+    return jnp.where(largest > 0, jnp.maximum(exponent_of(largest), of_shift), of_shift)
 
 
 def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:

@@ -53,4 +53,4 @@ def products_fit(largest: np.ndarray | None, damping: float | jax.Array) -> bool
     if largest is None or isinstance(damping, Tracer):
         return False
     numbers = np.append(largest, float(damping) ** 0.5)
-    return bool(np.all((numbers == 0) | ((2.0**-40 < numbers) & (numbers < 2.0**40))))
+    return bool(np.all((numbers == 0) | ((numbers > 2.0**-40) & (numbers < 2.0**40))))

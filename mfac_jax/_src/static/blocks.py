@@ -7,9 +7,9 @@ W = A G, everything follows from W:
 
 A block with at most m entries holds its own inverse instead, `(d, d)`.
 
-Gradients, damping and vectors may have any size: products are of numbers that powers of two have brought near
-one. With G = D G', D a diagonal of powers of two, W = A' G' with A'^T A' = (G' G'^T + m damping D^-2)^-1. In a
-block that holds its inverse the columns are scaled instead.
+Gradients, damping and vectors may have any size: powers of two bring numbers near one before their
+products. With G = D G', D a diagonal of powers of two, W = A' G' with A'^T A' = (G' G'^T + m damping
+D^-2)^-1. In a block that holds its inverse the columns are scaled instead.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mfac_jax._src.base.numerics import Parts, exponent_of, times_power, within_range
+from mfac_jax._src.base import numerics
+from mfac_jax._src.base.numerics import Parts
 from mfac_jax._src.linalg.solve import inverse_root
 from mfac_jax._src.rows import contractions
 from mfac_jax._src.rows.blocks import Blocks, block_of_leaf
@@ -105,11 +106,11 @@ class Narrow:
         m, dtype = len(grads[0]), damping.mantissa.dtype
         rows = jax.vmap(place.flat, out_axes=1)(list(grads)).astype(dtype)  # (blocks, m, size)
         shift = _times(m, damping)
-        exponents = _scale(jnp.max(jnp.abs(rows), axis=1), shift)
-        columns = times_power(rows, -exponents[:, None])
+        exponents = numerics.exponents_near_one(jnp.max(jnp.abs(rows), axis=1), shift)
+        columns = numerics.times_power(rows, -exponents[:, None])
         # A contraction over the gradients: C^-1 (m F - m damping I) C^-1.
         fisher = jax.vmap(lambda G: contractions.gram(G.T, dtype))(columns)
-        root = inverse_root(fisher, times_power(shift.mantissa, shift.exponent - 2 * exponents))
+        root = inverse_root(fisher, numerics.times_power(shift.mantissa, shift.exponent - 2 * exponents))
         inverse = m * jnp.einsum("bki,bkj->bij", root, root, precision=jax.lax.Precision.HIGHEST)
         return cls(place, inverse, exponents)
 
@@ -117,17 +118,17 @@ class Narrow:
         """The products of the blocks with the leaves."""
         del damping
         x = self.place.flat(xs).astype(self.inverse.dtype)
-        sizes = jnp.where(x == 0, jnp.iinfo(jnp.int32).min // 2, exponent_of(x) - self.exponents)
+        sizes = jnp.where(x == 0, jnp.iinfo(jnp.int32).min // 2, numerics.exponent_of(x) - self.exponents)
         largest = jnp.max(sizes, axis=1, keepdims=True)
-        x = times_power(x, -self.exponents - largest)
+        x = numerics.times_power(x, -self.exponents - largest)
         product = jnp.einsum("bij,bj->bi", self.inverse, x, precision=jax.lax.Precision.HIGHEST)
-        return self.place.unflat(within_range(product, largest - self.exponents))
+        return self.place.unflat(numerics.within_range(product, largest - self.exponents))
 
     def diagonal(self, damping: Parts) -> list[jax.Array]:
         """The diagonals, as leaves."""
         del damping
         diagonal = jnp.diagonal(self.inverse, axis1=-2, axis2=-1)
-        return self.place.unflat(within_range(diagonal, -2 * self.exponents))
+        return self.place.unflat(numerics.within_range(diagonal, -2 * self.exponents))
 
     def submatrix(self, positions: np.ndarray, damping: Parts) -> jax.Array:
         """The entries at all pairs of positions."""
@@ -136,7 +137,7 @@ class Narrow:
         same = block[:, None] == block
         exponents = self.exponents[block, i]
         entries = self.inverse[block[:, None], i[:, None], i]
-        return jnp.where(same, within_range(entries, -exponents[:, None] - exponents[None]), 0)
+        return jnp.where(same, numerics.within_range(entries, -exponents[:, None] - exponents[None]), 0)
 
 
 @jax.tree_util.register_dataclass
@@ -163,10 +164,10 @@ class Wide:
         exponents = jnp.zeros((len(rows[0]), 1), jnp.int32)
         if scaled:
             largest = [jnp.max(jnp.abs(G), axis=tuple(range(2, G.ndim))) for G in rows]
-            exponents = _scale(functools.reduce(jnp.maximum, largest), shift)
-            rows = [times_power(G, -_in_front(exponents, G)) for G in rows]
+            exponents = numerics.exponents_near_one(functools.reduce(jnp.maximum, largest), shift)
+            rows = [numerics.times_power(G, -_in_front(exponents, G)) for G in rows]
         gram = _total(_each_block(lambda G: contractions.gram(G, dtype), G) for G in rows)
-        root = inverse_root(gram, times_power(shift.mantissa, shift.exponent - 2 * exponents))
+        root = inverse_root(gram, numerics.times_power(shift.mantissa, shift.exponent - 2 * exponents))
         return cls(place, tuple(_each_block(contractions.mix, root, G) for G in rows))
 
     def _split(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -182,20 +183,22 @@ class Wide:
         dtype = damping.mantissa.dtype
         xs = [x.astype(dtype) for x in self._split(xs)]
         largest = [jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))) for x in xs]
-        size = exponent_of(functools.reduce(jnp.maximum, largest))
-        xs = [times_power(x, -_in_front(size, x)) for x in xs]
+        size = numerics.exponent_of(functools.reduce(jnp.maximum, largest))
+        xs = [numerics.times_power(x, -_in_front(size, x)) for x in xs]
         dots = lambda W, x: contractions.dots(W, x, dtype)  # noqa: E731
         inner = _total(_each_block(dots, W, x) for W, x in zip(self.rows, xs, strict=True))
         inside = [_each_block(contractions.combine, inner, W) for W in self.rows]
         products = [(x - y) / damping.mantissa for x, y in zip(xs, inside, strict=True)]
-        return self._join([within_range(y, _in_front(size - damping.exponent, y)) for y in products])
+        return self._join(
+            [numerics.within_range(y, _in_front(size - damping.exponent, y)) for y in products]
+        )
 
     def diagonal(self, damping: Parts) -> list[jax.Array]:
         """The diagonals, as leaves: at least the rounding noise, if gradients span a coordinate."""
         noise = jnp.finfo(damping.mantissa.dtype).eps
         squares = [_each_block(contractions.column_squares, W) for W in self.rows]
         diagonal = [jnp.maximum(1 - s, noise) / damping.mantissa for s in squares]
-        return self._join([within_range(d, -damping.exponent) for d in diagonal])
+        return self._join([numerics.within_range(d, -damping.exponent) for d in diagonal])
 
     def submatrix(self, positions: np.ndarray, damping: Parts) -> jax.Array:
         """The entries at all pairs of positions."""
@@ -207,7 +210,7 @@ class Wide:
         inside = jnp.matmul(columns, columns.T, precision=jax.lax.Precision.HIGHEST)
         equal = (positions[:, None] == positions).astype(inside.dtype)
         entries = jnp.where(same, equal - inside, 0) / damping.mantissa
-        return within_range(entries, -damping.exponent)
+        return numerics.within_range(entries, -damping.exponent)
 
     def _columns_of_leaves(self, positions: np.ndarray) -> jax.Array:
         """W at the positions, `(positions, m)`."""
@@ -226,12 +229,6 @@ class Wide:
 def _times(m: int, damping: Parts) -> Parts:
     """m times the damping."""
     return damping._replace(mantissa=m * damping.mantissa)
-
-
-def _scale(largest: jax.Array, shift: Parts) -> jax.Array:
-    """Exponents of powers of two that bring rows, or the root of the shift where that is larger, near one."""
-    of_shift = (shift.exponent + exponent_of(shift.mantissa) + 1) // 2
-    return jnp.where(largest > 0, jnp.maximum(exponent_of(largest), of_shift), of_shift)
 
 
 def _in_front(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -96,10 +96,7 @@ class FisherInverse:
         """
         largest = check_stacked(grads)
         checks.check_positive("damping", damping, "1e-5")
-        if hasattr(blocks, "__index__"):
-            blocks = checks.check_count("blocks", blocks, "1000")
-        elif not callable(blocks):
-            checks.check_choice("blocks", blocks, (None, "leaf"), ", an int or a function of a path")
+        blocks = _checked_blocks(blocks)
         leaves, structure = jax.tree.flatten(grads)
         parts = numerics.parts(damping, numerics.accumulation_dtype(grads))
         stacks = make(leaves, parts, places(grads, blocks), not products_fit(largest, damping))
@@ -143,9 +140,7 @@ class FisherInverse:
         }
         # Leaves without entries are in no stack.
         nothing = jnp.zeros((0,), self.damping_parts.mantissa.dtype)
-        leaves = [
-            found[i] if i in found else nothing.reshape(shape) for i, shape in enumerate(self.shapes)
-        ]
+        leaves = [found[i] if i in found else nothing.reshape(shape) for i, shape in enumerate(self.shapes)]
         return jax.tree.unflatten(self.structure, leaves)
 
     def entry(self, i: int, j: int) -> jax.Array:
@@ -200,6 +195,15 @@ class FisherInverse:
                 f"length in front of each, got {shapes}."
             )
         return True
+
+
+def _checked_blocks(blocks: Any) -> Any:
+    """The blocks, a number of them as a Python int; raises for anything else."""
+    if hasattr(blocks, "__index__"):
+        return checks.check_count("blocks", blocks, "1000")
+    if not callable(blocks):
+        checks.check_choice("blocks", blocks, (None, "leaf"), ", an int or a function of a path")
+    return blocks
 
 
 def _check_indices(indices: Sequence[int] | np.ndarray, entries: int) -> np.ndarray:
