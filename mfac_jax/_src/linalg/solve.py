@@ -43,8 +43,11 @@ def solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
 
 
 def inverse_root(gram: jax.Array, shift: jax.Array) -> jax.Array:
-    """A `(blocks, m, m)` with A^T A = (K + shift I)^-1, as finite as `solve`."""
-    system, scale = _balanced(gram, jnp.broadcast_to(shift, (len(gram), 1)))
+    """A `(blocks, m, m)` with A^T A = (K + diag(shift))^-1, as finite as `solve`.
+
+    `shift` is `(blocks, m)`, or `(blocks, 1)` if all rows have the same.
+    """
+    system, scale = _balanced(gram, shift)
     factor = _cholesky(system)
     good = _is_sound(factor)
     factor = lax.cond(
