@@ -17,7 +17,7 @@ from mfac_jax._src.mfac.step_length import StepLength
 from mfac_jax._src.rows import mesh as _mesh
 from mfac_jax._src.rows import storages, zeros
 from mfac_jax._src.rows.blocks import number_of_blocks
-from mfac_jax._src.rows.manual_axes import AxisName
+from mfac_jax._src.rows.manual_axes import ManualAxes
 from mfac_jax._src.rows.storages import Storage
 
 
@@ -80,7 +80,7 @@ def first_state(
     kinds: Kinds,
     blocks: Sequence[int],
     num_grads: int,
-    axis_name: AxisName,
+    axes: ManualAxes,
     on_host: bool,
 ) -> ScaleByMFACState:
     """The state before the first gradient."""
@@ -95,8 +95,8 @@ def first_state(
         grads_seen=zeros_on_mesh((), jnp.int32),
         grads_rejected=zeros_on_mesh((), jnp.int32),
         next_row=zeros_on_mesh((), jnp.int32),
-        window=zeros.empty_window(params, kinds.storage, num_grads, axis_name, on_host),
-        metric=kinds.metric.init(lambda: zeros.empty_row(params, dtype, axis_name)),
+        window=zeros.empty_window(params, kinds.storage, num_grads, axes, on_host),
+        metric=kinds.metric.init(lambda: zeros.empty_row(params, dtype, axes)),
         gram=new((num_blocks, num_grads, num_grads)),
         solver=kinds.solver.init(new, num_blocks, num_grads),
         coefficients=new((num_blocks, num_grads)),
