@@ -106,7 +106,7 @@ def mfac(
         param_specs=param_specs,
         host_chunk=host_chunk,
     )
-    return optax.chain(preconditioner, *decay, optax.scale_by_learning_rate(learning_rate))
+    return chain.chained(preconditioner, after=[*decay, optax.scale_by_learning_rate(learning_rate)])
 
 
 def mfac_published(
@@ -183,9 +183,11 @@ def mfac_published(
         param_specs=param_specs,
         host_chunk=host_chunk,
     )
-    return optax.chain(
-        *chain.weight_decay(weight_decay, mask),
+    return chain.chained(
         preconditioner,
-        *chain.momentum_of_updates(momentum, axis_name),
-        optax.scale_by_learning_rate(learning_rate),
+        before=chain.weight_decay(weight_decay, mask),
+        after=[
+            *chain.momentum_of_updates(momentum, axis_name),
+            optax.scale_by_learning_rate(learning_rate),
+        ],
     )

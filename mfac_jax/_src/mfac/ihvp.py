@@ -8,11 +8,14 @@ import optax
 
 from mfac_jax._src.base import checks, numerics, schedules
 from mfac_jax._src.linalg.solve import solve
-from mfac_jax._src.mfac.state import ScaleByMFACState, storage_of
+from mfac_jax._src.mfac.state import ScaleByMFACState
+from mfac_jax._src.mfac.state_checks import Holder, as_state, check_fields, on_device, storage_of
 from mfac_jax._src.mfac.transform import DAMPING
 from mfac_jax._src.rows.manual_axes import AxisName, ManualAxes, check_named, check_param_specs
 from mfac_jax._src.rows.storages import Storage
 from mfac_jax._src.rows.window import make_plan
+
+_READ = ("grads_seen", "window", "gram", "block_of_leaf")
 
 
 def ihvp(
@@ -64,18 +67,16 @@ def ihvp(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
-    if not isinstance(state, ScaleByMFACState):
-        raise TypeError(
-            f"state must be a ScaleByMFACState, got {type(state).__name__}. In the state of a chain, "
-            "optax.tree.get(state, 'ScaleByMFACState') finds it."
-        )
     checks.check_positive("damping", damping, str(DAMPING))
     checks.check_axis_name(axis_name)
     axes = ManualAxes(axis_name, param_specs)
     check_param_specs(axes)
+    storage = storage_of(as_state(state), storage)
+    check_fields(state, _READ, "mfac_jax.ihvp", Holder(storage, tree))
+    state = on_device(state)
     leaves, gram = len(jax.tree.leaves(tree)), state.gram
     # A block for each leaf here, and sums over them: the state's own blocks may be traced.
-    plan = make_plan("tree", tree, state.window, storage_of(state, storage), range(leaves), axes)
+    plan = make_plan("tree", tree, state.window, storage, range(leaves), axes)
     check_named("tree", tree, gram, axis_name)
     damping = schedules.damping_at(damping, state.grads_seen, gram.dtype)
     x = plan.own_parts(tree, state.window)

@@ -13,19 +13,26 @@ from mfac_jax._src.mfac import step_length
 from mfac_jax._src.mfac.metrics import METRICS, Metric, MetricName
 from mfac_jax._src.mfac.momentum import weights_by_age
 from mfac_jax._src.mfac.solvers import SOLVERS, Solver, SolverName
-from mfac_jax._src.mfac.state import (
-    Kinds,
-    ScaleByMFACState,
+from mfac_jax._src.mfac.state import Kinds, ScaleByMFACState, first_state, settled
+from mfac_jax._src.mfac.state_checks import (
+    Holder,
+    as_state,
+    check_fields,
     check_made_with,
     check_sizes,
-    first_state,
     has_blocks,
-    settled,
+    on_device,
 )
 from mfac_jax._src.mfac.step_length import StepLength, StepView
 from mfac_jax._src.rows import host_memory, storages
 from mfac_jax._src.rows.blocks import Blocks, block_of_leaf
-from mfac_jax._src.rows.manual_axes import AxisName, ManualAxes, check_named, check_param_specs
+from mfac_jax._src.rows.manual_axes import (
+    AxisName,
+    ManualAxes,
+    bound_axes,
+    check_named,
+    check_param_specs,
+)
 from mfac_jax._src.rows.window import Plan, make_plan, write_row
 
 NUM_GRADS = 64
@@ -89,7 +96,8 @@ def scale_by_mfac(
         and brings that many rows of a leaf to the device at a time. Not for `jax.pmap`.
 
     Returns:
-      A transform whose state is a `ScaleByMFACState`. It ignores `params` and extra arguments.
+      A transform whose state is a `ScaleByMFACState`. `update` also takes a state of NumPy arrays. Of
+      `params`, if they are given, it reads shapes and dtypes alone: the state has to fit them.
 
     Raises:
       TypeError: an argument, a parameter or an update has a wrong type; a size is traced.
@@ -146,8 +154,9 @@ def scale_by_mfac(
         return first_state(params, kinds, labels, settings.num_grads, axes, host_chunk is not None)
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        return _step(settings, updates, state)
+        del extra_args
+        plan, is_known = _plan_of(settings, updates, state, params)
+        return _step(settings, plan, is_known, updates, on_device(state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -167,10 +176,9 @@ class _Settings(NamedTuple):
 
 
 def _step(
-    settings: _Settings, updates: optax.Updates, state: ScaleByMFACState
+    settings: _Settings, plan: Plan, has_blocks: Any, updates: optax.Updates, state: ScaleByMFACState
 ) -> tuple[optax.Updates, ScaleByMFACState]:
-    """The update and the state after a gradient."""
-    plan, has_blocks = _plan_of(settings, updates, state)
+    """The update and the state after a gradient; `has_blocks` tells whether the state's are the plan's."""
     metric, solver, _, step_adaptation = settings.kinds
     newest, seen = state.next_row, jnp.asarray(optax.safe_increment(state.grads_seen))
 
@@ -214,12 +222,18 @@ def _step(
     return _chosen(accept, has_blocks, updates, preconditioned), settled(accept, state, after)
 
 
-def _plan_of(settings: _Settings, updates: optax.Updates, state: ScaleByMFACState) -> tuple[Plan, Any]:
+def _plan_of(
+    settings: _Settings, updates: optax.Updates, state: Any, params: optax.Params | None
+) -> tuple[Plan, Any]:
     """The plan of a step, and whether the state has its blocks; raises for what does not fit."""
-    check_made_with(state, settings.kinds)
+    kinds = settings.kinds
+    check_made_with(as_state(state), kinds)
+    is_local = bool(bound_axes(settings.axes.names))
+    holder = Holder(kinds.storage, updates, params, kinds, is_local)
+    check_fields(state, state._fields[1:], "tx.update", holder)
     blocks = block_of_leaf(updates, settings.blocks)
     place = (settings.axes, settings.host_chunk)
-    plan = make_plan("updates", updates, state.window, settings.kinds.storage, blocks, *place)
+    plan = make_plan("updates", updates, state.window, kinds.storage, blocks, *place)
     check_named("updates", updates, state.gram, settings.axes.names)
     host_memory.check_memory(state.window, settings.host_chunk)
     check_sizes(state, blocks, settings.num_grads)
