@@ -8,6 +8,43 @@ import optax
 
 from mfac_jax._src.base import checks, numerics
 from mfac_jax._src.base.accept import select
+from mfac_jax._src.base.fields import CURE, check_field
+
+
+def chained(
+    preconditioner: optax.GradientTransformation,
+    *,
+    before: Sequence[optax.GradientTransformation] = (),
+    after: Sequence[optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.chain`, but a state that another chain has made is refused.
+
+    The preconditioner checks its own. Of the others only nodes are checked where `params` are not given,
+    since their arrays have the dtypes of the parameters.
+    """
+    parts = (*before, preconditioner, *after)
+
+    def init(params):
+        return tuple(part.init(params) for part in parts)
+
+    def update(updates, state, params=None, **extra_args):
+        if not isinstance(state, tuple) or len(state) != len(parts):
+            length = f" of {len(state)}" if isinstance(state, tuple) else ""
+            raise TypeError(
+                f"state must be a tuple of {len(parts)}, one for each part of the chain, got "
+                f"{type(state).__name__}{length}. Pass a momentum and a weight_decay where the state was "
+                f"made with them. {CURE}"
+            )
+        states = []
+        for number, (part, own) in enumerate(zip(parts, state, strict=True)):
+            if part is not preconditioner:
+                expected = jax.eval_shape(part.init, updates if params is None else params)
+                check_field(f"state[{number}]", own, expected, arrays=params is not None)
+            updates, own = optax.with_extra_args_support(part).update(updates, own, params, **extra_args)
+            states.append(own)
+        return updates, tuple(states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def momentum_of_updates(

@@ -82,9 +82,5 @@ def cgfac(
         num_batches=num_batches,
         factors=factors,
     )
-    return optax.chain(
-        preconditioner,
-        *chain.momentum_of_updates(momentum, None),
-        *chain.weight_decay(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    rest = [*chain.momentum_of_updates(momentum, None), *chain.weight_decay(weight_decay, mask)]
+    return chain.chained(preconditioner, after=[*rest, optax.scale_by_learning_rate(learning_rate)])

@@ -27,6 +27,7 @@ def mfac(
     solver: SolverName | Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
+    param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Train with M-FAC: natural gradient descent on the Fisher matrix of the last gradients.
@@ -59,6 +60,7 @@ def mfac(
       solver: see `scale_by_mfac`.
       storage: see `scale_by_mfac`.
       axis_name: see `scale_by_mfac`.
+      param_specs: see `scale_by_mfac`.
       host_chunk: see `scale_by_mfac`.
 
     Returns:
@@ -101,9 +103,10 @@ def mfac(
         solver=solver,
         storage=storage,
         axis_name=axis_name,
+        param_specs=param_specs,
         host_chunk=host_chunk,
     )
-    return optax.chain(preconditioner, *decay, optax.scale_by_learning_rate(learning_rate))
+    return chain.chained(preconditioner, after=[*decay, optax.scale_by_learning_rate(learning_rate)])
 
 
 def mfac_published(
@@ -118,6 +121,7 @@ def mfac_published(
     solver: SolverName | Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
+    param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Train with M-FAC as its paper does, to reproduce it; `mfac` trains better.
@@ -147,6 +151,7 @@ def mfac_published(
       solver: see `scale_by_mfac`.
       storage: see `scale_by_mfac`.
       axis_name: see `scale_by_mfac`.
+      param_specs: see `scale_by_mfac`.
       host_chunk: see `scale_by_mfac`.
 
     Returns:
@@ -175,11 +180,14 @@ def mfac_published(
         solver=solver,
         storage=storage,
         axis_name=axis_name,
+        param_specs=param_specs,
         host_chunk=host_chunk,
     )
-    return optax.chain(
-        *chain.weight_decay(weight_decay, mask),
+    return chain.chained(
         preconditioner,
-        *chain.momentum_of_updates(momentum, axis_name),
-        optax.scale_by_learning_rate(learning_rate),
+        before=chain.weight_decay(weight_decay, mask),
+        after=[
+            *chain.momentum_of_updates(momentum, axis_name),
+            optax.scale_by_learning_rate(learning_rate),
+        ],
     )

@@ -1,15 +1,21 @@
 """Products of the inverse Fisher matrix that an optimizer's state holds with any vector."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules
 from mfac_jax._src.linalg.solve import solve
-from mfac_jax._src.mfac.state import ScaleByMFACState, storage_of
+from mfac_jax._src.mfac.state import ScaleByMFACState
+from mfac_jax._src.mfac.state_checks import Holder, as_state, check_fields, on_device, storage_of
 from mfac_jax._src.mfac.transform import DAMPING
+from mfac_jax._src.rows.manual_axes import AxisName, ManualAxes, check_named, check_param_specs
 from mfac_jax._src.rows.storages import Storage
 from mfac_jax._src.rows.window import make_plan
+
+_READ = ("grads_seen", "window", "gram", "block_of_leaf")
 
 
 def ihvp(
@@ -18,6 +24,8 @@ def ihvp(
     damping: float | jax.Array = DAMPING,
     *,
     storage: Storage | None = None,
+    axis_name: AxisName = None,
+    param_specs: Any = None,
 ) -> optax.Params:
     r"""Multiply any vector with the inverse Fisher matrix that an optimizer's state holds.
 
@@ -36,13 +44,16 @@ def ihvp(
         overflow: scale it down if they do.
       damping: lambda, > 0, a number.
       storage: only for a state whose window is in a `Storage` of your own: that storage.
+      axis_name: in `jax.shard_map` and `jax.pmap`: as in `scale_by_mfac`.
+      param_specs: as in `scale_by_mfac`.
 
     Returns:
       :math:`F^{-1} x`, with the tree, shapes and dtypes of `tree`.
 
     Raises:
       TypeError: `state` is not a `ScaleByMFACState`; a leaf is not a real floating-point array.
-      ValueError: `damping` is out of its range; `tree` does not fit the window; `storage` is another.
+      ValueError: `damping` is out of its range; `tree` does not fit the window; `storage` is another;
+        it is not declared which parameters are shards.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
@@ -56,15 +67,17 @@ def ihvp(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
-    if not isinstance(state, ScaleByMFACState):
-        raise TypeError(
-            f"state must be a ScaleByMFACState, got {type(state).__name__}. In the state of a chain, "
-            "optax.tree.get(state, 'ScaleByMFACState') finds it."
-        )
     checks.check_positive("damping", damping, str(DAMPING))
+    checks.check_axis_name(axis_name)
+    axes = ManualAxes(axis_name, param_specs)
+    check_param_specs(axes)
+    storage = storage_of(as_state(state), storage)
+    check_fields(state, _READ, "mfac_jax.ihvp", Holder(storage, tree))
+    state = on_device(state)
     leaves, gram = len(jax.tree.leaves(tree)), state.gram
     # A block for each leaf here, and sums over them: the state's own blocks may be traced.
-    plan = make_plan("tree", tree, state.window, storage_of(state, storage), range(leaves))
+    plan = make_plan("tree", tree, state.window, storage, range(leaves), axes)
+    check_named("tree", tree, gram, axis_name)
     damping = schedules.damping_at(damping, state.grads_seen, gram.dtype)
     x = plan.own_parts(tree, state.window)
     like = jnp.zeros((max(1, leaves), gram.shape[1]), gram.dtype)
