@@ -58,12 +58,16 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _no_lost_interrupt(interrupted: str) -> Iterator[None]:
-    """End also after a Ctrl-C in a destructor or a callback, where Python prints it and goes on."""
+    """End also after a Ctrl-C in a destructor or a callback, where Python prints it and goes on.
+
+    What is printed there after a failed save, by the other writes of that save, is left out.
+    """
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         if unraisable.exc_type is not KeyboardInterrupt:
-            before(unraisable)
+            if str(unraisable.exc_value) != "Event loop is closed":
+                before(unraisable)
             return
         print(f"\n{interrupted}", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
