@@ -4,8 +4,8 @@
 
 The first word that is no option is the script's module; what follows are the script's own arguments. Every
 process also gets --coordinator, --num-processes and --process-id. If one process fails, the others would
-wait for it, so they are killed. --restarts then starts all of them again. Nothing listens on other addresses
-than that of the loopback.
+wait for it, so they are killed. --restarts then starts all of them again. They listen on the loopback
+address only, so that no other machine can reach them.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from typing import Annotated, NoReturn
 from examples.common import command_line
 from examples.common.command_line import USAGE_ERROR, Count
 from examples.common.process import orderly
+
+SAME_FLAGS = "EXAMPLES_SAME_FLAGS"  # in the environment of processes that need not compare their flags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ def start(command: Sequence[str], processes: int, devices: int) -> list[subproce
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        SAME_FLAGS: "1",
     }
     shared = [sys.executable, "-m", *command, "--coordinator", f"127.0.0.1:{free_port()}"]
     shared += ["--num-processes", str(processes)]

@@ -134,24 +134,23 @@ def train(
     """Train to the end, from a checkpoint on; return the reports of the whole run."""
     state, losses, reports = start.state, start.record["losses"], start.record["reports"]
     first, speaks = int(state.step), jax.process_index() == 0
-    bar = tqdm(total=options.steps, initial=first, unit="step", disable=not speaks)
-    steps = run_steps(run.step, state, map(run.batch, range(first + 1, options.steps + 1)))
-    for step, (state, loss) in enumerate(steps, first + 1):
-        losses.append(loss)
-        bar.update()
-        if step % options.report_every == 0 or step == options.steps:
-            reports.append(measure(run, state, step, losses))
-            losses.clear()
-            if speaks:
-                bar.write(describe(reports[-1]))
-        if checkpoints.should_save(step):  # also before a preemption; written while the next steps run
-            record = start.record | {"losses": list(map(float, losses)), "reports": reports}
-            save(checkpoints, step, state, record)
-        if checkpoints.reached_preemption(step):
-            if speaks:
-                bar.write(f"The machine is about to be taken away: step {step} is saved.")
-            break
-    bar.close()
+    with tqdm(total=options.steps, initial=first, unit="step", disable=not speaks) as bar:
+        steps = run_steps(run.step, state, map(run.batch, range(first + 1, options.steps + 1)))
+        for step, (state, loss) in enumerate(steps, first + 1):
+            losses.append(loss)
+            bar.update()
+            if step % options.report_every == 0 or step == options.steps:
+                reports.append(measure(run, state, step, losses))
+                losses.clear()
+                if speaks:
+                    bar.write(describe(reports[-1]))
+            if checkpoints.should_save(step):  # also before a preemption; written while the next steps run
+                record = start.record | {"losses": list(map(float, losses)), "reports": reports}
+                save(checkpoints, step, state, record)
+            if checkpoints.reached_preemption(step):
+                if speaks:
+                    bar.write(f"The machine is about to be taken away: step {step} is saved.")
+                break
     checkpoints.wait_until_finished()
     return reports
 

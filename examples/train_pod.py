@@ -16,10 +16,11 @@ Several processes on this machine:
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
-from examples import text_data
+from examples import launch_local, text_data
 from examples.common import command_line
 from examples.common.command_line import (
     USAGE_ERROR,
@@ -130,10 +131,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = command_line.parse(Options, argv, __doc__)
         check_sizes(options, options.fsdp)
     except SystemExit as end:
-        if end.code == USAGE_ERROR and connection.coordinator is not None:
+        alone = connection.coordinator is None or launch_local.SAME_FLAGS in os.environ
+        if end.code == USAGE_ERROR and not alone:
             from examples import pod_hosts  # after the message: this takes seconds
 
-            pod_hosts.connect(connection, others)  # where the flags are right, they wait for this host
+            pod_hosts.connect(connection, others)  # hosts whose flags are right wait for this one
         raise
     content, source = read_text(options)
     if not content and connection.coordinator is None:

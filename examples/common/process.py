@@ -38,15 +38,21 @@ def orderly(interrupted: str) -> Iterator[None]:
         except BaseException as error:
             if not _is_interrupt(error):
                 raise
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once
-            print(f"\n{interrupted}", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            _end(interrupted)
 
 
 def fail(message: object) -> NoReturn:
     """Print an error that is not about the command line, and exit with status 1."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(FAILED)
+
+
+def _end(interrupted: str) -> NoReturn:
+    """End at once after Ctrl-C: Python's own way out may wait for threads of XLA, or crash."""
+    print(f"\n{interrupted}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(INTERRUPTED)
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
@@ -69,10 +75,7 @@ def _no_lost_interrupt(interrupted: str) -> Iterator[None]:
             if str(unraisable.exc_value) != "Event loop is closed":
                 before(unraisable)
             return
-        print(f"\n{interrupted}", file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(INTERRUPTED)  # nothing can be raised from here
+        _end(interrupted)
 
     sys.unraisablehook = hook
     try:

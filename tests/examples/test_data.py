@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples import cifar10_data
+from examples import cifar10_data, text_data
 from tests.examples.scripts import error_of
 
 RANDOM = np.random.default_rng(0)
