@@ -86,5 +86,5 @@ def cgfac(
         preconditioner,
         *chain.momentum_of_updates(momentum, None),
         *chain.weight_decay(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        chain.scaled_by(learning_rate),
     )

@@ -109,7 +109,7 @@ def solve(
         rz = _dot(r, z)
         active = loop.active & is_positive & ~has_converged(x, r) & (rz > 0)
         p = _added(z, jnp.where(active, rz / loop.rz, 0), loop.p)
-        iterations = loop.iterations + loop.active
+        iterations = loop.iterations + loop.active.astype(jnp.int32)
         indefinite = loop.indefinite | (loop.active & ~is_positive)
         return _Loop(x, r, p, rz, iterations, indefinite, active & (iterations < max_iterations))
 

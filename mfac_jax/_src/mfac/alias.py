@@ -103,7 +103,7 @@ def mfac(
         axis_name=axis_name,
         host_chunk=host_chunk,
     )
-    return optax.chain(preconditioner, *decay, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(preconditioner, *decay, chain.scaled_by(learning_rate))
 
 
 def mfac_published(
@@ -181,5 +181,5 @@ def mfac_published(
         *chain.weight_decay(weight_decay, mask),
         preconditioner,
         *chain.momentum_of_updates(momentum, axis_name),
-        optax.scale_by_learning_rate(learning_rate),
+        chain.scaled_by(learning_rate),
     )

@@ -35,7 +35,7 @@ def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return _dot_general(rows.astype(dtype), x.astype(dtype), contracted_axes, PartitionSpec(None))
 
     def summed(rows, x):
-        return jnp.sum(rows.astype(dtype) * x.astype(dtype), axis=axes)
+        return jnp.sum(rows.astype(dtype) * x.astype(dtype)[None], axis=axes)
 
     if x.size > _MAX_DOT_COLUMNS:
         parts = next((parts for parts in _PARTS if x.size % parts == 0), None)

@@ -176,7 +176,7 @@ class Wide:
             block, i = np.divmod(positions, self.place.size)
             same, columns = block[:, None] == block, self.rows[0][block, :, i]
         inside = jnp.matmul(columns, columns.T, precision=jax.lax.Precision.HIGHEST)
-        equal = positions[:, None] == positions
+        equal = (positions[:, None] == positions).astype(inside.dtype)
         return jnp.where(same, equal - inside, 0) / damping
 
     def _columns_of_leaves(self, positions: np.ndarray) -> jax.Array:
