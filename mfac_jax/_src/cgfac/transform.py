@@ -165,4 +165,5 @@ def _shortening(gradient: optax.Updates, solution: optax.Updates, limit) -> jax.
     # Multiply and sum: a dot of arrays that are split over an explicit mesh axis would need a sharding.
     products = jax.tree.map(lambda g, x: jnp.sum(g * x), gradient, solution)
     squared = optax.tree.sum(products)
-    return jnp.where(squared > limit, jnp.sqrt(limit / squared), 1)
+    limit = jnp.asarray(limit, squared.dtype)
+    return jnp.where(squared > limit, jnp.sqrt(limit / jnp.where(squared > limit, squared, 1)), 1)

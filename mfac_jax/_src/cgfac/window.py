@@ -19,7 +19,7 @@ def empty_window(factors: Factors, num_batches: int) -> Window:
         return optax.EmptyState()
 
     def zeros(x):
-        return jnp.zeros((x.shape[0], num_batches, *x.shape[1:]), x.dtype)
+        return jnp.zeros((x.shape[0], num_batches, *x.shape[1:]), jnp.result_type(x))
 
     return jax.tree.map(zeros, dict(factors))
 
