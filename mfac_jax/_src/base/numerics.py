@@ -15,7 +15,7 @@ from jax.core import Tracer
 def accumulation_dtype(tree: optax.Params) -> jnp.dtype:
     """float64 where a leaf is float64, else float32: the dtype of every sum over parameters."""
     # Of NumPy's float64 arrays JAX makes float32 ones, unless x64 is enabled.
-    is_double = any(jnp.result_type(leaf.dtype) == jnp.float64 for leaf in jax.tree.leaves(tree))
+    is_double = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(tree))
     return jnp.dtype(jnp.float64 if is_double else jnp.float32)
 
 
@@ -43,6 +43,7 @@ def square(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def narrow(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x` as `dtype`, clipped to what it can hold: float16 ends at 65,504."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # of NumPy's arrays it may be float64, without x64
     limit = float(jnp.finfo(dtype).max)
     if limit < float(jnp.finfo(x.dtype).max):
         x = jnp.clip(x, -limit, limit)

@@ -83,4 +83,4 @@ def cgfac(
         factors=factors,
     )
     rest = [*chain.momentum_of_updates(momentum, None), *chain.weight_decay(weight_decay, mask)]
-    return chain.chained(preconditioner, after=[*rest, optax.scale_by_learning_rate(learning_rate)])
+    return chain.chained(preconditioner, after=[*rest, chain.scaled_by(learning_rate)])

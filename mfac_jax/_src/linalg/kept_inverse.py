@@ -46,8 +46,8 @@ def _replace_row(P: jax.Array, shift: jax.Array, row: jax.Array, index: jax.Arra
     inside = jnp.where(is_new, 0, product - gone * (product[index] / gone[index]))
     complement = row[index] + shift - jnp.sum(others * inside)
     entering = jnp.where(is_new, 1, -inside)
-    without = jnp.where(is_new[:, None] | is_new, 0, P - gone[:, None] * gone / gone[index])
-    return without + entering[:, None] * entering / complement
+    without = jnp.where(is_new[:, None] | is_new[None], 0, P - gone[:, None] * gone[None] / gone[index])
+    return without + entering[:, None] * entering[None] / complement
 
 
 def solve(

@@ -106,7 +106,7 @@ def mfac(
         param_specs=param_specs,
         host_chunk=host_chunk,
     )
-    return chain.chained(preconditioner, after=[*decay, optax.scale_by_learning_rate(learning_rate)])
+    return chain.chained(preconditioner, after=[*decay, chain.scaled_by(learning_rate)])
 
 
 def mfac_published(
@@ -186,8 +186,5 @@ def mfac_published(
     return chain.chained(
         preconditioner,
         before=chain.weight_decay(weight_decay, mask),
-        after=[
-            *chain.momentum_of_updates(momentum, axis_name),
-            optax.scale_by_learning_rate(learning_rate),
-        ],
+        after=[*chain.momentum_of_updates(momentum, axis_name), chain.scaled_by(learning_rate)],
     )
