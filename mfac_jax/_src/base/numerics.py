@@ -15,8 +15,8 @@ from jax.core import Tracer
 def accumulation_dtype(tree: optax.Params) -> jnp.dtype:
     """float64 where a leaf is float64, else float32: the dtype of every sum over parameters."""
     # Of NumPy's float64 arrays JAX makes float32 ones, unless x64 is enabled.
-    is_double = any(jnp.result_type(leaf.dtype) == jnp.float64 for leaf in jax.tree.leaves(tree))
-    return jnp.dtype(jnp.float64 if is_double else jnp.float32)
+    is_double = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.result_type(float) if is_double else jnp.float32)
 
 
 def all_finite(tree: optax.Updates) -> jax.Array:

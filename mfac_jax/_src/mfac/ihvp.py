@@ -1,5 +1,7 @@
 """Products of the inverse Fisher matrix that an optimizer's state holds with any vector."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -32,9 +34,9 @@ def ihvp(
 
     Args:
       state: that of `scale_by_mfac`; `optax.tree.get(state, 'ScaleByMFACState')` finds it in a chain's.
-      tree: x, shaped like the parameters. Its products with the gradients, and x / lambda, must not
-        overflow: scale it down if they do.
-      damping: lambda, > 0, a number.
+      tree: x, shaped like the parameters, of any size. Entries of the product that its dtype cannot hold
+        become its largest number.
+      damping: lambda, > 0, a number of any size.
       storage: only for a state whose window is in a `Storage` of your own: that storage.
 
     Returns:
@@ -65,14 +67,33 @@ def ihvp(
     leaves, gram = len(jax.tree.leaves(tree)), state.gram
     # A block for each leaf here, and sums over them: the state's own blocks may be traced.
     plan = make_plan("tree", tree, state.window, storage_of(state, storage), range(leaves))
-    damping = schedules.damping_at(damping, state.grads_seen, gram.dtype)
-    x = plan.own_parts(tree, state.window)
+    parts = numerics.parts(damping, gram.dtype)
+    x, exponents = _near_one(tree, state.block_of_leaf, gram)
+    own = plan.own_parts(x, state.window)
     like = jnp.zeros((max(1, leaves), gram.shape[1]), gram.dtype)
     blocks = state.block_of_leaf
-    products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, x, like))
-    shift = jnp.full((len(gram), 1), gram.shape[1] * damping)
-    coefficients = -solve(gram, shift, products) / damping
+    products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, own, like))
+    # The Gram matrix holds no product below the smallest number of its dtype: neither need the shift.
+    shift = gram.shape[1] * schedules.damping_at(parts.number, state.grads_seen, gram.dtype)
+    coefficients = solve(gram, jnp.full((len(gram), 1), shift), products)
     inside = plan.whole(plan.combine(coefficients[blocks], state.window), tree)
-    return jax.tree.map(
-        lambda x, y: numerics.narrow(x.astype(y.dtype) / damping + y, x.dtype), tree, inside
-    )
+
+    def product(given, x, y, exponent):
+        whole = numerics.within_range((x - y) / parts.mantissa, exponent - parts.exponent)
+        return numerics.narrow(whole, given.dtype)
+
+    return jax.tree.map(product, tree, x, inside, jax.tree.unflatten(jax.tree.structure(tree), exponents))
+
+
+def _near_one(
+    tree: optax.Params, blocks: jax.Array, gram: jax.Array
+) -> tuple[optax.Params, Sequence[jax.Array]]:
+    """The tree with each block over a power of two that brings it near one, and that of each leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    leaves = [x.astype(gram.dtype) for x in leaves]
+    if not leaves:
+        return tree, []
+    largest = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves])
+    exponents = numerics.exponent_of(jnp.zeros_like(gram[:, 0, 0]).at[blocks].max(largest))[blocks]
+    scaled = [numerics.times_power(x, -e) for x, e in zip(leaves, exponents, strict=True)]
+    return structure.unflatten(scaled), list(exponents)

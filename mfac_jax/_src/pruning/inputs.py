@@ -13,6 +13,7 @@ from mfac_jax._src.pruning.masks import is_absent
 InputAxes = Callable[[jax.tree_util.KeyPath], int | Sequence[int] | None]
 
 Shape = tuple[int, ...]
+_BIAS_OF = {"kernel": "bias", "weight": "bias", "w": "b"}
 
 
 def input_axes(params: optax.Params, masks: Any, given: InputAxes | None) -> list[tuple[int, ...]]:
@@ -41,7 +42,7 @@ def _axes_of_leaf(
     if len(shape) < 2:
         return tuple(range(len(shape)))
     *module, name = _place(path) or ("",)
-    bias = next((shapes[b] for b in ((*module, "bias"), (*module, "b")) if b in shapes), None)
+    bias = shapes.get((*module, _BIAS_OF.get(name, "")))
     axes = None
     if name != "weight" or jax.tree_util.GetAttrKey("weight") not in path:  # elsewhere (out, in)
         axes = _by_name(module, shape, shapes) if bias is None else _by_bias(module, shape, bias)
@@ -58,8 +59,14 @@ def _axes_of_leaf(
 def _checked(path: jax.tree_util.KeyPath, shape: Shape, said: int | Sequence[int]) -> tuple[int, ...]:
     """What the user says, as axes from 0 on."""
     axes = (said,) if isinstance(said, (int, np.integer)) else tuple(said)
-    found = tuple(axis + len(shape) if axis < 0 else int(axis) for axis in axes)
-    if not found or len(set(found)) < len(found) or not set(found) <= set(range(len(shape))):
+    known = [int(axis) for axis in axes if isinstance(axis, (int, np.integer))]
+    found = tuple(axis + len(shape) if axis < 0 else axis for axis in known)
+    if (
+        not found
+        or len(found) < len(axes)
+        or len(set(found)) < len(found)
+        or not set(found) <= set(range(len(shape)))
+    ):
         raise ValueError(
             f"input_axes must give different axes of {leaf_name(path)}, {shape}, got {said!r}. Pass e.g. "
             "-2."
