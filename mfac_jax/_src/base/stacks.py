@@ -9,7 +9,7 @@ import optax
 from jax.core import Tracer
 
 from mfac_jax._src.base import numerics
-from mfac_jax._src.base.trees import check_params
+from mfac_jax._src.base.trees import check_tree
 
 
 def check_stacked(grads: optax.Params) -> np.ndarray | None:
@@ -17,7 +17,7 @@ def check_stacked(grads: optax.Params) -> np.ndarray | None:
 
     Raises for anything but a stack of finite gradients; of traced ones only shapes and dtypes count.
     """
-    check_params(grads)
+    check_tree("grads", grads, grads)
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     if not leaves:
         raise ValueError("grads must have at least one leaf, got a tree without leaves.")

@@ -20,6 +20,7 @@ from jax import lax
 from mfac_jax._src.linalg import solve as cholesky
 from mfac_jax._src.linalg.gram import matvec
 
+
 class KeptInverse(NamedTuple):
     """Approximate inverses. Zeros stand for none: the next solution makes them anew.
 

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import optax
 
-from mfac_jax._src.base.trees import key_names, leaf_name
+from mfac_jax._src.base.trees import NamedLeaf, leaf_name, named_leaves
 from mfac_jax._src.pruning.masks import is_absent
 
 InputAxes = Callable[[jax.tree_util.KeyPath], int | Sequence[int] | None]
 
 Shape = tuple[int, ...]
+_BIAS_OF = {"kernel": "bias", "weight": "bias", "w": "b"}
 
 
 def input_axes(params: optax.Params, masks: Any, given: InputAxes | None) -> list[tuple[int, ...]]:
@@ -21,27 +22,24 @@ def input_axes(params: optax.Params, masks: Any, given: InputAxes | None) -> lis
     `given` says so for the leaves where it is not None. The rest is read from names and from the bias
     beside a kernel: its axes are the outputs.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_absent)
-    shapes = {_place(path): x.shape for path, x in leaves if not is_absent(x)}
+    leaves = named_leaves(params, is_absent)
+    shapes = {leaf.names: leaf.leaf.shape for leaf in leaves if not is_absent(leaf.leaf)}
     kept = jax.tree.leaves(masks, is_leaf=is_absent)
-    taking_part = [path for (path, _), mask in zip(leaves, kept, strict=True) if not is_absent(mask)]
-    return [_axes_of_leaf(path, shapes, given) for path in taking_part]
-
-
-def _place(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
-    return tuple(key_names(path))
+    taking_part = [leaf for leaf, mask in zip(leaves, kept, strict=True) if not is_absent(mask)]
+    return [_axes_of_leaf(leaf, shapes, given) for leaf in taking_part]
 
 
 def _axes_of_leaf(
-    path: jax.tree_util.KeyPath, shapes: dict[tuple[str, ...], Shape], given: InputAxes | None
+    leaf: NamedLeaf, shapes: dict[tuple[str, ...], Shape], given: InputAxes | None
 ) -> tuple[int, ...]:
-    shape, said = shapes[_place(path)], None if given is None else given(path)
+    path, shape = leaf.path, leaf.leaf.shape
+    said = None if given is None else given(path)
     if said is not None:
         return _checked(path, shape, said)
     if len(shape) < 2:
         return tuple(range(len(shape)))
-    *module, name = _place(path) or ("",)
-    bias = next((shapes[b] for b in ((*module, "bias"), (*module, "b")) if b in shapes), None)
+    *module, name = leaf.names or ("",)
+    bias = shapes.get((*module, _BIAS_OF.get(name, "")))
     axes = None
     if name != "weight" or jax.tree_util.GetAttrKey("weight") not in path:  # elsewhere (out, in)
         axes = _by_name(module, shape, shapes) if bias is None else _by_bias(module, shape, bias)
@@ -58,8 +56,14 @@ def _axes_of_leaf(
 def _checked(path: jax.tree_util.KeyPath, shape: Shape, said: int | Sequence[int]) -> tuple[int, ...]:
     """What the user says, as axes from 0 on."""
     axes = (said,) if isinstance(said, (int, np.integer)) else tuple(said)
-    found = tuple(axis + len(shape) if axis < 0 else int(axis) for axis in axes)
-    if not found or len(set(found)) < len(found) or not set(found) <= set(range(len(shape))):
+    known = [int(axis) for axis in axes if isinstance(axis, (int, np.integer))]
+    found = tuple(axis + len(shape) if axis < 0 else axis for axis in known)
+    if (
+        not found
+        or len(found) < len(axes)
+        or len(set(found)) < len(found)
+        or not set(found) <= set(range(len(shape)))
+    ):
         raise ValueError(
             f"input_axes must give different axes of {leaf_name(path)}, {shape}, got {said!r}. Pass e.g. "
             "-2."

@@ -111,6 +111,11 @@ def prune(
       E. Frantar, E. Kurtic, D. Alistarh, `M-FAC: Efficient Matrix-Free Approximations of Second-Order
       Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021 (the update `'independent'`).
     """
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, grads_or_fn, masks, sparsity))):
+        raise TypeError(
+            "prune needs params, gradients, masks and sparsity that are not traced, since its choices "
+            "depend on them. Call it outside of jax.jit; obs_scores and obs_update can be traced."
+        )
     found = patterns.parse(pattern)
     grads_fn = _as_function(grads_or_fn, params)
     if gradient_term is None:

@@ -208,11 +208,17 @@ def _checked_blocks(blocks: Any) -> Any:
 
 def _check_indices(indices: Sequence[int] | np.ndarray, entries: int) -> np.ndarray:
     """The indices as an array; raises if one is out of range."""
-    array = np.asarray(indices)
+    try:
+        array = np.asarray(indices)
+    except (ValueError, jax.errors.TracerArrayConversionError):  # of different lengths, or traced
+        array = np.asarray(None)
     if not array.size:  # NumPy makes an empty list one of floats
         array = array.astype(int)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"indices must be a sequence of ints, got {indices!r}.")
+        raise TypeError(
+            f"indices must be a sequence of ints that are known before tracing, got {indices!r}. Pass e.g. "
+            "[0, 5]."
+        )
     if np.any((array < 0) | (array >= entries)):
         raise IndexError(
             f"indices must be at least 0 and below {entries}, the number of parameters, got {indices!r}."
