@@ -118,23 +118,22 @@ def _warning(found: Found) -> str:
 def value_and_grad_with_factors(loss: Callable[..., Any], has_aux: bool = False) -> WithFactors:
     """Compute a loss, its gradient and K-FAC's factors of each layer in one backward pass.
 
-    A kernel is a parameter whose gradient is a sum of products of rows, and nothing else: sums of what the
-    kernel is multiplied or convolved with, times the gradient by the output. Such are Flax's `Dense`,
-    `DenseGeneral`, `Conv`, `Linear`, attention and recurrent cells, and `x @ w`. All uses of a kernel count:
-    transposed, scaled, in pieces, under `jax.vmap`, `jax.checkpoint`, `jax.lax.scan`, `cond` and `map`, and in
-    functions with derivative rules of their own. Layers stacked by `nn.scan` or `nnx.scan`, experts, and
-    groups of a convolution are a stack of independent layers. Its bias is the parameter that is added to
-    all outputs of the kernel, and to nothing else. The model is not changed.
+    A kernel is a parameter that is multiplied, or convolved, with something that has a batch axis: in
+    Flax's `Dense`, `Conv`, `Linear`, attention and recurrent cells, in `x @ w`. All its uses count:
+    transposed, scaled, in pieces, under `jax.vmap`, `jax.checkpoint`, `jax.lax.scan`, `cond` and `map`, and
+    in functions with derivative rules of their own. Layers stacked by `nn.scan` or `nnx.scan`, experts, and
+    the groups of a convolution are a stack of independent layers. The bias of a kernel is the parameter
+    that is added to all its outputs, and to nothing else. The model is not changed.
 
-    If any use is of another kind, the whole parameter is left out: a lookup in a table, a penalty in the loss,
-    a mask on the kernel, a weight normalisation, a product with parameters only, `shard_map` inside of the
-    loss. The first call warns of every kernel that it leaves out, with the reason. `explain`, a method of the
-    returned function, says it of every parameter. Without a warning are left out what has no product (tables
-    that are only looked up in, scales, embeddings of places), and parameters that the loss does not use.
+    If any use is of another kind, the whole parameter is left out. Other kinds are a lookup in a table, a
+    penalty in the loss, a mask on the kernel, a weight normalisation, a product with parameters alone, and
+    a `shard_map` inside of the loss. The first call warns of every kernel that it leaves out, with the
+    reason. The method `explain` says it of every parameter. There is no warning for parameters without a
+    product: tables that are only looked up in, scales, what is added.
 
-    The first axis of a layer's inputs must be that of the examples, and the loss a mean over them. Iterations
-    of a loop count as places, or as the examples if the body has one example only. In a loop over parts of
-    a batch N is the size of a part. Under the manual axes of a `shard_map`, rows are those of the shard.
+    The first axis of a layer's inputs must be that of the examples, and the loss a mean over them. The
+    iterations of a loop are places; they are the examples if the body has a single one. In a loop over
+    parts of a batch, N is the size of a part. Inside of a `shard_map`, rows are those of the shard.
 
     The output gradients are those of the loss, which makes F the empirical Fisher matrix. For the Fisher
     matrix itself, call the function again, on a loss whose labels are drawn from the model's own

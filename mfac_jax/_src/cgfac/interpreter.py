@@ -171,7 +171,7 @@ def _tracked(known: Known) -> Sum | Unknown:
     try:
         return rules.tracked_of(known)
     except CannotFollowError as error:
-        return Unknown(str(error), rules.has_product("", [known]))
+        return Unknown(str(error), rules.has_product([known]))
 
 
 def _scan(
