@@ -55,6 +55,13 @@ def momentum_of_updates(
     return [] if momentum is None else [_skip_not_finite(optax.ema(momentum), axis_name)]
 
 
+def learning_rate(rate: optax.ScalarOrSchedule, example: str) -> optax.GradientTransformation:
+    """The last part of a chain; raises for anything but a schedule or a finite number >= 0."""
+    if not callable(rate):
+        checks.check_not_negative("learning_rate", rate, example)
+    return optax.scale_by_learning_rate(rate)
+
+
 def check_momentum(momentum: float | None) -> None:
     """Raise for anything but None or a number in [0, 1)."""
     if momentum is not None:
@@ -70,6 +77,7 @@ def weight_decay(weight_decay: float | None, mask: optax.MaskOrFn) -> list[optax
             )
         return []
     checks.check_not_negative("weight_decay", weight_decay, "1e-4")
+    checks.check_mask(mask)
     return [optax.add_decayed_weights(weight_decay, mask)]
 
 
