@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from examples import launch_local, train_pod
+from examples import launch_local, pod_run, train_pod
 from examples import pod_transformer as pod
 from examples.common import checkpoints, command_line
 from examples.common.training import TrainState
@@ -52,12 +52,14 @@ def result(argv: list[str]) -> tuple[dict[str, Any], TrainState]:
     options = command_line.parse(train_pod.Options, argv, None)
     one_device: dict[str, Any] = {"axis_types": (AxisType.Auto,) * 2, "devices": jax.devices()[:1]}
     mesh = jax.make_mesh((1, 1), pod.AXES, **one_device)
-    run = train_pod.make_run(options, train_pod.read_text(options)[0], mesh)
+    content, _ = train_pod.read_text(options)
+    run = pod_run.make_run(options, np.frombuffer(content, np.uint8), mesh)
     with checkpoints.open_folder(options.checkpoint_dir) as found:
-        record, state = checkpoints.restore_record(found), checkpoints.restore_state(found, run.shapes)
-    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(run.shapes), strict=True):
+        last = checkpoints.restore_newest(found, run.shapes)
+    assert last is not None
+    for leaf, like in zip(jax.tree.leaves(last.state), jax.tree.leaves(run.shapes), strict=True):
         assert leaf.sharding == like.sharding
-    return record, state
+    return last.record, last.state
 
 
 def flat(tree) -> np.ndarray:
@@ -134,7 +136,8 @@ def test_hosts_that_do_not_agree_are_refused_on_each(text, tmp_path, capfd, own,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--fsdp 3", r"--fsdp times --tensor must be the number of devices, 8, got 3 x 1"),
+        ("--fsdp 4", r"--fsdp times --tensor must be the number of devices, 8, got 4 x 1"),
+        ("--fsdp 3", r"--batch-size must be a multiple of --fsdp, got 8 and 3"),
         ("--tensor 2 --batch-size 6", r"--batch-size must be a multiple of --fsdp, got 6 and 4"),
         ("--tensor 8", r"--heads must divide --width 32 and be a multiple of --tensor 8, got 2"),
         ("--width 36", r"axis \d of leaf \[.*'attention_out'.*, 36 long, is split over .*fsdp.* of 8 dev"),
@@ -159,9 +162,9 @@ def test_a_finished_run_is_reported_again_and_not_continued_with_other_settings(
     train_pod.main(argv)
     first = capsys.readouterr().out.splitlines()
     train_pod.main([*argv, "--fsdp", "4", "--tensor", "2"])
-    again = capsys.readouterr().out.splitlines()
-    assert "Continues after step 1." in again
-    assert first[-1] == again[-1]
+    again = capsys.readouterr()
+    assert f"{tmp_path}: continues after step 1.\n" in again.err
+    assert first[-1] == again.out.splitlines()[-1]
     with pytest.raises(SystemExit, match="2"):
         train_pod.main([*argv, "--num-grads", "9"])
     assert "num_grads was 8, is 9" in capsys.readouterr().err
@@ -208,7 +211,7 @@ def test_hosts_that_are_about_to_be_taken_away_save_and_are_continued(text, tmp_
     while not (tmp_path / "cut" / "1").exists():  # the first step is always saved
         time.sleep(0.01)
     children[1].terminate()
-    assert [child.wait(timeout=120) for child in children] == [train_pod.PREEMPTED] * 2
+    assert [child.wait(timeout=120) for child in children] == [pod_run.PREEMPTED] * 2
     assert any(1 < int(path.name) < 3000 for path in (tmp_path / "cut").glob("[0-9]*"))
     for argv in (cut, alone):
         on_processes(2, 1, argv)

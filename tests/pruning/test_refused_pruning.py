@@ -80,7 +80,7 @@ def other(tree, **leaves) -> Any:
             (PARAMS, GIVEN, 0.5),
             {"pattern": "2:8"},
             ValueError,
-            r"groups of 8, which must divide .*\['kernel'\], \(2, 4, 3\), is 4 long.*None there",
+            r"groups of 8, which must divide .*\['kernel'\], \(2, 4, 3\), has 4 entries.*None there",
         ),
         "too sparse for it": (
             (PARAMS, GIVEN, 0.6),

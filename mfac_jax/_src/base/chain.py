@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mfac_jax._src.base import checks, numerics
+from mfac_jax._src.base import checks, numerics, schedules
 from mfac_jax._src.base.accept import select
 from mfac_jax._src.base.fields import CURE, check_field
 
@@ -47,19 +47,19 @@ def chained(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def scaled_by(learning_rate: optax.ScalarOrSchedule, example: str) -> optax.GradientTransformation:
+    """Minus the learning rate times the updates; raises for anything but a schedule or a number >= 0."""
+    if not callable(learning_rate):
+        checks.check_not_negative("learning_rate", learning_rate, example)
+    return _promoting(optax.scale_by_learning_rate(learning_rate))
+
+
 def momentum_of_updates(
     momentum: float | None, axis_name: str | Sequence[str] | None
 ) -> list[optax.GradientTransformation]:
     """An average of updates, if there is to be one."""
     check_momentum(momentum)
-    return [] if momentum is None else [_skip_not_finite(optax.ema(momentum), axis_name)]
-
-
-def learning_rate(rate: optax.ScalarOrSchedule, example: str) -> optax.GradientTransformation:
-    """The last part of a chain; raises for anything but a schedule or a finite number >= 0."""
-    if not callable(rate):
-        checks.check_not_negative("learning_rate", rate, example)
-    return optax.scale_by_learning_rate(rate)
+    return [] if momentum is None else [_skip_not_finite(_promoting(optax.ema(momentum)), axis_name)]
 
 
 def check_momentum(momentum: float | None) -> None:
@@ -78,7 +78,17 @@ def weight_decay(weight_decay: float | None, mask: optax.MaskOrFn) -> list[optax
         return []
     checks.check_not_negative("weight_decay", weight_decay, "1e-4")
     checks.check_mask(mask)
-    return [optax.add_decayed_weights(weight_decay, mask)]
+    return [_promoting(optax.add_decayed_weights(weight_decay, mask))]
+
+
+def _promoting(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, which promotes dtypes and axes, for users whose flags forbid it."""
+
+    def update(updates, state, params=None):
+        with schedules.ordinary_promotion():
+            return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _skip_not_finite(

@@ -53,7 +53,7 @@ def cgfac(
       The chain; its state holds a `ScaleByCGFACState`.
 
     Raises:
-      TypeError: as `scale_by_cgfac`; `learning_rate`, `momentum`, `weight_decay` or `mask` has another type.
+      TypeError: as `scale_by_cgfac`; a number or `mask` has a wrong type.
       ValueError: as `scale_by_cgfac`; `learning_rate`, `momentum` or `weight_decay` is out of range; `mask`
         comes without `weight_decay`; `update` with weight decay gets no `params`.
 
@@ -74,7 +74,7 @@ def cgfac(
       Yingshi Chen, `An iterative K-FAC algorithm for Deep Learning <https://arxiv.org/abs/2101.00218>`_,
       2021.
     """
-    rate = chain.learning_rate(learning_rate, "0.1")
+    rate = chain.scaled_by(learning_rate, "0.1")
     preconditioner = scale_by_cgfac(
         damping,
         tolerance=tolerance,

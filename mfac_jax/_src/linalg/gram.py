@@ -38,7 +38,7 @@ def typical_cosine(gram: jax.Array) -> jax.Array:
     inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
     others = 1 - jnp.eye(len(norms), dtype=gram.dtype)
     count = jnp.sum(norms > 0).astype(gram.dtype)
-    total = jnp.sum(jnp.square(inverse[:, None] * gram * inverse) * others)
+    total = jnp.sum(jnp.square(inverse[:, None] * gram * inverse[None]) * others)
     return jnp.sqrt(total / jnp.maximum(count * (count - 1), 1))
 
 
@@ -55,12 +55,12 @@ def shrinkage(gram: jax.Array, age: jax.Array, count: jax.Array) -> jax.Array:
     def mean_and_variance(chosen):
         chosen = chosen & (squares > 0)
         number = jnp.maximum(jnp.sum(chosen), 1).astype(gram.dtype)
-        mean = jnp.sum(logarithms * chosen) / number
-        deviations = jnp.sum(jnp.square(logarithms - mean) * chosen)
+        mean = jnp.sum(logarithms, where=chosen) / number
+        deviations = jnp.sum(jnp.square(logarithms - mean), where=chosen)
         return mean, deviations / (number * jnp.maximum(number - 1, 1))
 
-    newer, newer_variance = mean_and_variance(age < count / 2)
-    older, older_variance = mean_and_variance((age >= count / 2) & (age < count))
+    newer, newer_variance = mean_and_variance(2 * age < count)
+    older, older_variance = mean_and_variance((2 * age >= count) & (age < count))
     standard_error = jnp.sqrt(newer_variance + older_variance)
     excess = jnp.maximum(jnp.abs(older - newer) - standard_error, 0)
     return -jnp.sign(older - newer) * jnp.expm1(-excess)

@@ -86,7 +86,7 @@ def mfac(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
-    rate = chain.learning_rate(learning_rate, "3e-3")
+    rate = chain.scaled_by(learning_rate, "3e-3")
     if not callable(damping):
         checks.check_positive("damping", damping, "0.2")
     chain.check_momentum(momentum)
@@ -176,7 +176,7 @@ def mfac_published(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
-    rate = chain.learning_rate(learning_rate, "1e-3")
+    rate = chain.scaled_by(learning_rate, "1e-3")
     if not callable(damping):
         checks.check_positive("damping", damping, "1e-5")
     preconditioner = scale_by_mfac(

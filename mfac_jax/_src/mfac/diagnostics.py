@@ -205,7 +205,7 @@ def _damping_share(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> jax
 def _similarity(cosines: jax.Array, chosen: jax.Array) -> jax.Array:
     """Mean cosine of the gradients `chosen` `(blocks, m)` and the other ones, without zero gradients."""
     in_use = jnp.diagonal(cosines, axis1=-2, axis2=-1)  # one, or zero for a zero gradient
-    others = in_use[:, None, :] * (1 - jnp.eye(cosines.shape[-1], dtype=cosines.dtype))
+    others = in_use[:, None, :] * (1 - jnp.eye(cosines.shape[-1], dtype=cosines.dtype))[None]
     pairs = (chosen * in_use)[..., None] * others
     return _ratio(jnp.sum(pairs * cosines, axis=(-2, -1)), jnp.sum(pairs, axis=(-2, -1)))
 

@@ -162,9 +162,35 @@ def write_row(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any
         return jax.tree.map(put_or_keep, window, row)
 
     def write(window, row):
-        def put(rows, x):
-            return lax.dynamic_update_index_in_dim(rows, x, index, 0)
-
-        return jax.tree.map(put, window, row)
+        return jax.tree.map(lambda rows, x: _put(rows, x, index), window, row)
 
     return lax.cond(accept, write, lambda window, row: window, window, row)
+
+
+def _put(rows: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows with `x` at `index`."""
+
+    def update(rows, x, index):
+        return lax.dynamic_update_index_in_dim(rows, x, index, 0)
+
+    if rows.dtype == jnp.bfloat16:
+        return lax.platform_dependent(rows, x, index, cpu=_put_bfloat16, default=update)
+    return update(rows, x, index)
+
+
+@jax.custom_jvp
+def _put_bfloat16(rows: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
+    """As `_put` on CPU, where XLA of jax 0.10 would turn all rows into float32 and back.
+
+    As a choice between integers it is an operation on each entry, in place, that changes one row only.
+    """
+    is_row = lax.broadcasted_iota(index.dtype, rows.shape, 0) == index
+    new, old = (lax.bitcast_convert_type(y, jnp.uint16) for y in (x[None], rows))
+    return lax.bitcast_convert_type(jnp.where(is_row, new, old), rows.dtype)
+
+
+@_put_bfloat16.defjvp
+def _put_bfloat16_jvp(primals, tangents):
+    # Integers have no derivative.
+    rows, x, index = primals
+    return _put_bfloat16(rows, x, index), _put_bfloat16(*tangents[:2], index)

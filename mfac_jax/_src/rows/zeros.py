@@ -65,7 +65,7 @@ def empty_window(
     """A window of rows of zeros; on the host where it may be."""
 
     def rows_of(leaf, part):
-        row = storage.row(jax.ShapeDtypeStruct(part.shape, leaf.dtype))
+        row = storage.row(jax.ShapeDtypeStruct(part.shape, jnp.result_type(leaf)))
         return jax.tree.map(lambda array: _empty_rows(array, leaf, part, num_grads, on_host), row)
 
     leaves, structure = jax.tree.flatten(params)

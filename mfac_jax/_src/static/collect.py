@@ -58,7 +58,7 @@ def collect_gradients(
     # A Partial is a pytree: the function is part of the compiled program, and arrays it holds are
     # arguments.
     loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
-    stack = jax.tree.map(lambda p: jnp.zeros((num_grads, *p.shape), p.dtype), params)
+    stack = jax.tree.map(lambda p: jnp.zeros((num_grads, *p.shape), jnp.result_type(p)), params)
     count = 0
     for batch in batches:
         size = min(len(jax.tree.leaves(batch)[0]), num_grads - count) if per_example else None
