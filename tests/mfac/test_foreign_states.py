@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from mfac_jax import cgfac, diagnostics, ihvp, mfac, mfac_published, scale_by_mfac
-from tests.mfac.test_components import HALF, ROTATED
+from mfac_jax import components, diagnostics, ihvp, mfac, mfac_published, scale_by_mfac
+from tests.mfac.test_components import HALF
 
 PARAMS = {"a": jnp.ones((3, 2)), "b": jnp.ones(2)}
 KINDS: dict[str, Any] = {
@@ -22,7 +22,7 @@ KINDS: dict[str, Any] = {
 }
 TX: Any = scale_by_mfac(4, 0.5, **KINDS)
 STATE: Any = TX.init(PARAMS)
-CHAIN: Any = mfac_published(0.1, 4, momentum=0.5)
+CHAIN: Any = mfac_published(0.1, 4, momentum=0.5)  # momentum comes third
 
 
 def update(state, params=None):
@@ -54,13 +54,15 @@ READ = {
 def damaged(x) -> dict[str, Any]:
     """What may have become of an array."""
     other = jnp.float16 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
-    shorter = {"one entry less": x[..., :-1], "one row less": x[:-1]} if x.ndim else {}
+    # Under jit a Python number is an array as any other.
+    shorter = (
+        {"one entry less": x[..., :-1], "one row less": x[:-1], "a list": x.tolist()} if x.ndim else {}
+    )
     return {
         "an axis more": x[None],
         "another dtype": x.astype(other),
         "float64": np.asarray(x, np.float64),
         "None": None,
-        "a list": np.asarray(x).tolist(),
         "a tuple": (x,),
         **shorter,
     }
@@ -81,9 +83,12 @@ def place_of(use: str, path, kind: str) -> str:
     field = path[0].name
     if field not in READ.get(use, STATE._fields):
         return ""
+    if use == "update in jit" and kind == "float64":
+        return ""  # jit makes float32 of it, exactly as it was before
     if field == "window" and use in ("update", "ihvp"):
-        # Without parameters nobody knows how long a row is: then the updates do not fit the window.
+        # Without parameters nobody knows how rows are: then the updates do not fit, or the metric.
         names = {"one entry less": "shapes of the parameters given to init", "another dtype": ""}
+        names["a tuple"] = "(tree of the parameters given to init|state.metric|state.window)"
         return names.get(kind, "state.window")
     return f"state.{field}"
 
@@ -103,7 +108,7 @@ def test_every_damaged_field_is_refused_by_its_name(use):
         place = place_of(use, path, kind)
         if place:
             message = said(use, with_leaf(path, damaged(LEAVES[path])[kind]))
-            assert place in message, (path, kind, message)
+            assert re.search(place, message), (path, kind, message)
             assert re.search(cure, message), message
 
 
@@ -131,7 +136,7 @@ def test_every_damaged_tree_is_refused_by_its_name(use, field, value, message):
 
 
 @pytest.mark.parametrize("use", [use for use in USES if use != "diagnostics"])
-@pytest.mark.parametrize("state", [None, tuple(STATE), STATE._asdict(), list(STATE), 3])
+@pytest.mark.parametrize("state", [None, tuple(STATE), STATE._asdict(), list(STATE)])
 def test_what_is_no_state_is_refused(use, state):
     message = (
         rf"state must be a ScaleByMFACState, got {type(state).__name__}\. .* Restore a checkpoint into"
@@ -140,15 +145,26 @@ def test_what_is_no_state_is_refused(use, state):
         USES[use](state)
 
 
-@pytest.mark.parametrize("make", [mfac, mfac_published, cgfac])
+@pytest.mark.parametrize("make", [mfac, mfac_published])
 def test_a_chain_refuses_what_is_no_state_of_its_own(make):
     tx: Any = make(0.1)
-    state = tx.init(PARAMS)
+    state = jax.eval_shape(tx.init, PARAMS)
     for other in (None, state[:-1], list(state), {"0": state}):
         with pytest.raises(TypeError, match=r"state must be a tuple of \d, one for each part of the chain"):
             tx.update(PARAMS, other, PARAMS)
-    with pytest.raises(ValueError, match=r"state\[\d\] must (be|have)"):
-        make(lambda count: 0.1).update(PARAMS, state, PARAMS, curvature=lambda v: v)
+    with pytest.raises(ValueError, match=r"state\[\d\]\.count must be int32 .* got nothing there"):
+        jax.eval_shape(make(lambda count: 0.1).update, PARAMS, state, PARAMS)
+    reordered = (*state[1:], state[0])
+    with pytest.raises((TypeError, ValueError), match=r"state(\[0\])? must (be|have)"):
+        jax.eval_shape(tx.update, PARAMS, reordered, PARAMS)
+
+
+def test_the_parts_of_a_chain_are_not_taken_for_each_other():
+    """Momentum of updates would be lost where weight decay stands in its place."""
+    state = jax.eval_shape(mfac_published(0.1, 4, weight_decay=None).init, PARAMS)
+    other = mfac(0.1, 4, weight_decay=1e-3, metric="identity", step_adaptation=0.0)
+    with pytest.raises(ValueError, match=r"state\[1\] must have no leaf \.count, got int32"):
+        jax.eval_shape(other.update, PARAMS, state, PARAMS)
 
 
 def test_a_chain_refuses_damaged_momentum():
@@ -162,8 +178,14 @@ def test_a_chain_refuses_damaged_momentum():
 
 @pytest.mark.parametrize(
     "tx",
-    [mfac(0.1, 3), CHAIN, mfac(0.1, 3, solver="inverse", storage=HALF, weight_decay=0.1), scale_by_mfac(3)],
-    ids=["mfac", "mfac_published", "inverse and storage", "scale_by_mfac"],
+    [
+        mfac(0.1, 3),
+        pytest.param(CHAIN, marks=pytest.mark.slow),
+        pytest.param(
+            mfac(0.1, 3, solver="inverse", storage=HALF, weight_decay=0.1), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["mfac", "mfac_published", "inverse and storage"],
 )
 def test_numpy_states_go_on_as_those_of_jax_do(tx):
     params = jax.tree.map(lambda p: p * 0.5, PARAMS)
@@ -200,8 +222,8 @@ def test_the_state_of_other_parameters_is_refused_where_they_are_passed():
 
 
 def test_a_component_of_ones_own_makes_its_state():
-    tx: Any = scale_by_mfac(3, metric=ROTATED)
-    state = tx.init({"w": jnp.ones((3, 3))})
-    damaged_state = state._replace(metric=jax.tree.map(lambda x: x[None], state.metric))
-    with pytest.raises(ValueError, match=r"state\.metric.* must be float32 of shape"):
-        tx.update({"w": jnp.ones((3, 3))}, damaged_state)
+    metric = components.Metric("own", lambda new: {"sum": new()}, lambda *args: args)  # pyright: ignore
+    tx: Any = scale_by_mfac(3, metric=metric)
+    state = jax.eval_shape(tx.init, PARAMS)
+    with pytest.raises(ValueError, match=r"state\.metric\['sum'\]\['a'\] must be float32 .* got nothing"):
+        jax.eval_shape(tx.update, PARAMS, state._replace(metric={"sum": {}}))

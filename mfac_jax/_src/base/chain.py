@@ -47,8 +47,10 @@ def chained(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scaled_by(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Minus the learning rate times the updates."""
+def scaled_by(learning_rate: optax.ScalarOrSchedule, example: str) -> optax.GradientTransformation:
+    """Minus the learning rate times the updates; raises for anything but a schedule or a number >= 0."""
+    if not callable(learning_rate):
+        checks.check_not_negative("learning_rate", learning_rate, example)
     return _promoting(optax.scale_by_learning_rate(learning_rate))
 
 
@@ -75,6 +77,7 @@ def weight_decay(weight_decay: float | None, mask: optax.MaskOrFn) -> list[optax
             )
         return []
     checks.check_not_negative("weight_decay", weight_decay, "1e-4")
+    checks.check_mask(mask)
     return [_promoting(optax.add_decayed_weights(weight_decay, mask))]
 
 

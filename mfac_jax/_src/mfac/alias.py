@@ -67,9 +67,9 @@ def mfac(
       The chain; its state holds a `ScaleByMFACState`.
 
     Raises:
-      TypeError: as `scale_by_mfac`; `momentum` or `weight_decay` has a wrong type.
-      ValueError: as `scale_by_mfac`; `momentum` or `weight_decay` is out of its range; `mask` comes without
-        `weight_decay`; `update` with weight decay gets no `params`.
+      TypeError: as `scale_by_mfac`; `learning_rate`, `momentum`, `weight_decay` or `mask` has a wrong type.
+      ValueError: as `scale_by_mfac`; `learning_rate`, `momentum` or `weight_decay` is out of range; `mask`
+        comes without `weight_decay`; `update` with weight decay gets no `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
@@ -86,6 +86,9 @@ def mfac(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
+    rate = chain.scaled_by(learning_rate, "3e-3")
+    if not callable(damping):
+        checks.check_positive("damping", damping, "0.2")
     chain.check_momentum(momentum)
     if not isinstance(step_adaptation, StepLength):
         checks.check_step_adaptation(step_adaptation)
@@ -106,7 +109,7 @@ def mfac(
         param_specs=param_specs,
         host_chunk=host_chunk,
     )
-    return chain.chained(preconditioner, after=[*decay, chain.scaled_by(learning_rate)])
+    return chain.chained(preconditioner, after=[*decay, rate])
 
 
 def mfac_published(
@@ -173,6 +176,9 @@ def mfac_published(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
+    rate = chain.scaled_by(learning_rate, "1e-3")
+    if not callable(damping):
+        checks.check_positive("damping", damping, "1e-5")
     preconditioner = scale_by_mfac(
         num_grads,
         damping,
@@ -186,5 +192,5 @@ def mfac_published(
     return chain.chained(
         preconditioner,
         before=chain.weight_decay(weight_decay, mask),
-        after=[*chain.momentum_of_updates(momentum, axis_name), chain.scaled_by(learning_rate)],
+        after=[*chain.momentum_of_updates(momentum, axis_name), rate],
     )

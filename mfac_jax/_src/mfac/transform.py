@@ -128,7 +128,11 @@ def scale_by_mfac(
     axes = ManualAxes(axis_name, param_specs)
     check_param_specs(axes)
     if not callable(blocks):
-        checks.check_choice("blocks", blocks, (None, "leaf"), ", or a function of a leaf's key path")
+        # Under inject_hyperparams a function is taken for a schedule: what it returns comes here.
+        cure = " Under optax.inject_hyperparams pass static_args=('blocks',)."
+        checks.check_choice(
+            "blocks", blocks, (None, "leaf"), ", or a function of a leaf's key path", cure=cure
+        )
     kinds = Kinds(
         metric=checks.check_component("metric", metric, METRICS, Metric),
         solver=checks.check_component("solver", solver, SOLVERS, Solver),

@@ -92,6 +92,7 @@ def as_storage(storage: Any) -> Storage:
         raise ValueError(
             "storage must be None, jnp.float32, jnp.bfloat16 or a mfac_jax.components.Storage, got "
             f"{storage!r}. Pass jnp.bfloat16 for a window of half the size."
+            f"{checks.static_hint('storage', storage)}"
         )
     return floats(found)
 
