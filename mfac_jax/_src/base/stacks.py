@@ -30,7 +30,8 @@ def check_stacked(grads: optax.Params) -> np.ndarray | None:
     arrays = [g for _, g in leaves]
     if any(isinstance(g, Tracer) for g in arrays):
         return None
-    largest = np.asarray(_largest(arrays))
+    with jax.ensure_compile_time_eval():  # gradients that are known in a traced function
+        largest = np.asarray(_largest(arrays))
     bad = np.flatnonzero(~np.all(np.isfinite(largest), axis=0))
     if len(bad):
         raise ValueError(
