@@ -151,7 +151,9 @@ class Expected(NamedTuple):
 def expected(drawn: Stream) -> Expected:
     """Solve dense float64 systems of the same rows and dampings."""
     m, rows = drawn.num_grads, drawn.gradients.astype(np.float64)
-    found = [_newest(rows[max(0, t + 1 - m) : t + 1], float(drawn.damping[t]), drawn) for t in range(len(rows))]
+    found = [
+        _newest(rows[max(0, t + 1 - m) : t + 1], float(drawn.damping[t]), drawn) for t in range(len(rows))
+    ]
     return Expected(*map(np.array, zip(*found, strict=True)))
 
 
@@ -208,7 +210,16 @@ def table(results: Sequence[dict], key: str) -> list[list[str]]:
         behind = max(row["behind"] for row in rows)
         renewals = np.mean([row["renewals"] for row in rows])
         label = f"{value:g}" if isinstance(value, float) else str(value)
-        lines.append([label, str(len(rows)), *(f"{x:.1e}" for x in worst), f"{behind:.1f}", f"{np.mean([r['sound_steps'] for r in rows]):.0%}", f"{renewals:.0%}"])
+        lines.append(
+            [
+                label,
+                str(len(rows)),
+                *(f"{x:.1e}" for x in worst),
+                f"{behind:.1f}",
+                f"{np.mean([r['sound_steps'] for r in rows]):.0%}",
+                f"{renewals:.0%}",
+            ]
+        )
     return lines
 
 
@@ -216,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv, __doc__)
     results = [measure(stream(seed)) for seed in tqdm(range(options.streams), unit="stream", leave=False)]
     for key in ("ratio", "schedule", "num_grads", "damping"):
-        for line in table(results, key): print(line)
+        for line in table(results, key):
+            print(line)
 
 
 if __name__ == "__main__":

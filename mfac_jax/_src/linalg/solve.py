@@ -52,7 +52,7 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
 def with_derivative(solution: jax.Array, gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     """The solution as it is, with the derivative of (K + shift I)^-1 rhs, however it was found.
 
-    The loops and conditionals on the way have no derivative in reverse mode, and lose digits in forward mode.
+    Loops on the way to it have no derivative in reverse mode, and lose digits in forward mode.
     """
     del gram, shift, rhs
     return solution
@@ -120,8 +120,8 @@ def keeps_digits(terms: jax.Array, magnitudes: jax.Array) -> jax.Array:
     """Whether a solution's rows do not cancel to noise, for each block, `(blocks, 1)`.
 
     The terms `(blocks, m)` add up to rhs^T K c, which is g.u / n of the update, and positive. With repeated
-    gradients it is a small sum of large terms: rounding of some 10 eps of their magnitudes can turn the sign
-    of the whole update.
+    gradients it is a small sum of large terms: rounding of some 10 eps of their magnitudes can turn the
+    sign of the whole update.
     """
     magnitude = jnp.sum(magnitudes, axis=-1, keepdims=True)
     return jnp.sum(terms, axis=-1, keepdims=True) >= 50 * _eps(terms) * magnitude
