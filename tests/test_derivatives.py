@@ -44,7 +44,7 @@ def stream(kind: str) -> tuple[Any, Any, Any]:
 
 
 def weighted_updates(tx: optax.GradientTransformation, of_state: Callable, inputs, t) -> jax.Array:
-    """A weighted sum of all updates over a run with the gradients g + t v, and a number from the last state."""
+    """A sum over all updates of a run with the gradients g + t v, and a number from its last state."""
     grads, moves, weights = inputs
 
     def step(carry, g_and_weights):

@@ -174,10 +174,11 @@ class FisherInverse:
             for i in range(0, len(padded), _PART)
         ]
         entries = [[self._entries(rows, columns) for columns in parts] for rows in parts]
-        is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(entries))
-        # To put parts together, and to cut off what was filled up, would take a program for each number.
-        whole = (jnp if is_traced else np).block(entries)[: len(indices), : len(indices)]
-        return jnp.asarray(whole)
+        count = len(indices)
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(entries)):
+            return jnp.block(entries)[:count, :count]
+        # On the device this would take a program for each number of indices, as `jnp.asarray` does.
+        return jax.device_put(np.block(entries)[:count, :count])
 
     @jax.jit
     def _entries(self, rows: Sequence[Coordinates], columns: Sequence[Coordinates]) -> jax.Array:
