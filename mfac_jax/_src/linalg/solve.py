@@ -52,7 +52,7 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
 def with_derivative(solution: jax.Array, gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     """The solution as it is, with the derivative of (K + shift I)^-1 rhs, however it was found.
 
-    The loops and conditionals on the way have no derivative in reverse mode, and lose digits in forward.
+    Loops on the way to it have no derivative in reverse mode, and lose digits in forward mode.
     """
     del gram, shift, rhs
     return solution
