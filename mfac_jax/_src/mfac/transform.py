@@ -242,7 +242,8 @@ def _chosen(accept: jax.Array, has_blocks: Any, updates: optax.Updates, precondi
     """
 
     def choose(x, u):
-        return jnp.where(accept, numerics.narrow(u, x.dtype), jnp.where(has_blocks, x, jnp.nan))
+        refused = x if has_blocks is True else jnp.where(has_blocks, x, jnp.nan)
+        return jnp.where(accept, numerics.narrow(u, x.dtype), refused)
 
     return jax.tree.map(choose, updates, preconditioned)
 
