@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules
@@ -11,8 +12,14 @@ from mfac_jax._src.base.accept import select
 
 
 def scaled_by(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Minus the learning rate times the updates."""
-    return _promoting(optax.scale_by_learning_rate(learning_rate))
+    """Minus the learning rate times the updates, in their dtypes."""
+    inner = _promoting(optax.scale_by_learning_rate(learning_rate))
+
+    def update(updates, state, params=None):
+        scaled, state = inner.update(updates, state, params)
+        return jax.tree.map(lambda x, u: x.astype(u.dtype), scaled, updates), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def momentum_of_updates(
@@ -38,7 +45,9 @@ def weight_decay(weight_decay: float | None, mask: optax.MaskOrFn) -> list[optax
             )
         return []
     checks.check_not_negative("weight_decay", weight_decay, "1e-4")
-    return [_promoting(optax.add_decayed_weights(weight_decay, mask))]
+    # A number of NumPy has a dtype, which float32 updates would take on under x64.
+    number = float(weight_decay) if isinstance(weight_decay, np.number) else weight_decay
+    return [_promoting(optax.add_decayed_weights(number, mask))]
 
 
 def _promoting(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -186,7 +186,7 @@ def _step(
     weights = jnp.where(accept, _weights(settings, gram, newest, seen), 0)
     solution, solver_state = solver.solve(solver_state, gram, shift, weights)
     coefficients = gain[:, None] * solution
-    is_newest = jnp.arange(settings.num_grads) == newest
+    is_newest = jnp.arange(settings.num_grads, dtype=newest.dtype) == newest
     last_update = jnp.where(is_newest, 0, state.coefficients)  # the row that was there is gone
     view = StepView(gram, last_update, newest, state.grads_seen, state.log_step)
     step_state, log_step = step_adaptation.update(state.step_length, view)
