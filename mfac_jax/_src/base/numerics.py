@@ -30,6 +30,12 @@ def scaled(u: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.clip(u, -limit, limit) * scale
 
 
+def root(x: jax.Array) -> jax.Array:
+    """The square root, with the derivative zero at zero. A NaN stays one."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+
+
 def square(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The squared norm of `x`."""
     return jnp.sum(jnp.square(x.astype(dtype)))

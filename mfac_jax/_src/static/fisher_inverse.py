@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from mfac_jax._src.base import checks, numerics
 from mfac_jax._src.base.stacks import check_stacked
 from mfac_jax._src.base.trees import check_tree
 from mfac_jax._src.rows.blocks import Blocks
-from mfac_jax._src.static.blocks import Narrow, Wide, make, places
+from mfac_jax._src.static.blocks import Coordinates, Narrow, Wide, make, places
 
 FisherBlocks = Blocks | int
+
+_PART = 128  # rows and columns of the inverse that are computed at a time
 
 
 @jax.tree_util.register_dataclass
@@ -159,16 +162,29 @@ class FisherInverse:
         """
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         indices = _check_indices(indices, int(ends[-1]))
-        leaf = np.searchsorted(ends, indices, side="right")
-        offset = indices - np.concatenate([[0], ends])[leaf]
-        entries = jnp.zeros((len(indices),) * 2, self.damping.dtype)
-        for stack in self.stacks:
-            positions = stack.place.positions(leaf, offset)
-            chosen = np.flatnonzero(positions >= 0)
-            if len(chosen):
-                found = stack.submatrix(positions[chosen], self.damping)
-                entries = entries.at[np.ix_(chosen, chosen)].set(found)
-        return entries
+        # A part at a time, filled up with the first entry: one program, whatever the number of indices.
+        parts = max(1, -(-len(indices) // _PART))
+        padded = np.pad(indices, (0, parts * _PART - len(indices)))
+        leaf = np.searchsorted(ends, padded, side="right")
+        offset = padded - np.concatenate([[0], ends])[leaf]
+        parts = [
+            tuple(
+                stack.place.coordinates(leaf[i : i + _PART], offset[i : i + _PART]) for stack in self.stacks
+            )
+            for i in range(0, len(padded), _PART)
+        ]
+        entries = [[self._entries(rows, columns) for columns in parts] for rows in parts]
+        count = len(indices)
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(entries)):
+            return jnp.block(entries)[:count, :count]
+        # On the device this would take a program for each number of indices, as `jnp.asarray` does.
+        return jax.device_put(np.block(entries)[:count, :count])
+
+    @jax.jit
+    def _entries(self, rows: Sequence[Coordinates], columns: Sequence[Coordinates]) -> jax.Array:
+        """The entries in these rows and columns, which are given for each stack."""
+        stacks = zip(self.stacks, rows, columns, strict=True)
+        return sum(stack.entries(*pair, self.damping) for stack, *pair in stacks)
 
     def _check_vectors(self, tree: optax.Params) -> bool:
         """Whether the tree is a batch; raises if it is neither that nor a vector."""
