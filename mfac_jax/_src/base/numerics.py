@@ -27,7 +27,8 @@ def all_finite(tree: optax.Updates) -> jax.Array:
 def bounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x` as `dtype`, Inf as NaN, and finite entries clipped: 2^34 of their squares can be added up."""
     limit = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 18)
-    return jnp.where(jnp.isfinite(x), jnp.clip(x.astype(dtype), -limit, limit), jnp.nan)
+    # 0 times Inf is NaN. A constant would be one for jax_debug_nans where all is finite.
+    return jnp.where(jnp.isfinite(x), jnp.clip(x.astype(dtype), -limit, limit), (x * 0).astype(dtype))
 
 
 def scaled(u: jax.Array, scale: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from mfac_jax._src.base.numerics import root
 
 def replace_row(gram: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
     """The Gram matrices with `row` as their row and column `index`."""
-    is_new = jnp.arange(gram.shape[-1]) == index
+    is_new = jnp.arange(gram.shape[-1], dtype=index.dtype) == index
     return jnp.where(is_new[:, None], row[:, None, :], jnp.where(is_new, row[:, :, None], gram))
 
 

@@ -44,7 +44,7 @@ def replace_row(kept: KeptInverse, row: jax.Array, index: jax.Array, accept: jax
 
 
 def _replace_row(P: jax.Array, shift: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
-    is_new = jnp.arange(len(row)) == index
+    is_new = jnp.arange(len(row), dtype=index.dtype) == index
     others = jnp.where(is_new, 0, row)
     gone = P[index]
     scaled = gone / jnp.where(gone[index] > 0, gone[index], 1)

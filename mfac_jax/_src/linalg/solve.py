@@ -148,7 +148,7 @@ def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
         return ~jnp.all(_is_sound(factor)) & jnp.all(jitter < 256 * m)
 
     start = jnp.full((*matrix.shape[:-2], 1, 1), max(8 * m, m**2) * _eps(matrix), matrix.dtype)
-    return lax.while_loop(is_worth_a_try, retry, (start, jnp.full_like(matrix, jnp.nan)))[1]
+    return lax.while_loop(is_worth_a_try, retry, (start, jnp.zeros_like(matrix)))[1]
 
 
 def _is_sound(factor: jax.Array) -> jax.Array:

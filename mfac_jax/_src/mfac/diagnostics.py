@@ -162,7 +162,9 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, log_step, mean
         condition_number=_condition_number(spectrum, damping, n),
         damping_share=_damping_share(spectrum, damping, n),
         similarity=_similarity(cosines, jnp.ones_like(norms)),
-        newest_similarity=_similarity(cosines, (jnp.arange(m) == newest).astype(dtype)[None]),
+        newest_similarity=_similarity(
+            cosines, (jnp.arange(m, dtype=newest.dtype) == newest).astype(dtype)[None]
+        ),
         alignment=jnp.clip(_ratio(projections[:, newest], update_norm), -1, 1),
         gradient_norm=norms[:, newest],
         step_norm=jnp.minimum(length * update_norm, max_float),
@@ -199,7 +201,7 @@ def _condition_number(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> 
 def _damping_share(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> jax.Array:
     """The mean of damping / (s + damping) over the n rows in use."""
     shares = _ratio(damping[:, None], spectrum + damping[:, None])
-    in_use = jnp.arange(spectrum.shape[-1]) < n
+    in_use = jnp.arange(spectrum.shape[-1], dtype=n.dtype) < n
     return jnp.sum(jnp.where(in_use, shares, 0), axis=-1) / n.astype(spectrum.dtype)
 
 

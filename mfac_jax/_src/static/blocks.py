@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,11 +84,11 @@ class Coordinates(NamedTuple):
 
     Attributes:
       number: of the leaf among those of the place, -1 for entries that are elsewhere, `(k,)`.
-      index: in the leaf, `(k, axes)`, with zeros behind; block and position in it, if a leaf is cut.
+      inside: where in the leaf, `(k, axes)`, with zeros behind; block and position in it, if a leaf is cut.
     """
 
-    number: jax.Array | np.ndarray
-    index: jax.Array | np.ndarray
+    number: Any
+    inside: Any
 
 
 def places(grads: optax.Params, blocks: Blocks | int) -> tuple[Place, ...]:
@@ -159,13 +159,13 @@ class Narrow:
     def _positions(self, entries: Coordinates) -> tuple[jax.Array, jax.Array]:
         """Blocks, and positions in them."""
         if self.place.size is not None:
-            return entries.index[:, 0], entries.index[:, 1]
+            return entries.inside[:, 0], entries.inside[:, 1]
         starts = np.cumsum([0, *map(math.prod, self.place.shapes)])
-        axes = entries.index.shape[1]
+        axes = entries.inside.shape[1]
         strides = np.zeros((len(self.place.shapes), axes), np.int32)
         for number, shape in enumerate(self.place.shapes):
             strides[number, : len(shape)] = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        inside = jnp.sum(jnp.asarray(strides)[entries.number] * entries.index, axis=1)
+        inside = jnp.sum(jnp.asarray(strides)[entries.number] * entries.inside, axis=1)
         position = jnp.asarray(starts, jnp.int32)[entries.number] + inside
         return jnp.zeros_like(position), position
 
@@ -234,7 +234,7 @@ class Wide:
         """The entries in these rows and columns, zero where one of them is elsewhere."""
         left, right = self._columns(rows), self._columns(columns)
         inside = jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
-        equal = jnp.all(rows.index[:, None] == columns.index[None], axis=-1)
+        equal = jnp.all(rows.inside[:, None] == columns.inside[None], axis=-1)
         equal &= rows.number[:, None] == columns.number[None]
         found = (equal.astype(inside.dtype) - inside) / damping.mantissa
         found = numerics.within_range(found, -damping.exponent)
@@ -243,11 +243,11 @@ class Wide:
     def _columns(self, entries: Coordinates) -> jax.Array:
         """W at the entries, `(k, m)`."""
         if self.place.size is not None:
-            return self.rows[0][entries.index[:, 0], :, entries.index[:, 1]]
+            return self.rows[0][entries.inside[:, 0], :, entries.inside[:, 1]]
         columns = jnp.zeros((len(entries.number), self.rows[0].shape[1]), self.rows[0].dtype)
         for number, (rows, shape) in enumerate(zip(self.rows, self.place.shapes, strict=True)):
             chosen = (entries.number == number)[:, None]
-            index = tuple(jnp.where(chosen, entries.index, 0)[:, : len(shape)].T)
+            index = tuple(jnp.where(chosen, entries.inside, 0)[:, : len(shape)].T)
 
             def add(columns, rows=rows, chosen=chosen, index=index):
                 # One gather, its first axis the entries: `rows[0]` would copy the leaf.
@@ -270,7 +270,7 @@ def _in_front(x: jax.Array, like: jax.Array) -> jax.Array:
 def _share_a_block(place: Place, rows: Coordinates, columns: Coordinates) -> jax.Array:
     """Which pairs of entries belong to one block of the place."""
     inside = (rows.number >= 0)[:, None] & (columns.number >= 0)[None]
-    return inside if place.size is None else inside & (rows.index[:, :1] == columns.index[None, :, 0])
+    return inside if place.size is None else inside & (rows.inside[:, :1] == columns.inside[None, :, 0])
 
 
 def _total(terms: Iterable[jax.Array]) -> jax.Array:

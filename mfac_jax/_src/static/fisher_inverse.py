@@ -1,7 +1,9 @@
 """The static algorithm: the inverse of the damped Fisher matrix of a fixed set of gradients."""
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -192,8 +194,11 @@ class FisherInverse:
     @jax.jit
     def _entries(self, rows: Sequence[Coordinates], columns: Sequence[Coordinates]) -> jax.Array:
         """The entries in these rows and columns, which are given for each stack."""
-        stacks = zip(self.stacks, rows, columns, strict=True)
-        return sum(stack.entries(*pair, self.damping_parts) for stack, *pair in stacks)
+        parts = [
+            stack.entries(of_rows, of_columns, self.damping_parts)
+            for stack, of_rows, of_columns in zip(self.stacks, rows, columns, strict=True)
+        ]
+        return functools.reduce(operator.add, parts)
 
     def _check_vectors(self, tree: optax.Params) -> bool:
         """Whether the tree is a batch; raises if it is neither that nor a vector."""
