@@ -35,9 +35,10 @@ _WITHOUT_PRODUCT = (
     "it is also used without a product with data (such as in a weight normalisation, or in a penalty: take "
     "that out of the loss, and chain optax.add_decayed_weights)"
 )
+_LOOKUPS = ("scatter", "scatter-add", "scatter_add", "gather", "dynamic_slice", "dynamic_update_slice")
 _REASONS = {
     **dict.fromkeys(
-        ("scatter-add", "scatter", "gather", "scatter_add", "dynamic_update_slice", "dynamic_slice"),
+        _LOOKUPS,
         "it is read by an index that the program computes (such as a lookup in a table; stacked kernels "
         "can be xs of jax.lax.scan)",
     ),
@@ -54,6 +55,8 @@ def track(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum | Unknown:
         if name in _IDENTITY:
             return tracked_of(inputs[number if len(inputs) > 1 else 0])
         if name not in _RULES:
+            if name not in _LOOKUPS and not (has_product(inputs) or _may_be_product(eqn)):
+                raise CannotFollowError(_WITHOUT_PRODUCT)
             raise CannotFollowError(_REASONS.get(name, f"the operation {name!r} is in its gradient"))
         return _RULES[name](eqn, inputs, number)
     except _UnknownError as error:
@@ -89,6 +92,8 @@ def source(eqn: JaxprEqn, inputs: Sequence[Known], fresh: int) -> tuple[int | No
 
 def _may_be_product(eqn: JaxprEqn) -> bool:
     """Whether the operation is a product, or a program of which nobody knows."""
+    if eqn.primitive.name in _LOOKUPS:
+        return False
     params = (p for param in eqn.params.values() for p in (param if isinstance(param, tuple) else (param,)))
     return eqn.primitive.name in _PRODUCTS or any(hasattr(opened(param)[0], "eqns") for param in params)
 
