@@ -202,7 +202,6 @@ add(
     {"w": W, "u": jnp.zeros((4, 0))},
     ["w"],
     lambda p: X @ p["w"] + (X @ p["u"]).sum(),
-    {"u": "no entries"},
 )
 
 

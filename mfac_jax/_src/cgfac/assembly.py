@@ -58,7 +58,7 @@ def assembled(leaves: Mapping[str, Any], gradients: Sequence[Sum | Unknown | Non
                 kernels[path], report[path] = _kernel(leaf.shape, gradient.terms), KERNEL
             except CannotFollowError as error:
                 report[path] = f"left out: {error}"
-        if has_product and leaf.ndim > 1 and report[path] != KERNEL:
+        if has_product and leaf.ndim > 1 and leaf.size and report[path] != KERNEL:
             missed.append(path)
     biases = _biases(kernels, sums)
     report |= {bias: f"bias of {kernel}" for kernel, bias in biases.items()}
