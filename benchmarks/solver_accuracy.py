@@ -15,7 +15,7 @@ of steps that fell back to Cholesky.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,8 @@ class Run(NamedTuple):
 def _steps(gradients, damping, solver, num_grads, relative):
     tx = scale_by_mfac(num_grads, lambda t: damping[t], relative_damping=relative, solver=solver)
 
-    def step(state, g):
+    def step(state: Any, g):
+        after: Any
         updates, after = tx.update(g, state)
         is_anew = jnp.any(after.solver.shift != state.solver.shift) if solver == "inverse" else False
         return after, (updates, jnp.asarray(is_anew))
@@ -170,7 +171,7 @@ def _newest(window: np.ndarray, damping: float, drawn: Stream) -> tuple[np.ndarr
         shift, gain = damping * energy, (1 + damping) * energy
     # The system is M M^T. A QR decomposition of M loses half as many digits as one of M M^T.
     scale = 1 / np.sqrt(squares + shift)[:, None]
-    r = np.linalg.qr((scale * np.hstack([window, np.sqrt(shift) * identity])).T, mode="r")
+    r: Any = np.linalg.qr((scale * np.hstack([window, np.sqrt(shift) * identity])).T, mode="r")
     solution = scale * np.linalg.solve(r, np.linalg.solve(r.T, identity[:, -1:] * scale))
     rounded = (window @ window.T).astype(np.float32).astype(np.float64) + shift * identity
     from_rounded = (

@@ -26,10 +26,10 @@ class Counter:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def __call__(self, event: str, seconds: float, **details: Any) -> None:
-        del seconds
+    def __call__(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs
         if event in EVENTS:
-            self.names.append(f"{event.split('/')[-1]} of {details.get('fun_name')}")
+            self.names.append(f"{event.split('/')[-1]} of {kwargs.get('fun_name')}")
 
 
 @pytest.fixture

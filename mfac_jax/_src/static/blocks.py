@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,16 +62,16 @@ class Place(NamedTuple):
     def coordinates(self, leaf: np.ndarray, offset: np.ndarray) -> "Coordinates":
         """Where entries of the tree, given by leaf and offset in it, stand in this place."""
         number, axes = np.full(len(leaf), -1, np.int32), max(2, *map(len, self.shapes), 0)
-        index = np.zeros((len(leaf), axes), np.int32)
+        indices = np.zeros((len(leaf), axes), np.int32)
         for i, (own, shape) in enumerate(zip(self.leaves, self.shapes, strict=True)):
             chosen = leaf == own
             number[chosen] = i
             if self.size is not None:
                 shape = (-(-math.prod(shape) // self.size), self.size)
-            index[chosen, : len(shape)] = (
+            indices[chosen, : len(shape)] = (
                 np.stack(np.unravel_index(offset[chosen], shape), -1) if shape else 0
             )
-        return Coordinates(number, index)
+        return Coordinates(number, indices)
 
 
 class Coordinates(NamedTuple):
@@ -79,11 +79,11 @@ class Coordinates(NamedTuple):
 
     Attributes:
       number: of the leaf among those of the place, -1 for entries that are elsewhere, `(k,)`.
-      index: in the leaf, `(k, axes)`, with zeros behind; block and position in it, if a leaf is cut.
+      indices: in the leaf, `(k, axes)`, with zeros behind; block and position in it, if a leaf is cut.
     """
 
-    number: jax.Array | np.ndarray
-    index: jax.Array | np.ndarray
+    number: Any  # of NumPy, or traced
+    indices: Any
 
 
 def places(grads: optax.Params, blocks: Blocks | int) -> tuple[Place, ...]:
@@ -142,13 +142,13 @@ class Narrow:
     def _positions(self, entries: Coordinates) -> tuple[jax.Array, jax.Array]:
         """Blocks, and positions in them."""
         if self.place.size is not None:
-            return entries.index[:, 0], entries.index[:, 1]
+            return entries.indices[:, 0], entries.indices[:, 1]
         starts = np.cumsum([0, *map(math.prod, self.place.shapes)])
-        axes = entries.index.shape[1]
+        axes = entries.indices.shape[1]
         strides = np.zeros((len(self.place.shapes), axes), np.int32)
         for number, shape in enumerate(self.place.shapes):
             strides[number, : len(shape)] = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        inside = jnp.sum(jnp.asarray(strides)[entries.number] * entries.index, axis=1)
+        inside = jnp.sum(jnp.asarray(strides)[entries.number] * entries.indices, axis=1)
         position = jnp.asarray(starts, jnp.int32)[entries.number] + inside
         return jnp.zeros_like(position), position
 
@@ -203,18 +203,18 @@ class Wide:
         """The entries in these rows and columns, zero where one of them is elsewhere."""
         left, right = self._columns(rows), self._columns(columns)
         inside = jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
-        equal = jnp.all(rows.index[:, None] == columns.index, axis=-1)
+        equal = jnp.all(rows.indices[:, None] == columns.indices, axis=-1)
         equal &= rows.number[:, None] == columns.number
         return jnp.where(_share_a_block(self.place, rows, columns), equal - inside, 0) / damping
 
     def _columns(self, entries: Coordinates) -> jax.Array:
         """W at the entries, `(k, m)`."""
         if self.place.size is not None:
-            return self.rows[0][entries.index[:, 0], :, entries.index[:, 1]]
+            return self.rows[0][entries.indices[:, 0], :, entries.indices[:, 1]]
         columns = jnp.zeros((len(entries.number), self.rows[0].shape[1]), self.rows[0].dtype)
         for number, (rows, shape) in enumerate(zip(self.rows, self.place.shapes, strict=True)):
             chosen = (entries.number == number)[:, None]
-            index = tuple(jnp.where(chosen, entries.index, 0)[:, : len(shape)].T)
+            index = tuple(jnp.where(chosen, entries.indices, 0)[:, : len(shape)].T)
 
             def add(columns, rows=rows, chosen=chosen, index=index):
                 # One gather, its first axis the entries: `rows[0]` would copy the leaf.
@@ -227,7 +227,7 @@ class Wide:
 def _share_a_block(place: Place, rows: Coordinates, columns: Coordinates) -> jax.Array:
     """Which pairs of entries belong to one block of the place."""
     inside = (rows.number >= 0)[:, None] & (columns.number >= 0)
-    return inside if place.size is None else inside & (rows.index[:, :1] == columns.index[:, 0])
+    return inside if place.size is None else inside & (rows.indices[:, :1] == columns.indices[:, 0])
 
 
 def _total(terms: Iterable[jax.Array]) -> jax.Array:

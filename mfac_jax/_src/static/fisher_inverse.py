@@ -1,6 +1,7 @@
 """The static algorithm: the inverse of the damped Fisher matrix of a fixed set of gradients."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -163,8 +164,8 @@ class FisherInverse:
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         indices = _check_indices(indices, int(ends[-1]))
         # A part at a time, filled up with the first entry: one program, whatever the number of indices.
-        parts = max(1, -(-len(indices) // _PART))
-        padded = np.pad(indices, (0, parts * _PART - len(indices)))
+        count = len(indices)
+        padded = np.pad(indices, (0, max(1, -(-count // _PART)) * _PART - count))
         leaf = np.searchsorted(ends, padded, side="right")
         offset = padded - np.concatenate([[0], ends])[leaf]
         parts = [
@@ -174,7 +175,6 @@ class FisherInverse:
             for i in range(0, len(padded), _PART)
         ]
         entries = [[self._entries(rows, columns) for columns in parts] for rows in parts]
-        count = len(indices)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(entries)):
             return jnp.block(entries)[:count, :count]
         # On the device this would take a program for each number of indices, as `jnp.asarray` does.
@@ -184,7 +184,8 @@ class FisherInverse:
     def _entries(self, rows: Sequence[Coordinates], columns: Sequence[Coordinates]) -> jax.Array:
         """The entries in these rows and columns, which are given for each stack."""
         stacks = zip(self.stacks, rows, columns, strict=True)
-        return sum(stack.entries(*pair, self.damping) for stack, *pair in stacks)
+        entries = [stack.entries(i, j, self.damping) for stack, i, j in stacks]
+        return functools.reduce(jnp.add, entries)
 
     def _check_vectors(self, tree: optax.Params) -> bool:
         """Whether the tree is a batch; raises if it is neither that nor a vector."""
