@@ -152,6 +152,11 @@ class Expected(NamedTuple):
     from_gram: np.ndarray
     conditions: np.ndarray
 
+    @property
+    def is_sound(self) -> np.ndarray:
+        """Which steps a float32 Gram matrix has the digits for."""
+        return (errors(self.from_gram, self.updates) < 1e-6) & (self.conditions < SOUND)
+
 
 def expected(drawn: Stream) -> Expected:
     """Solve dense float64 systems of the same rows and dampings."""
@@ -193,7 +198,7 @@ def measure(drawn: Stream) -> dict:
     right = expected(drawn)
     found = {solver: errors(runs[solver].updates, right.updates) for solver in SOLVERS}
     found["limit"] = errors(right.from_gram, right.updates)
-    sound = (found["limit"] < 1e-6) & (right.conditions < SOUND)
+    sound = right.is_sound
     return {
         "num_grads": drawn.num_grads,
         "ratio": drawn.ratio,

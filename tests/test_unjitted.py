@@ -148,7 +148,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "FisherInverse, blocks of 3": lambda: fisher(blocks=3),
 }
 # What fails where a loop, a conditional or a size slips out of a jit. The rest is slow.
-QUICK = ("kept inverse, moving damping", "inject_hyperparams(mfac), kept inverse", "FisherInverse")
+QUICK = ("inject_hyperparams(mfac), kept inverse", "FisherInverse")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=slow) for n in CALLS])
