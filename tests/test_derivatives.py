@@ -70,16 +70,16 @@ def derivatives(tx, of_state, inputs, step):
     return difference, jax.jvp(f, (zero,), (zero + 1,))[1], jax.grad(f)(zero)
 
 
-def nothing(state) -> float:
+def nothing(state) -> Any:
     return 0.0
 
 
-def all_diagnostics(state) -> jax.Array:
+def all_diagnostics(state) -> Any:
     found = mfac_jax.diagnostics(state)
     return sum(jnp.sum(x) for x in found if jnp.issubdtype(x.dtype, jnp.floating))
 
 
-def a_product(state) -> jax.Array:
+def a_product(state) -> Any:
     state = optax.tree.get(state, "ScaleByMFACState")
     return optax.tree.sum(mfac_jax.ihvp(state, {n: jnp.ones(s) for n, s in SHAPES.items()}, 0.3))
 
