@@ -207,7 +207,7 @@ def _diagonal_blocks(
     inside = jnp.einsum("kgi,kgj->gij", columns, columns, precision=jax.lax.Precision.HIGHEST)
     # More than rounding can take from an eigenvalue of I - W^T W: the Cholesky factors of the costs exist.
     noise = size * len(root) ** 0.5 * jnp.finfo(root.dtype).eps
-    return (1 + noise) * jnp.eye(size, dtype=root.dtype) - inside
+    return (1 + noise) * jnp.eye(size, dtype=root.dtype)[None] - inside
 
 
 def _costs_of_choices(w: jax.Array, inverse: jax.Array, choices: jax.Array) -> jax.Array:
@@ -215,9 +215,9 @@ def _costs_of_choices(w: jax.Array, inverse: jax.Array, choices: jax.Array) -> j
 
     def cost(choice):
         # The unit matrix outside of Q leaves the product as it is, and all choices have one shape.
-        inside = choice[:, None] & choice
-        part = jnp.where(inside, inverse, jnp.eye(len(choice), dtype=w.dtype))
-        removed = jnp.where(choice, w, 0)
+        inside = choice[:, None] & choice[None]
+        part = jnp.where(inside[None], inverse, jnp.eye(len(choice), dtype=w.dtype)[None])
+        removed = jnp.where(choice[None], w, 0)
         root = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(part), removed[..., None], lower=True)
         largest = jnp.max(jnp.abs(root), axis=(-2, -1), keepdims=True)
         unit = root / jnp.where(largest > 0, largest, 1)  # its squares do not vanish
