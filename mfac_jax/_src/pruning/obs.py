@@ -216,8 +216,8 @@ def _costs_of_choices(w: jax.Array, inverse: jax.Array, choices: jax.Array) -> j
     def cost(choice):
         # The unit matrix outside of Q leaves the product as it is, and all choices have one shape.
         inside = choice[:, None] & choice[None]
-        part = jnp.where(inside, inverse, jnp.eye(len(choice), dtype=w.dtype))
-        removed = jnp.where(choice, w, 0)
+        part = jnp.where(inside[None], inverse, jnp.eye(len(choice), dtype=w.dtype)[None])
+        removed = jnp.where(choice[None], w, 0)
         root = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(part), removed[..., None], lower=True)
         largest = jnp.max(jnp.abs(root), axis=(-2, -1), keepdims=True)
         unit = root / jnp.where(largest > 0, largest, 1)  # its squares do not vanish
