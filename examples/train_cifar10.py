@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 from examples import cifar10_data
 from examples.common import command_line
 from examples.common.command_line import Count, Flag, Folder, OptionalCount, OptionalPath
-from examples.common.data import epoch_batches
+from examples.common.data import check_batch
 from examples.common.options import RATES, Comparison, Rates, names
 
 
@@ -50,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = command_line.parse(Options, argv, __doc__)
     with options.working() as folders:
         # Bad data are refused before JAX is imported, which takes seconds.
+        check_batch(options.samples or options.batch_size, options.batch_size)
         images = cifar10_data.load(options.data_dir, options.tfds).images[: options.samples]
-        epoch_batches(len(images), options.batch_size, options.epochs, seed=0)
+        check_batch(len(images), options.batch_size)
         from examples import cifar10
 
         cifar10.run(options, folders)

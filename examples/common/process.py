@@ -123,7 +123,7 @@ def _lasting_outputs() -> Iterator[None]:
         sys.stdout, sys.stderr = before
     raw = getattr(getattr(outputs[0], "buffer", None), "raw", None)
     if isinstance(raw, _Output) and raw.error:
-        fail(f"not all of the output could be printed: {raw.error.strerror}. The files are written")
+        fail(f"not all of the output could be printed: {raw.error.strerror}")
 
 
 def _lasting(stream: Any, number: int) -> Any:

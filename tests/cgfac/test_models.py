@@ -1,4 +1,4 @@
-"""Of every small model: the rows give the gradient of each kernel that is captured, and the others are named."""
+"""Of every small model: rows give the gradient of each kernel that is captured; the others are named."""
 
 import math
 import warnings
@@ -9,7 +9,7 @@ import pytest
 
 from mfac_jax import LayerFactors, value_and_grad_with_factors
 from mfac_jax._src.base.trees import paths_and_leaves
-from tests.cgfac.models import MODELS
+from tests.cgfac.layer_models import MODELS
 
 
 def products(layer: LayerFactors, shape: tuple[int, ...]) -> np.ndarray:
@@ -43,14 +43,41 @@ def close(actual: np.ndarray, expected: np.ndarray, scale: float) -> bool:
     return bool(np.all(np.abs(actual.reshape(expected.shape) - expected) <= 1e-5 * scale))
 
 
-@pytest.mark.parametrize("name", MODELS)
+# One of each kind; the others run in the slow suite.
+QUICK = (
+    *("a bias", "outputs first", "a multiple", "a kernel in pieces", "put together", "tied", "used twice"),
+    *("a bias elsewhere", "scan over layers", "nested scans in remat", "map over examples", "cond"),
+    *(
+        "a list of layers",
+        "custom_vjp and plain",
+        "custom_jvp",
+        "experts",
+        "heads first",
+        "groups",
+        "strides",
+    ),
+    *(
+        "transposed",
+        "lookup and decoder",
+        "a masked kernel",
+        "a penalty",
+        "other examples",
+        "linen attention",
+    ),
+    *("weight normalisation", "scales and places", "no batch", "shard_map"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_rows_of_all_uses_give_the_gradient(name):
-    model = MODELS[name]
+    model = MODELS[name]()
     function = value_and_grad_with_factors(model.loss)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        value, grads, factors = jax.jit(function)(model.params)
-    expected_value, expected = jax.jit(jax.value_and_grad(model.loss))(model.params)
+        found, plain = jax.jit(lambda p: (function(p), jax.value_and_grad(model.loss)(p)))(model.params)
+    (value, grads, factors), (expected_value, expected) = found, plain
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     actual, expected = (jax.tree.map(np.asarray, paths_and_leaves(tree)) for tree in (grads, expected))
     scale = max(np.abs(leaf).max(initial=0) for leaf in expected.values())
@@ -70,4 +97,9 @@ def test_rows_of_all_uses_give_the_gradient(name):
         bias: f"bias of {path}" for path, bias in model.kernels.items() if bias
     }
     for path, word in model.missed.items():
-        assert report[path].startswith("left out") and word in report[path]
+        assert report[path].startswith("left out: ")
+        assert word in report[path]
+
+
+def test_the_quick_ones_are_there():
+    assert set(QUICK) <= set(MODELS)

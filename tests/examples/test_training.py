@@ -139,6 +139,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_pat
         train(interrupt_at=6, checkpoint_dir=tmp_path)
     resumed_history, resumed_states = train(checkpoint_dir=tmp_path)
     again, _ = train(checkpoint_dir=tmp_path)  # finished: nothing is left to do
+    [data] = (tmp_path / str(len(problem.batches)) / "record").glob("metadata")
+    data.write_text("{")
+    repaired, repaired_states = train(checkpoint_dir=tmp_path)
 
     assert min(resumed_states) == 4
     assert resumed_history.losses == history.losses
@@ -148,6 +151,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_pat
     last = max(states)
     jax.tree.map(np.testing.assert_array_equal, resumed_states[last], states[last])
     assert again == resumed_history
+    assert len(repaired_states) == 2  # that of the checkpoint before, and what follows
+    jax.tree.map(np.testing.assert_array_equal, repaired_states[last], states[last])
+    assert repaired.losses == history.losses
     for mine, theirs in zip(resumed_history.evaluations, history.evaluations, strict=True):
         assert mine | {"seconds": 0} == theirs | {"seconds": 0}
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules
@@ -48,10 +49,19 @@ def chained(
 
 
 def scaled_by(learning_rate: optax.ScalarOrSchedule, example: str) -> optax.GradientTransformation:
-    """Minus the learning rate times the updates; raises for anything but a schedule or a number >= 0."""
+    """Minus the learning rate times the updates, in their dtypes.
+
+    Raises for anything but a schedule or a number >= 0.
+    """
     if not callable(learning_rate):
         checks.check_not_negative("learning_rate", learning_rate, example)
-    return _promoting(optax.scale_by_learning_rate(learning_rate))
+    inner = _promoting(optax.scale_by_learning_rate(learning_rate))
+
+    def update(updates, state, params=None):
+        scaled, state = inner.update(updates, state, params)
+        return jax.tree.map(lambda x, u: x.astype(u.dtype), scaled, updates), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def momentum_of_updates(
@@ -78,7 +88,9 @@ def weight_decay(weight_decay: float | None, mask: optax.MaskOrFn) -> list[optax
         return []
     checks.check_not_negative("weight_decay", weight_decay, "1e-4")
     checks.check_mask(mask)
-    return [_promoting(optax.add_decayed_weights(weight_decay, mask))]
+    # A number of NumPy has a dtype, which float32 updates would take on under x64.
+    number = float(weight_decay) if isinstance(weight_decay, np.number) else weight_decay
+    return [_promoting(optax.add_decayed_weights(number, mask))]
 
 
 def _promoting(inner: optax.GradientTransformation) -> optax.GradientTransformation:

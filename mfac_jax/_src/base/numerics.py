@@ -27,13 +27,20 @@ def all_finite(tree: optax.Updates) -> jax.Array:
 def bounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x` as `dtype`, Inf as NaN, and finite entries clipped: 2^34 of their squares can be added up."""
     limit = 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 18)
-    return jnp.where(jnp.isfinite(x), jnp.clip(x.astype(dtype), -limit, limit), jnp.nan)
+    # 0 times Inf is NaN. A constant would be one for jax_debug_nans where all is finite.
+    return jnp.where(jnp.isfinite(x), jnp.clip(x.astype(dtype), -limit, limit), (x * 0).astype(dtype))
 
 
 def scaled(u: jax.Array, scale: jax.Array) -> jax.Array:
     """`u` times the scale of the metric, clipped so that it cannot overflow."""
     limit = 2.0 ** (jnp.finfo(u.dtype).maxexp // 2)
     return jnp.clip(u, -limit, limit) * scale
+
+
+def root(x: jax.Array) -> jax.Array:
+    """The square root, with the derivative zero at zero. A NaN stays one."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
 
 
 def square(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -9,7 +9,7 @@ import optax
 from jax.core import Tracer
 
 from mfac_jax._src.base import numerics
-from mfac_jax._src.base.trees import check_params
+from mfac_jax._src.base.trees import check_tree
 
 
 def check_stacked(grads: optax.Params) -> np.ndarray | None:
@@ -17,7 +17,7 @@ def check_stacked(grads: optax.Params) -> np.ndarray | None:
 
     Raises for anything but a stack of finite gradients; of traced ones only shapes and dtypes count.
     """
-    check_params(grads)
+    check_tree("grads", grads, grads)
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     if not leaves:
         raise ValueError("grads must have at least one leaf, got a tree without leaves.")
@@ -30,7 +30,8 @@ def check_stacked(grads: optax.Params) -> np.ndarray | None:
     arrays = [g for _, g in leaves]
     if any(isinstance(g, Tracer) for g in arrays):
         return None
-    largest = np.asarray(_largest(arrays))
+    with jax.ensure_compile_time_eval():  # gradients that are known in a traced function
+        largest = np.asarray(_largest(arrays))
     bad = np.flatnonzero(~np.all(np.isfinite(largest), axis=0))
     if len(bad):
         raise ValueError(

@@ -50,7 +50,7 @@ def assembled(leaves: Mapping[str, Any], gradients: Sequence[Sum | Unknown | Non
         elif gradient is None or not gradient.terms:
             report[path], has_product = "left out: the loss does not depend on it", False
         elif not gradient.has_product:
-            report[path] = "left out: it is added, and is the bias of no captured kernel"
+            report[path] = "left out: it has no product with data, and is the bias of no kernel"
             sums[path], has_product = [_signature(term, range(leaf.ndim)) for term in gradient.terms], False
         else:
             has_product = True

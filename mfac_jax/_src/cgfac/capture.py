@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -26,9 +27,13 @@ from mfac_jax._src.cgfac.layers import LayerFactors
 class WithFactors:
     """What `value_and_grad_with_factors` returns: a function, and what it finds."""
 
-    def __init__(self, loss: Callable[..., Any], has_aux: bool = False):
+    def __init__(self, loss: Callable[..., Any], has_aux: bool, depth: int = 2):
         functools.update_wrapper(self, loss)
-        self._loss, self._has_aux, self._has_warned = loss, has_aux, False
+        self._loss, self._has_aux = loss, has_aux
+        self._depth, self._has_warned = (
+            depth,
+            False,
+        )  # how many calls lie between a warning and the user's line
 
     def __call__(
         self, params: optax.Params, *args: Any, **kwargs: Any
@@ -36,12 +41,15 @@ class WithFactors:
         """The value, the gradient and the factors."""
         value, aux, grads, found = self._evaluate(params, args, kwargs)
         if found.missed and not self._has_warned:
-            warnings.warn(_warning(found), stacklevel=2)
+            warnings.warn(_warning(found), stacklevel=self._depth)
         self._has_warned = True
         return (value, aux) if self._has_aux else value, grads, found.factors
 
     def explain(self, params: optax.Params, *args: Any, **kwargs: Any) -> dict[str, str]:
-        """What each parameter is to CG-FAC, by its path; nothing is computed."""
+        """What each parameter is to CG-FAC, by its path. It traces the loss, and computes nothing.
+
+        The text is 'kernel', or 'bias of ' and the path of a kernel, or 'left out: ' and the reason.
+        """
         report: dict[str, str] = {}
 
         def evaluate(params):
@@ -85,11 +93,13 @@ class _Array:
 
 def _checked(value: Any) -> jax.Array:
     """The loss's value; raise if it is no real scalar."""
-    dtype = jnp.result_type(value) if isinstance(value, jax.Array | float) else type(value)
-    if jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
-        shape = f" of shape {jnp.shape(value)}" if jnp.shape(value) else ""
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    dtype = value.dtype if is_array else type(value)
+    shape = value.shape if is_array else ()
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        got = f"{getattr(dtype, '__name__', dtype)}{f' of shape {shape}' if shape else ''}"
         raise TypeError(
-            f"loss must return a real scalar, got {dtype}{shape}. Return the mean over the examples; with "
+            f"loss must return a real scalar, got {got}. Return the mean over the examples; with "
             "has_aux=True, a pair of that and anything else."
         )
     return jnp.asarray(value)
@@ -108,15 +118,22 @@ def _warning(found: Found) -> str:
 def value_and_grad_with_factors(loss: Callable[..., Any], has_aux: bool = False) -> WithFactors:
     """Compute a loss, its gradient and K-FAC's factors of each layer in one backward pass.
 
-    A layer is a parameter that is multiplied, or convolved, with something that has a batch axis: Flax's
-    `Dense`, `DenseGeneral`, `Conv`, `Linear`, or `x @ w`. Its bias is the parameter that is added to the
-    output. The model is not changed: layers are found in the program that JAX traces the loss to. The first
-    axis of a layer's inputs must be that of the examples, and the loss a mean over them.
+    A kernel is a parameter that is multiplied, or convolved, with something that has a batch axis: in
+    Flax's `Dense`, `Conv`, `Linear`, attention and recurrent cells, in `x @ w`. All its uses count:
+    transposed, scaled, in pieces, under `jax.vmap`, `jax.checkpoint`, `jax.lax.scan`, `cond` and `map`, and
+    in functions with derivative rules of their own. Layers stacked by `nn.scan` or `nnx.scan`, experts, and
+    the groups of a convolution are a stack of independent layers. The bias of a kernel is the parameter
+    that is added to all its outputs, and to nothing else. The model is not changed.
 
-    Not found are layers inside of loops (`jax.lax.scan`, `map`), of `jax.lax.cond`, and of functions with
-    their own derivative rules; `jax.vmap` over kernels; grouped convolutions; kernels that are transposed
-    or computed first; and parameters without such a product (embeddings, scales of normalisations). The
-    keys of the factors show what was found. What `jax.checkpoint` would recompute is kept in memory.
+    If any use is of another kind, the whole parameter is left out. Other kinds are a lookup in a table, a
+    penalty in the loss, a mask on the kernel, a weight normalisation, a product with parameters alone, and
+    a `shard_map` inside of the loss. The first call warns of every kernel that it leaves out, with the
+    reason. The method `explain` says it of every parameter. There is no warning for parameters without a
+    product: tables that are only looked up in, scales, what is added.
+
+    The first axis of a layer's inputs must be that of the examples, and the loss a mean over them. The
+    iterations of a loop are places; they are the examples if the body has a single one. In a loop over
+    parts of a batch, N is the size of a part. Inside of a `shard_map`, rows are those of the shard.
 
     The output gradients are those of the loss, which makes F the empirical Fisher matrix. For the Fisher
     matrix itself, call the function again, on a loss whose labels are drawn from the model's own
@@ -130,19 +147,27 @@ def value_and_grad_with_factors(loss: Callable[..., Any], has_aux: bool = False)
     Returns:
       A function with the arguments of `loss`, for use under `jax.jit`. It returns the value (with the rest
       if `has_aux`), the gradient by the first argument, and a dict from the path of each kernel, as in
-      'Dense_0/kernel', to its `LayerFactors`. A kernel that is used in several places has the rows of all.
+      'Dense_0/kernel', to its `LayerFactors`. A kernel with several uses has the rows of all, as places.
+      Its method `explain` takes the same arguments, and returns a dict from the path of each parameter to
+      'kernel', to 'bias of Dense_0/kernel', or to 'left out: ' and the reason.
 
     Raises:
       TypeError: a parameter is not a real floating-point array; the loss is not a real scalar.
+
+    Warns:
+      UserWarning: at the first call, if a kernel with two or more axes is left out.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
       >>> params = {'dense': {'kernel': jnp.ones((3, 2)), 'bias': jnp.zeros(2)}}
       >>> loss = lambda p, x: jnp.mean((x @ p['dense']['kernel'] + p['dense']['bias']) ** 2)
-      >>> value, grads, factors = mfac_jax.value_and_grad_with_factors(loss)(params, jnp.ones((4, 3)))
+      >>> function = mfac_jax.value_and_grad_with_factors(loss)
+      >>> value, grads, factors = function(params, jnp.ones((4, 3)))
       >>> layer = factors['dense/kernel']
       >>> layer.inputs.shape, layer.output_grads.shape, layer.bias
       ((4, 3), (4, 2), 'dense/bias')
+      >>> function.explain(params, jnp.ones((4, 3)))
+      {'dense/bias': 'bias of dense/kernel', 'dense/kernel': 'kernel'}
 
     References:
       James Martens, Roger Grosse, `Optimizing Neural Networks with Kronecker-factored Approximate Curvature

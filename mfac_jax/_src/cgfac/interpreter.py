@@ -4,7 +4,6 @@ Loops and conditionals are run as they are, with bodies that return the rows too
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -149,9 +148,6 @@ def _as_known(values: Sequence[Any], flags: Flags, tracked: Sequence[Any]) -> li
     ]
 
 
-@functools.lru_cache(
-    256
-)  # the same function again: outside of jit a new one would be compiled at each step
 def _body_of_scan(
     body: ClosedJaxpr, n_consts: int, flags: Flags, wanted: tuple[bool, ...], adds: tuple[bool, ...]
 ) -> Callable[..., Any]:
@@ -175,7 +171,7 @@ def _tracked(known: Known) -> Sum | Unknown:
     try:
         return rules.tracked_of(known)
     except CannotFollowError as error:
-        return Unknown(str(error), rules.has_product("", [known]))
+        return Unknown(str(error), rules.has_product([known]))
 
 
 def _scan(
@@ -227,7 +223,6 @@ def _after_loop(of_body: Sum, root: int, number: int, first: Known | None) -> Su
     return before.plus(terms) if isinstance(before, Sum) else before
 
 
-@functools.lru_cache(256)
 def _branch(
     body: ClosedJaxpr,
     flags: Flags,

@@ -11,6 +11,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from mfac_jax._src.cgfac.convolutions import convolution
+from mfac_jax._src.cgfac.flags import opened
 from mfac_jax._src.cgfac.known import Known, is_data_first
 from mfac_jax._src.cgfac.terms import CannotFollowError, Sum, Term, Unknown, regrouped, strides_of
 
@@ -29,14 +30,15 @@ _IDENTITY = (
     # Under manual axes every shard has the rows of its own examples.
     *("psum", "psum2", "psum_invariant", "psum_invariant_p", "unreduced_psum"),
 )
-_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "triangular_solve")
 _WITHOUT_PRODUCT = (
     "it is also used without a product with data (such as in a weight normalisation, or in a penalty: take "
     "that out of the loss, and chain optax.add_decayed_weights)"
 )
+_LOOKUPS = ("scatter", "scatter-add", "scatter_add", "gather", "dynamic_slice", "dynamic_update_slice")
 _REASONS = {
     **dict.fromkeys(
-        ("scatter-add", "scatter", "gather", "scatter_add", "dynamic_update_slice", "dynamic_slice"),
+        _LOOKUPS,
         "it is read by an index that the program computes (such as a lookup in a table; stacked kernels "
         "can be xs of jax.lax.scan)",
     ),
@@ -53,12 +55,14 @@ def track(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum | Unknown:
         if name in _IDENTITY:
             return tracked_of(inputs[number if len(inputs) > 1 else 0])
         if name not in _RULES:
+            if name not in _LOOKUPS and not (has_product(inputs) or _may_be_product(eqn)):
+                raise CannotFollowError(_WITHOUT_PRODUCT)
             raise CannotFollowError(_REASONS.get(name, f"the operation {name!r} is in its gradient"))
         return _RULES[name](eqn, inputs, number)
     except _UnknownError as error:
-        return Unknown(str(error), has_product(name, inputs))
+        return Unknown(str(error), has_product(inputs) or _may_be_product(eqn))
     except CannotFollowError as error:
-        return Unknown(f"{error}{line_of(eqn)}", has_product(name, inputs))
+        return Unknown(f"{error}{line_of(eqn)}", has_product(inputs) or _may_be_product(eqn))
 
 
 def source(eqn: JaxprEqn, inputs: Sequence[Known], fresh: int) -> tuple[int | None, tuple[int, ...] | None]:
@@ -86,9 +90,17 @@ def source(eqn: JaxprEqn, inputs: Sequence[Known], fresh: int) -> tuple[int | No
     return known.root, tuple(found)
 
 
-def has_product(name: str, inputs: Sequence[Known]) -> bool:
+def _may_be_product(eqn: JaxprEqn) -> bool:
+    """Whether the operation is a product, or a program of which nobody knows."""
+    if eqn.primitive.name in _LOOKUPS:
+        return False
+    params = (p for param in eqn.params.values() for p in (param if isinstance(param, tuple) else (param,)))
+    return eqn.primitive.name in _PRODUCTS or any(hasattr(opened(param)[0], "eqns") for param in params)
+
+
+def has_product(inputs: Sequence[Known]) -> bool:
     """Whether products went into what an operation gives."""
-    return name in _PRODUCTS or any(x.tracked is not None and x.tracked.has_product for x in inputs)
+    return any(known.tracked is not None and known.tracked.has_product for known in inputs)
 
 
 def tracked_of(known: Known) -> Sum:
@@ -144,7 +156,7 @@ def _multiply(eqn: JaxprEqn, inputs: Sequence[Known], number: int) -> Sum:
     one, other = inputs
     if eqn.primitive.name == "mul" and not isinstance(one.tracked, Sum):
         one, other = other, one
-    if not any(has_product("", [known]) or isinstance(known.tracked, Sum) for known in inputs):
+    if not any(has_product([known]) or isinstance(known.tracked, Sum) for known in inputs):
         raise CannotFollowError(_WITHOUT_PRODUCT)
     total, out = tracked_of(one), eqn.outvars[0].aval
     source, axes = (other.value, ()) if jnp.ndim(other.value) == 0 else other.spread or (None, ())

@@ -52,7 +52,7 @@ def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
 def with_derivative(solution: jax.Array, gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     """The solution as it is, with the derivative of (K + shift I)^-1 rhs, however it was found.
 
-    The loops and conditionals on the way have no derivative in reverse mode, and lose digits in forward mode.
+    Loops on the way to it have no derivative in reverse mode, and lose digits in forward mode.
     """
     del gram, shift, rhs
     return solution
@@ -122,8 +122,8 @@ def keeps_digits(terms: jax.Array, magnitudes: jax.Array) -> jax.Array:
     """Whether a solution's rows do not cancel to noise, for each block, `(blocks, 1)`.
 
     The terms `(blocks, m)` add up to rhs^T K c, which is g.u / n of the update, and positive. With repeated
-    gradients it is a small sum of large terms: rounding of some 10 eps of their magnitudes can turn the sign
-    of the whole update.
+    gradients it is a small sum of large terms: rounding of some 10 eps of their magnitudes can turn the
+    sign of the whole update.
     """
     magnitude = jnp.sum(magnitudes, axis=-1, keepdims=True)
     return jnp.sum(terms, axis=-1, keepdims=True) >= 50 * _eps(terms) * magnitude
@@ -148,7 +148,7 @@ def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
         return ~jnp.all(_is_sound(factor)) & jnp.all(jitter < 256 * m)
 
     start = jnp.full((*matrix.shape[:-2], 1, 1), max(8 * m, m**2) * _eps(matrix), matrix.dtype)
-    return lax.while_loop(is_worth_a_try, retry, (start, jnp.full_like(matrix, jnp.nan)))[1]
+    return lax.while_loop(is_worth_a_try, retry, (start, jnp.zeros_like(matrix)))[1]
 
 
 def _is_sound(factor: jax.Array) -> jax.Array:

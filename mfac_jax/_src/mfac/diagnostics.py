@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mfac_jax._src.base.numerics import root
 from mfac_jax._src.linalg.spectrum import eigenvalues, noise
 from mfac_jax._src.mfac.state import ScaleByMFACState
 from mfac_jax._src.mfac.state_checks import as_state, check_fields, kind_of
@@ -150,7 +151,7 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, log_step, mean
     largest = jnp.max(jnp.abs(on_unit), axis=-1, keepdims=True)
     on_unit = _ratio(on_unit, largest)
     projections = jnp.einsum("bij,bj->bi", cosines, on_unit, precision=lax.Precision.HIGHEST)
-    update_norm = jnp.sqrt(jnp.maximum(jnp.sum(on_unit * projections, axis=-1), 0))
+    update_norm = root(jnp.maximum(jnp.sum(on_unit * projections, axis=-1), 0))
     step_factor = jnp.exp(log_step)
     length = largest[:, 0] * step_factor
 
@@ -161,7 +162,9 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, log_step, mean
         condition_number=_condition_number(spectrum, damping, n),
         damping_share=_damping_share(spectrum, damping, n),
         similarity=_similarity(cosines, jnp.ones_like(norms)),
-        newest_similarity=_similarity(cosines, (jnp.arange(m) == newest).astype(dtype)[None]),
+        newest_similarity=_similarity(
+            cosines, (jnp.arange(m, dtype=newest.dtype) == newest).astype(dtype)[None]
+        ),
         alignment=jnp.clip(_ratio(projections[:, newest], update_norm), -1, 1),
         gradient_norm=norms[:, newest],
         step_norm=jnp.minimum(length * update_norm, max_float),
@@ -177,7 +180,7 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, log_step, mean
 def _norms_and_cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Norms of the gradients `(blocks, m)`, and their cosines, zero with a zero gradient."""
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    norms = jnp.where(squares >= jnp.finfo(gram.dtype).tiny, jnp.sqrt(squares), 0)
+    norms = root(jnp.where(squares >= jnp.finfo(gram.dtype).tiny, squares, 0))
     cosines = _ratio(_ratio(gram, norms[..., :, None]), norms[..., None, :])
     return norms, jnp.clip(cosines, -1, 1)
 
@@ -198,7 +201,7 @@ def _condition_number(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> 
 def _damping_share(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> jax.Array:
     """The mean of damping / (s + damping) over the n rows in use."""
     shares = _ratio(damping[:, None], spectrum + damping[:, None])
-    in_use = jnp.arange(spectrum.shape[-1]) < n
+    in_use = jnp.arange(spectrum.shape[-1], dtype=n.dtype) < n
     return jnp.sum(jnp.where(in_use, shares, 0), axis=-1) / n.astype(spectrum.dtype)
 
 
@@ -213,7 +216,7 @@ def _similarity(cosines: jax.Array, chosen: jax.Array) -> jax.Array:
 def _root_mean_square(x: jax.Array, n: jax.Array) -> jax.Array:
     """sqrt(sum x^2 / n) along the last axis; the squares neither overflow nor vanish."""
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    return largest[:, 0] * jnp.sqrt(jnp.sum(jnp.square(_ratio(x, largest)), axis=-1) / n.astype(x.dtype))
+    return largest[:, 0] * root(jnp.sum(jnp.square(_ratio(x, largest)), axis=-1) / n.astype(x.dtype))
 
 
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:

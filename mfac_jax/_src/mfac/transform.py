@@ -204,7 +204,7 @@ def _step(
     weights = jnp.where(accept, _weights(settings, gram, newest, seen), 0)
     solution, solver_state = solver.solve(solver_state, gram, shift, weights)
     coefficients = gain[:, None] * solution
-    is_newest = jnp.arange(settings.num_grads) == newest
+    is_newest = jnp.arange(settings.num_grads, dtype=newest.dtype) == newest
     last_update = jnp.where(is_newest, 0, state.coefficients)  # the row that was there is gone
     view = StepView(gram, last_update, newest, state.grads_seen, state.log_step)
     step_state, log_step = step_adaptation.update(state.step_length, view)
@@ -266,7 +266,8 @@ def _chosen(accept: jax.Array, has_blocks: Any, updates: optax.Updates, precondi
     """
 
     def choose(x, u):
-        return jnp.where(accept, numerics.narrow(u, x.dtype), jnp.where(has_blocks, x, jnp.nan))
+        refused = x if has_blocks is True else jnp.where(has_blocks, x, jnp.nan)
+        return jnp.where(accept, numerics.narrow(u, x.dtype), refused)
 
     return jax.tree.map(choose, updates, preconditioned)
 

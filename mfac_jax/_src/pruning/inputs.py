@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import optax
 
-from mfac_jax._src.base.trees import key_names, leaf_name
+from mfac_jax._src.base.trees import NamedLeaf, leaf_name, named_leaves
 from mfac_jax._src.pruning.masks import is_absent
 
 InputAxes = Callable[[jax.tree_util.KeyPath], int | Sequence[int] | None]
 
 Shape = tuple[int, ...]
+_BIAS_OF = {"kernel": "bias", "weight": "bias", "w": "b"}
 
 
 def input_axes(params: optax.Params, masks: Any, given: InputAxes | None) -> list[tuple[int, ...]]:
@@ -21,30 +22,28 @@ def input_axes(params: optax.Params, masks: Any, given: InputAxes | None) -> lis
     `given` says so for the leaves where it is not None. The rest is read from names and from the bias
     beside a kernel: its axes are the outputs.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_absent)
-    shapes = {_place(path): x.shape for path, x in leaves if not is_absent(x)}
+    leaves = named_leaves(params, is_absent)
+    shapes = {leaf.names: leaf.leaf.shape for leaf in leaves if not is_absent(leaf.leaf)}
     kept = jax.tree.leaves(masks, is_leaf=is_absent)
-    taking_part = [path for (path, _), mask in zip(leaves, kept, strict=True) if not is_absent(mask)]
-    return [_axes_of_leaf(path, shapes, given) for path in taking_part]
-
-
-def _place(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
-    return tuple(key_names(path))
+    taking_part = [leaf for leaf, mask in zip(leaves, kept, strict=True) if not is_absent(mask)]
+    return [_axes_of_leaf(leaf, shapes, given) for leaf in taking_part]
 
 
 def _axes_of_leaf(
-    path: jax.tree_util.KeyPath, shapes: dict[tuple[str, ...], Shape], given: InputAxes | None
+    leaf: NamedLeaf, shapes: dict[tuple[str, ...], Shape], given: InputAxes | None
 ) -> tuple[int, ...]:
-    shape, said = shapes[_place(path)], None if given is None else given(path)
+    path, shape = leaf.path, leaf.leaf.shape
+    said = None if given is None else given(path)
     if said is not None:
         return _checked(path, shape, said)
     if len(shape) < 2:
         return tuple(range(len(shape)))
-    *module, name = _place(path) or ("",)
-    bias = next((shapes[b] for b in ((*module, "bias"), (*module, "b")) if b in shapes), None)
+    *module, name = leaf.names or ("",)
+    bias = shapes.get((*module, _BIAS_OF.get(name, "")))
     axes = None
     if name != "weight" or jax.tree_util.GetAttrKey("weight") not in path:  # elsewhere (out, in)
-        axes = _by_name(module, shape, shapes) if bias is None else _by_bias(module, shape, bias)
+        by_module = _in_attention(module, name, shapes)
+        axes = by_module or _by_name(module, shape) if bias is None else _by_bias(shape, bias, by_module)
     if axes is None:
         raise ValueError(
             f"input_axes must say which axes of {leaf_name(path)}, {shape}, are inputs, since names and "
@@ -58,8 +57,14 @@ def _axes_of_leaf(
 def _checked(path: jax.tree_util.KeyPath, shape: Shape, said: int | Sequence[int]) -> tuple[int, ...]:
     """What the user says, as axes from 0 on."""
     axes = (said,) if isinstance(said, (int, np.integer)) else tuple(said)
-    found = tuple(axis + len(shape) if axis < 0 else int(axis) for axis in axes)
-    if not found or len(set(found)) < len(found) or not set(found) <= set(range(len(shape))):
+    known = [int(axis) for axis in axes if isinstance(axis, (int, np.integer))]
+    found = tuple(axis + len(shape) if axis < 0 else axis for axis in known)
+    if (
+        not found
+        or len(found) < len(axes)
+        or len(set(found)) < len(found)
+        or not set(found) <= set(range(len(shape)))
+    ):
         raise ValueError(
             f"input_axes must give different axes of {leaf_name(path)}, {shape}, got {said!r}. Pass e.g. "
             "-2."
@@ -67,40 +72,42 @@ def _checked(path: jax.tree_util.KeyPath, shape: Shape, said: int | Sequence[int
     return found
 
 
-def _by_bias(module: Sequence[str], shape: Shape, bias: Shape) -> tuple[int, ...] | None:
+def _by_bias(shape: Shape, bias: Shape, by_module: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """The axes between those that stack layers, which the bias has too, and the outputs, its last axes.
 
-    None if the bias does not fit, or fits in two ways.
+    None if the bias does not fit, or fits in two ways of which the module tells none.
     """
     found = []
     for stacked in range(len(bias)):
         outputs = len(shape) - (len(bias) - stacked)
         if outputs > stacked and (bias[:stacked], bias[stacked:]) == (shape[:stacked], shape[outputs:]):
             found.append(tuple(range(stacked, outputs)))
+    if by_module in found:
+        return by_module
     if len(found) != 1:
         return None
     # With one axis of outputs the inputs of a convolution are the last, those before are its window.
-    is_window = len(shape) - found[0][-1] == 2 and not _is_attention_output(module)
-    return found[0][-1:] if is_window else found[0]
+    return found[0][-1:] if found[0][-1] == len(shape) - 2 else found[0]
 
 
-def _by_name(
-    module: Sequence[str], shape: Shape, shapes: dict[tuple[str, ...], Shape]
+def _in_attention(
+    module: Sequence[str], name: str, shapes: dict[tuple[str, ...], Shape]
 ) -> tuple[int, ...] | None:
-    """The axes of a kernel without a bias: of two axes the first, else what the module's name tells."""
-    n = len(shape)
-    if n == 2:
-        return (0,)
-    names = [name for name in module if not name.isdigit()]
-    if not names:
+    """The axes in an attention of linen or nnx: of (in, heads, d), or of (heads, d, out) in `out`.
+
+    None elsewhere, and where the kernels may be stacked ones of two axes.
+    """
+    query, out = (shapes.get((*module[:-1], other, name), ()) for other in ("query", "out"))
+    n = len(query)
+    if n < 3 or query[-2:] != out[-3:-1] or query[-3] == out[-3]:
         return None
-    siblings = {place[len(module) - 1] for place in shapes if place[: len(module) - 1] == (*module[:-1],)}
-    if {"query", "key", "value", "out"} <= siblings:
-        if _is_attention_output(module):
-            return (n - 3, n - 2)
-        return (n - 3,) if module[-1] in {"query", "key", "value"} else None
-    return (n - 2,) if "conv" in names[-1].lower() else None
+    inputs = {"out": (n - 3, n - 2), "query": (n - 3,), "key": (n - 3,), "value": (n - 3,)}
+    return inputs.get(module[-1]) if module else None
 
 
-def _is_attention_output(module: Sequence[str]) -> bool:
-    return bool(module) and module[-1] == "out"
+def _by_name(module: Sequence[str], shape: Shape) -> tuple[int, ...] | None:
+    """The axes of a kernel without a bias: of two axes the first, of a convolution the last but one."""
+    if len(shape) == 2:
+        return (0,)
+    name = next((name.lower() for name in reversed(module) if not name.isdigit()), "")
+    return (len(shape) - 2,) if "conv" in name and "transpose" not in name else None

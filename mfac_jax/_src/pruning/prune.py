@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.tree_util import Partial
 
 from mfac_jax._src.base import checks
 from mfac_jax._src.base.trees import check_params, check_structure, leaf_name
@@ -111,6 +112,11 @@ def prune(
       E. Frantar, E. Kurtic, D. Alistarh, `M-FAC: Efficient Matrix-Free Approximations of Second-Order
       Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021 (the update `'independent'`).
     """
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, grads_or_fn, masks, sparsity))):
+        raise TypeError(
+            "prune needs params, gradients, masks and sparsity that are not traced, since its choices "
+            "depend on them. Call it outside of jax.jit; obs_scores and obs_update can be traced."
+        )
     found = patterns.parse(pattern)
     grads_fn = _as_function(grads_or_fn, params)
     if gradient_term is None:
@@ -230,18 +236,18 @@ def _checked(params: optax.Params, masks: Any) -> tuple[optax.Params, Any]:
 def _as_function(grads_or_fn: Any, params: optax.Params) -> Callable[..., Any] | None:
     """The function from parameters to gradients; None for gradients.
 
-    Gradients may have `__call__`, as modules of equinox do, and a function may hold arrays. So a tree of
-    arrays is one of gradients if its structure, its type or its shapes are those of the parameters.
+    Gradients may have `__call__`, as modules of equinox do, and a function may hold arrays, as a Partial
+    does. So a tree of arrays is one of gradients if it has the shapes of the parameters, or their type.
+    The structures do not tell: JAX takes those of different dataclasses for equal.
     """
-    leaves, structure = jax.tree.flatten(grads_or_fn)
     if not callable(grads_or_fn):
         return None
+    leaves = jax.tree.leaves(grads_or_fn)
     if jax.tree_util.all_leaves([grads_or_fn]) or not leaves:
         return grads_or_fn
-    shapes = [np.shape(w) for w in jax.tree.leaves(params)]
-    is_alike = structure == jax.tree.structure(params) or [np.shape(g)[1:] for g in leaves] == shapes
-    is_function = isinstance(grads_or_fn, jax.tree_util.Partial) or type(grads_or_fn) is not type(params)
-    return grads_or_fn if is_function and not is_alike else None
+    has_shapes = [np.shape(g)[1:] for g in leaves] == [np.shape(w) for w in jax.tree.leaves(params)]
+    has_type = type(grads_or_fn) is type(params) and not isinstance(params, Partial)
+    return None if has_shapes or has_type else grads_or_fn
 
 
 def _inputs(

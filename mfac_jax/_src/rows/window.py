@@ -77,7 +77,8 @@ class Plan(NamedTuple):
             stacked = jnp.stack(list(map(_sum, group.values())))
             product, square = stacked[:, :-1], stacked[:, -1:]
             if newest is not None:
-                product = jnp.where(jnp.arange(like.shape[-1]) == newest, square, product)
+                is_newest = jnp.arange(like.shape[-1], dtype=newest.dtype) == newest
+                product = jnp.where(is_newest, square, product)
             total = total.at[jnp.asarray(list(group))].add(lax.psum(product, axes) if axes else product)
         return total
 

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +64,31 @@ class Place(NamedTuple):
         parts = jnp.split(blocks.ravel()[: self.entries], ends[:-1])
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def positions(self, leaf: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        """Where entries of the tree, given by leaf and offset in it, stand in this place; -1: nowhere."""
-        starts = np.cumsum([0, *map(math.prod, self.shapes)])
-        found = np.full(len(leaf), -1)
-        for number, start in zip(self.leaves, starts[:-1], strict=True):
-            found = np.where(leaf == number, start + offset, found)
-        return found
+    def coordinates(self, leaf: np.ndarray, offset: np.ndarray) -> "Coordinates":
+        """Where entries of the tree, given by leaf and offset in it, stand in this place."""
+        number, axes = np.full(len(leaf), -1, np.int32), max(2, *map(len, self.shapes), 0)
+        index = np.zeros((len(leaf), axes), np.int32)
+        for i, (own, shape) in enumerate(zip(self.leaves, self.shapes, strict=True)):
+            chosen = leaf == own
+            number[chosen] = i
+            if self.size is not None:
+                shape = (-(-math.prod(shape) // self.size), self.size)
+            index[chosen, : len(shape)] = (
+                np.stack(np.unravel_index(offset[chosen], shape), -1) if shape else 0
+            )
+        return Coordinates(number, index)
+
+
+class Coordinates(NamedTuple):
+    """Where some entries stand in a place: integers, so that a program serves all of them.
+
+    Attributes:
+      number: of the leaf among those of the place, -1 for entries that are elsewhere, `(k,)`.
+      inside: where in the leaf, `(k, axes)`, with zeros behind; block and position in it, if a leaf is cut.
+    """
+
+    number: Any
+    inside: Any
 
 
 def places(grads: optax.Params, blocks: Blocks | int) -> tuple[Place, ...]:
@@ -130,14 +148,26 @@ class Narrow:
         diagonal = jnp.diagonal(self.inverse, axis1=-2, axis2=-1)
         return self.place.unflat(numerics.within_range(diagonal, -2 * self.exponents))
 
-    def submatrix(self, positions: np.ndarray, damping: Parts) -> jax.Array:
-        """The entries at all pairs of positions."""
+    def entries(self, rows: Coordinates, columns: Coordinates, damping: Parts) -> jax.Array:
+        """The entries in these rows and columns, zero where one of them is elsewhere."""
         del damping
-        block, i = np.divmod(positions, self.place.block_size)
-        same = block[:, None] == block
-        exponents = self.exponents[block, i]
-        entries = self.inverse[block[:, None], i[:, None], i]
-        return jnp.where(same, numerics.within_range(entries, -exponents[:, None] - exponents[None]), 0)
+        (block, i), (_, j) = self._positions(rows), self._positions(columns)
+        exponents = -self.exponents[block, i][:, None] - self.exponents[block, j][None]
+        found = numerics.within_range(self.inverse[block[:, None], i[:, None], j], exponents)
+        return jnp.where(_share_a_block(self.place, rows, columns), found, 0)
+
+    def _positions(self, entries: Coordinates) -> tuple[jax.Array, jax.Array]:
+        """Blocks, and positions in them."""
+        if self.place.size is not None:
+            return entries.inside[:, 0], entries.inside[:, 1]
+        starts = np.cumsum([0, *map(math.prod, self.place.shapes)])
+        axes = entries.inside.shape[1]
+        strides = np.zeros((len(self.place.shapes), axes), np.int32)
+        for number, shape in enumerate(self.place.shapes):
+            strides[number, : len(shape)] = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        inside = jnp.sum(jnp.asarray(strides)[entries.number] * entries.inside, axis=1)
+        position = jnp.asarray(starts, jnp.int32)[entries.number] + inside
+        return jnp.zeros_like(position), position
 
 
 @jax.tree_util.register_dataclass
@@ -200,29 +230,30 @@ class Wide:
         diagonal = [jnp.maximum(1 - s, noise) / damping.mantissa for s in squares]
         return self._join([numerics.within_range(d, -damping.exponent) for d in diagonal])
 
-    def submatrix(self, positions: np.ndarray, damping: Parts) -> jax.Array:
-        """The entries at all pairs of positions."""
-        if self.place.size is None:
-            same, columns = np.ones((len(positions),) * 2, bool), self._columns_of_leaves(positions)
-        else:
-            block, i = np.divmod(positions, self.place.size)
-            same, columns = block[:, None] == block, self.rows[0][block, :, i]
-        inside = jnp.matmul(columns, columns.T, precision=jax.lax.Precision.HIGHEST)
-        equal = (positions[:, None] == positions).astype(inside.dtype)
-        entries = jnp.where(same, equal - inside, 0) / damping.mantissa
-        return numerics.within_range(entries, -damping.exponent)
+    def entries(self, rows: Coordinates, columns: Coordinates, damping: Parts) -> jax.Array:
+        """The entries in these rows and columns, zero where one of them is elsewhere."""
+        left, right = self._columns(rows), self._columns(columns)
+        inside = jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
+        equal = jnp.all(rows.inside[:, None] == columns.inside[None], axis=-1)
+        equal &= rows.number[:, None] == columns.number[None]
+        found = (equal.astype(inside.dtype) - inside) / damping.mantissa
+        found = numerics.within_range(found, -damping.exponent)
+        return jnp.where(_share_a_block(self.place, rows, columns), found, 0)
 
-    def _columns_of_leaves(self, positions: np.ndarray) -> jax.Array:
-        """W at the positions, `(positions, m)`."""
-        starts = np.cumsum([0, *map(math.prod, self.place.shapes)])
-        leaf = np.searchsorted(starts, positions, side="right") - 1
-        columns = jnp.zeros((len(positions), self.rows[0].shape[1]), self.rows[0].dtype)
+    def _columns(self, entries: Coordinates) -> jax.Array:
+        """W at the entries, `(k, m)`."""
+        if self.place.size is not None:
+            return self.rows[0][entries.inside[:, 0], :, entries.inside[:, 1]]
+        columns = jnp.zeros((len(entries.number), self.rows[0].shape[1]), self.rows[0].dtype)
         for number, (rows, shape) in enumerate(zip(self.rows, self.place.shapes, strict=True)):
-            chosen = np.flatnonzero(leaf == number)
-            if len(chosen):
-                index = np.unravel_index(positions[chosen] - starts[number], shape) if shape else ()
-                # One gather, its first axis the positions: `rows[0]` would copy the leaf.
-                columns = columns.at[chosen].set(rows[(0, slice(None), *index)])
+            chosen = (entries.number == number)[:, None]
+            index = tuple(jnp.where(chosen, entries.inside, 0)[:, : len(shape)].T)
+
+            def add(columns, rows=rows, chosen=chosen, index=index):
+                # One gather, its first axis the entries: `rows[0]` would copy the leaf.
+                return jnp.where(chosen, rows[(0, slice(None), *index)], columns)
+
+            columns = jax.lax.cond(jnp.any(chosen), add, lambda columns: columns, columns)
         return columns
 
 
@@ -234,6 +265,12 @@ def _times(m: int, damping: Parts) -> Parts:
 def _in_front(x: jax.Array, like: jax.Array) -> jax.Array:
     """The array with axes of length one behind its own, as many as `like` has."""
     return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))
+
+
+def _share_a_block(place: Place, rows: Coordinates, columns: Coordinates) -> jax.Array:
+    """Which pairs of entries belong to one block of the place."""
+    inside = (rows.number >= 0)[:, None] & (columns.number >= 0)[None]
+    return inside if place.size is None else inside & (rows.inside[:, :1] == columns.inside[None, :, 0])
 
 
 def _total(terms: Iterable[jax.Array]) -> jax.Array:

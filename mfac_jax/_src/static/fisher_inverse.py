@@ -1,7 +1,9 @@
 """The static algorithm: the inverse of the damped Fisher matrix of a fixed set of gradients."""
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from mfac_jax._src.base import checks, numerics
 from mfac_jax._src.base.stacks import check_stacked, products_fit
 from mfac_jax._src.base.trees import check_tree
 from mfac_jax._src.rows.blocks import Blocks
-from mfac_jax._src.static.blocks import Narrow, Wide, make, places
+from mfac_jax._src.static.blocks import Coordinates, Narrow, Wide, make, places
 
 FisherBlocks = Blocks | int
+
+_PART = 128  # rows and columns of the inverse that are computed at a time
 
 
 @jax.tree_util.register_dataclass
@@ -168,16 +173,32 @@ class FisherInverse:
         """
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         indices = _check_indices(indices, int(ends[-1]))
-        leaf = np.searchsorted(ends, indices, side="right")
-        offset = indices - np.concatenate([[0], ends])[leaf]
-        entries = jnp.zeros((len(indices),) * 2, self.damping_parts.mantissa.dtype)
-        for stack in self.stacks:
-            positions = stack.place.positions(leaf, offset)
-            chosen = np.flatnonzero(positions >= 0)
-            if len(chosen):
-                found = stack.submatrix(positions[chosen], self.damping_parts)
-                entries = entries.at[np.ix_(chosen, chosen)].set(found)
-        return entries
+        # A part at a time, filled up with the first entry: one program, whatever the number of indices.
+        parts = max(1, -(-len(indices) // _PART))
+        padded = np.pad(indices, (0, parts * _PART - len(indices)))
+        leaf = np.searchsorted(ends, padded, side="right")
+        offset = padded - np.concatenate([[0], ends])[leaf]
+        parts = [
+            tuple(
+                stack.place.coordinates(leaf[i : i + _PART], offset[i : i + _PART]) for stack in self.stacks
+            )
+            for i in range(0, len(padded), _PART)
+        ]
+        entries = [[self._entries(rows, columns) for columns in parts] for rows in parts]
+        count = len(indices)
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(entries)):
+            return jnp.block(entries)[:count, :count]
+        # On the device this would take a program for each number of indices, as `jnp.asarray` does.
+        return jax.device_put(np.block(entries)[:count, :count])
+
+    @jax.jit
+    def _entries(self, rows: Sequence[Coordinates], columns: Sequence[Coordinates]) -> jax.Array:
+        """The entries in these rows and columns, which are given for each stack."""
+        parts = [
+            stack.entries(of_rows, of_columns, self.damping_parts)
+            for stack, of_rows, of_columns in zip(self.stacks, rows, columns, strict=True)
+        ]
+        return functools.reduce(operator.add, parts)
 
     def _check_vectors(self, tree: optax.Params) -> bool:
         """Whether the tree is a batch; raises if it is neither that nor a vector."""
@@ -208,11 +229,17 @@ def _checked_blocks(blocks: Any) -> Any:
 
 def _check_indices(indices: Sequence[int] | np.ndarray, entries: int) -> np.ndarray:
     """The indices as an array; raises if one is out of range."""
-    array = np.asarray(indices)
+    try:
+        array = np.asarray(indices)
+    except (ValueError, jax.errors.TracerArrayConversionError):  # of different lengths, or traced
+        array = np.asarray(None)
     if not array.size:  # NumPy makes an empty list one of floats
         array = array.astype(int)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"indices must be a sequence of ints, got {indices!r}.")
+        raise TypeError(
+            f"indices must be a sequence of ints that are known before tracing, got {indices!r}. Pass e.g. "
+            "[0, 5]."
+        )
     if np.any((array < 0) | (array >= entries)):
         raise IndexError(
             f"indices must be at least 0 and below {entries}, the number of parameters, got {indices!r}."
