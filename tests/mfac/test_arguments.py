@@ -60,8 +60,8 @@ def test_a_mask_must_be_a_tree_of_bools_or_a_function(make, mask):
     make(weight_decay=0.1, mask=lambda params: MASKS)
 
 
-# Under inject_hyperparams. Sizes are static always; others where optax would take them for numbers or schedules.
-SIZES = {make: ("num_grads",) for make in (mfac, mfac_published, scale_by_mfac)}
+# Under inject_hyperparams: sizes are static always, others where optax takes them for numbers or schedules.
+SIZES: dict[Any, tuple[str, ...]] = dict.fromkeys((mfac, mfac_published, scale_by_mfac), ("num_grads",))
 SIZES |= dict.fromkeys((cgfac, scale_by_cgfac), ("max_iterations", "num_batches"))
 NUMBERS = {
     "learning_rate": 0.1,
@@ -76,7 +76,7 @@ NUMBERS = {
 OTHERS: dict[str, Any] = {
     "metric": "diagonal",
     "solver": "inverse",
-    "storage": jnp.bfloat16,
+    "storage": jnp.dtype(jnp.bfloat16),
     "blocks": "leaf",
     "relative_damping": True,
     "nesterov": True,
@@ -89,6 +89,7 @@ STATIC: dict[str, Any] = {
     "max_iterations": 3,
     "num_batches": 1,
     "host_chunk": 2,
+    "storage": jnp.bfloat16,
     "blocks": lambda path: "a",
     "mask": lambda params: jax.tree.map(lambda p: jnp.ndim(p) > 1, params),
 }
@@ -119,8 +120,8 @@ def test_what_optax_would_change_is_refused_under_inject_hyperparams_with_the_cu
     for name, value in STATIC.items():
         if takes(make, name):
             options = {"weight_decay": 0.1, name: value} if name == "mask" else {name: value}
+            tx = optax.inject_hyperparams(make, static_args=tuple({*SIZES[make]} - {name}))(**options)
             with pytest.raises((TypeError, ValueError), match=rf"{name} .*static_args=\('{name}',\)"):
-                tx = optax.inject_hyperparams(make, static_args=tuple({*SIZES[make]} - {name}))(**options)
                 jax.eval_shape(tx.init, PARAMS)
             injected(make, (name,), **options)
 
