@@ -5,9 +5,9 @@ grow or shrink, and a damping that moves. Both solvers see the same rows, rounde
 
 A step is sound where a float32 Gram matrix has the digits: its system, scaled to a diagonal of ones, has a
 condition number below 1e4, and an exact solution after rounding the inner products once is right to 1e-6.
-At the other steps no solver of that matrix is right; 'exact' has the error of that solution. 'behind' is the
-largest error of the kept inverse at any step, in units of Cholesky's or 1e-6. 'made anew' is the share of
-steps that fell back to Cholesky.
+At the other steps no solver of that matrix is right; 'exact' has the error of that solution. 'behind' is
+the largest error of the kept inverse at any step, in units of Cholesky's or 1e-6. 'made anew' is the share
+of steps that fell back to Cholesky.
 
     python -m benchmarks.solver_accuracy
 """

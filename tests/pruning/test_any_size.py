@@ -39,7 +39,7 @@ def assert_same(found, expected) -> None:
     ("update", "pattern"),
     [("joint", "2:4"), *(pytest.param(u, p, marks=pytest.mark.slow) for u, p in [("independent", None)])],
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(-90, 110), st.integers(-100, 100))
 @example(66, 0)  # weights of 1e20
 @example(-83, 0)  # weights of 1e-25
@@ -63,7 +63,7 @@ def test_powers_of_two_pass_through_bit_for_bit(update, pattern, of_weights, of_
     )
 
 
-@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("pattern", [None, pytest.param("2:4", marks=pytest.mark.slow)])
 def test_the_smallest_of_weights_of_all_sizes_go(pattern):
     """Their squares are 0 and infinite in float32."""
     w = np.array([1e20, 1e-25, 3e-25, 2e-25, 1e30, 5.0, 4.0, 1e-30], np.float32)[:, None]
@@ -92,7 +92,7 @@ def test_rows_of_all_sizes_move_the_survivors_as_dense_matrices_do():
     np.testing.assert_allclose(np.ravel(found)[keep], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("damping", [1e-45, 1e-40, 1e39])
+@pytest.mark.parametrize("damping", [1e-40, 1e39])
 def test_the_damping_may_be_beyond_float32(damping):
     """Without gradients the score is w^2 damping / 2."""
     w = jnp.array([[1.0, 2.0]]) / np.sqrt(damping)

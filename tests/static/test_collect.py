@@ -41,11 +41,11 @@ def test_gradients_of_examples_are_collected_over_batches():
 
 
 def test_batches_that_end_too_soon_are_refused():
-    with pytest.raises(ValueError, match="num_grads=4 gradients, but ended after 2.*or num_grads=2"):
+    with pytest.raises(ValueError, match=r"num_grads=4 gradients, but ended after 2.*or num_grads=2"):
         collect_gradients(loss_fn, PARAMS, batches(2), 4)
     read = iter(batches(2))
     list(read)
-    with pytest.raises(ValueError, match="ended after 0. Pass batches.*iterator that was read before"):
+    with pytest.raises(ValueError, match=r"ended after 0\. Pass batches.*iterator that was read before"):
         collect_gradients(loss_fn, PARAMS, read, 1)
 
 

@@ -1,4 +1,4 @@
-"""Checks of the curvature that `scale_by_cgfac` is given, all made before anything is traced."""
+"""Checks of the curvature that `scale_by_cgfac` is given."""
 
 import dataclasses
 import math
@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mfac_jax._src.base import numerics, trees
+from mfac_jax._src.base import trees
 from mfac_jax._src.cgfac.layers import Factors, LayerFactors
-from mfac_jax._src.cgfac.operators import Operator
 
 
-def check_curvature(curvature: Any, preconditioner: Any, updates: optax.Updates, num_batches: int) -> None:
+def check_curvature(curvature: Any, preconditioner: Any, num_batches: int) -> None:
     """Raise for a curvature of another kind, and for arguments that its kind does not take."""
     if curvature is None:
         raise ValueError(
@@ -35,10 +34,6 @@ def check_curvature(curvature: Any, preconditioner: Any, updates: optax.Updates,
             f"num_batches must be 1 if the curvature is a function, got {num_batches}. Make the function "
             "that of several batches instead."
         )
-    operators: dict[str, Any] = {"curvature": curvature, "preconditioner": preconditioner}
-    for name, operator in operators.items():
-        if is_function and operator is not None:
-            _check_operator(name, operator, updates)
 
 
 def check_factors(name: str, factors: Any) -> None:
@@ -54,18 +49,18 @@ def check_factors(name: str, factors: Any) -> None:
 
 
 def _described(factors: Any) -> str:
-    """What a message says of factors that are none."""
-    if callable(factors) and not isinstance(factors, Mapping):
-        name = type(factors).__name__
-        return f"a {name}, a tree of arrays (one that multiplies is passed as lambda v: operator(v))"
-    return repr(factors)
+    """What a message says of something that is not a dict of factors."""
+    if isinstance(factors, Mapping):
+        kinds = {path: type(x).__name__ for path, x in factors.items()}
+        return f"a dict to {kinds}"
+    if callable(factors):
+        return f"a tree of arrays, {type(factors).__name__} (if it multiplies, pass lambda v: operator(v))"
+    return f"a {type(factors).__name__}"
 
 
-def _check_operator(name: str, operator: Operator, updates: optax.Updates) -> None:
-    """Raise for a function whose product is not a tree like the updates."""
-    dtype = numerics.accumulation_dtype(updates)
-    product = jax.eval_shape(lambda tree: operator(optax.tree.cast(tree, dtype)), updates)
-    found, expected = (jax.tree.map(lambda x: x.shape, tree) for tree in (product, updates))
+def check_product(name: str, product: Any, like: optax.Updates) -> None:
+    """Raise for a product that is no tree like the updates."""
+    found, expected = (jax.tree.map(jnp.shape, tree) for tree in (product, like))
     if found != expected:
         raise ValueError(
             f"{name} must return a tree like the parameters, of the shapes {expected}, got {found}. Make "

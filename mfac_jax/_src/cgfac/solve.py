@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from mfac_jax._src.base import numerics, trees
+from mfac_jax._src.cgfac import curvature_checks
 from mfac_jax._src.cgfac.layers import Factors, LayerFactors, LayerFisher
 from mfac_jax._src.cgfac.operators import Operator
 from mfac_jax._src.linalg import conjugate_gradients
@@ -34,14 +35,17 @@ def solve_whole(
     if not jax.tree.leaves(gradient):
         return []
 
-    def on_block(operator: Operator) -> conjugate_gradients.Product:
+    def on_block(name: str, operator: Operator) -> conjugate_gradients.Product:
         def product(blocks):
-            return [jax.tree.map(lambda y, x: y.astype(x.dtype), operator(blocks[0]), blocks[0])]
+            y = operator(blocks[0])
+            curvature_checks.check_product(name, y, blocks[0])
+            return [jax.tree.map(lambda y, x: y.astype(x.dtype), y, blocks[0])]
 
         return product
 
-    precondition = on_block(preconditioner) if preconditioner else lambda blocks: blocks
-    found = conjugate_gradients.solve(on_block(operator), [gradient], limits, precondition)
+    multiply = on_block("curvature", operator)
+    precondition = on_block("preconditioner", preconditioner) if preconditioner else lambda blocks: blocks
+    found = conjugate_gradients.solve(multiply, [gradient], limits, precondition)
     return [_of_block(x, found, 0) for x in jax.tree.leaves(found.blocks[0])]
 
 

@@ -148,7 +148,7 @@ def _checked_factors(
     """The factors for the updates, none if the curvature is a function; raise if anything does not fit."""
     trees.check_params(updates)
     check_state(state, updates, num_batches)
-    curvature_checks.check_curvature(curvature, preconditioner, updates, num_batches)
+    curvature_checks.check_curvature(curvature, preconditioner, num_batches)
     is_mapping = isinstance(curvature, Mapping)
     factors = curvature_checks.shown_factors(curvature, updates) if is_mapping else {}
     check_window(state.window, factors)
