@@ -23,7 +23,10 @@ Y = np.random.RandomState(1).randn(8, 3).astype(np.float32)
 
 def params(dtype=jnp.float32):
     kernel = np.random.RandomState(2).randn(4, 3)
-    return {"dense": {"bias": jnp.zeros(3, dtype), "kernel": jnp.asarray(kernel, dtype)}, "scale": jnp.ones((), dtype)}
+    return {
+        "dense": {"bias": jnp.zeros(3, dtype), "kernel": jnp.asarray(kernel, dtype)},
+        "scale": jnp.ones((), dtype),
+    }
 
 
 def outputs(p, x):
@@ -94,7 +97,9 @@ def trained_by_operator(run: Run, tx, operator, **extra):
 
 
 def gauss_newton_of(p):
-    return mfac_jax.gauss_newton(lambda p: outputs(p, jnp.asarray(X)), lambda y: jnp.mean(jnp.square(y - jnp.asarray(Y))), p)
+    return mfac_jax.gauss_newton(
+        lambda p: outputs(p, jnp.asarray(X)), lambda y: jnp.mean(jnp.square(y - jnp.asarray(Y))), p
+    )
 
 
 def empirical_fisher_of(p):
@@ -105,7 +110,9 @@ def own_metric():
     def scaled(tree):
         return jax.tree.map(lambda x: x / 2, tree)
 
-    return components.Metric("halved", lambda new: (), lambda state, g, n: (state, components.Coordinates(scaled, scaled)))
+    return components.Metric(
+        "halved", lambda new: (), lambda state, g, n: (state, components.Coordinates(scaled, scaled))
+    )
 
 
 def own_solver():
@@ -117,7 +124,9 @@ def own_solver():
 
 
 def own_step_length():
-    return components.StepLength("half", lambda zeros: (), lambda state, view: (state, jnp.full_like(view.log_step, -0.7)))
+    return components.StepLength(
+        "half", lambda zeros: (), lambda state, view: (state, jnp.full_like(view.log_step, -0.7))
+    )
 
 
 def own_storage():
@@ -126,7 +135,9 @@ def own_storage():
         row=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float16),
         encode=lambda x, rows: x.astype(jnp.float16),
         decode=lambda row: row.astype(jnp.float32),
-        dots=lambda rows, x, dtype: jnp.sum(rows.astype(dtype) * x[None].astype(dtype), axis=tuple(range(1, rows.ndim))),
+        dots=lambda rows, x, dtype: jnp.sum(
+            rows.astype(dtype) * x[None].astype(dtype), axis=tuple(range(1, rows.ndim))
+        ),
         combine=lambda c, rows: jnp.tensordot(c, rows.astype(c.dtype), 1),
     )
 
@@ -191,7 +202,9 @@ def pruned(**options):
     def grads(p):
         return stacked(p)
 
-    return pruning.prune(params(), grads if options.pop("again", False) else stacked(params()), 0.5, **options)
+    return pruning.prune(
+        params(), grads if options.pop("again", False) else stacked(params()), 0.5, **options
+    )
 
 
 def masks():
@@ -211,7 +224,10 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "": lambda run: trained(run, mfac_jax.mfac(0.1, ROWS)),
         "inverse": lambda run: trained(run, mfac_jax.mfac(0.1, ROWS, solver="inverse")),
         "schedules": lambda run: trained(
-            run, mfac_jax.mfac(SCHEDULE, ROWS, lambda step: jnp.asarray(0.2), weight_decay=1e-3, step_adaptation=SCHEDULE)
+            run,
+            mfac_jax.mfac(
+                SCHEDULE, ROWS, lambda step: jnp.asarray(0.2), weight_decay=1e-3, step_adaptation=SCHEDULE
+            ),
         ),
         "injected": lambda run: trained(
             run,
@@ -222,24 +238,35 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
     },
     "mfac_published": {
         "": lambda run: trained(run, mfac_jax.mfac_published(0.1, ROWS, 1e-3)),
-        "schedule": lambda run: trained(run, mfac_jax.mfac_published(SCHEDULE, ROWS, SCHEDULE, solver="inverse")),
+        "schedule": lambda run: trained(
+            run, mfac_jax.mfac_published(SCHEDULE, ROWS, SCHEDULE, solver="inverse")
+        ),
     },
     "scale_by_mfac": {
         "": lambda run: seen(run),
         "inverse": lambda run: seen(run, solver="inverse", blocks="leaf"),
-        "relative, nesterov": lambda run: seen(run, relative_damping=True, window_momentum=0.9, nesterov=True),
+        "relative, nesterov": lambda run: seen(
+            run, relative_damping=True, window_momentum=0.9, nesterov=True
+        ),
         "diagonal, adapted": lambda run: seen(run, metric="diagonal", step_adaptation=0.3, blocks="leaf"),
         "bfloat16": lambda run: seen(run, storage=jnp.bfloat16),
         "bfloat16 parameters": lambda run: trained(
             run, mfac_jax.mfac(SCHEDULE, ROWS, weight_decay=1e-3), params(jnp.bfloat16)
         ),
-        "float16 parameters": lambda run: trained(run, mfac_jax.mfac_published(0.1, ROWS), params(jnp.float16)),
+        "float16 parameters": lambda run: trained(
+            run, mfac_jax.mfac_published(0.1, ROWS), params(jnp.float16)
+        ),
         "repeats": lambda run: trained(run, mfac_jax.scale_by_mfac(ROWS, 1e-12)),
         "repeats, inverse": lambda run: trained(run, mfac_jax.scale_by_mfac(ROWS, 1e-12, solver="inverse")),
         "numbers of JAX": lambda run: trained(
             run,
             mfac_jax.mfac(
-                jnp.asarray(0.1), ROWS, jnp.asarray(0.2), jnp.asarray(0.9), jnp.asarray(1e-3), step_adaptation=jnp.asarray(0.3)
+                jnp.asarray(0.1),
+                ROWS,
+                jnp.asarray(0.2),
+                jnp.asarray(0.9),
+                jnp.asarray(1e-3),
+                step_adaptation=jnp.asarray(0.3),
             ),
         ),
         "on the host": lambda run: seen(run, host_chunk=2),
@@ -247,13 +274,20 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "numbers of NumPy": lambda run: trained(
             run,
             mfac_jax.scale_by_mfac(
-                np.int64(ROWS), np.float64(0.1), window_momentum=np.float32(0.5), step_adaptation=np.float64(0.1)
+                np.int64(ROWS),
+                np.float64(0.1),
+                window_momentum=np.float32(0.5),
+                step_adaptation=np.float64(0.1),
             ),
         ),
     },
     "components": {
         "": lambda run: seen(
-            run, metric=own_metric(), solver=own_solver(), step_adaptation=own_step_length(), storage=own_storage()
+            run,
+            metric=own_metric(),
+            solver=own_solver(),
+            step_adaptation=own_step_length(),
+            storage=own_storage(),
         ),
     },
     "ScaleByMFACState": {"": lambda run: jax.device_get(seen(run))},
@@ -282,19 +316,28 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "numbers of NumPy": lambda run: trained_by_layers(
             run,
             mfac_jax.cgfac(
-                np.float64(0.1), np.float64(0.1), np.float64(0.9), tolerance=np.float64(0.1), norm_constraint=np.float64(1.0)
+                np.float64(0.1),
+                np.float64(0.1),
+                np.float64(0.9),
+                tolerance=np.float64(0.1),
+                norm_constraint=np.float64(1.0),
             ),
         ),
     },
     "scale_by_cgfac": {
         "": lambda run: trained_by_layers(run, mfac_jax.scale_by_cgfac()),
         "batches": lambda run: trained_by_layers(
-            run, mfac_jax.scale_by_cgfac(0.1, num_batches=2, norm_constraint=1.0, factors=factors_of(run)[2])
+            run,
+            mfac_jax.scale_by_cgfac(0.1, num_batches=2, norm_constraint=1.0, factors=factors_of(run)[2]),
         ),
     },
     "ScaleByCGFACState": {"": lambda run: mfac_jax.scale_by_cgfac().init(params())},
     "LayerFactors": {
-        "": lambda run: run(lambda p, f: mfac_jax.scale_by_cgfac(1.0).update(p, mfac_jax.scale_by_cgfac().init(p), curvature=f))(
+        "": lambda run: run(
+            lambda p, f: mfac_jax.scale_by_cgfac(1.0).update(
+                p, mfac_jax.scale_by_cgfac().init(p), curvature=f
+            )
+        )(
             {"kernel": jnp.ones((3, 2))},
             {"kernel": mfac_jax.LayerFactors(jnp.ones((4, 3)), jnp.ones((4, 2)))},
         )

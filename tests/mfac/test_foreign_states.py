@@ -87,7 +87,10 @@ def place_of(use: str, path, kind: str) -> str:
         return ""  # jit makes float32 of it, exactly as it was before
     if field == "window" and use in ("update", "ihvp"):
         # Without parameters nobody knows how rows are: then the updates do not fit, or the metric.
-        names = {"one entry less": "shapes of the parameters given to init", "another dtype": ""}
+        names = {
+            "one entry less": "(shapes of the parameters given to init|state.metric)",
+            "another dtype": "",
+        }
         names["a tuple"] = "(tree of the parameters given to init|state.metric|state.window)"
         return names.get(kind, "state.window")
     return f"state.{field}"

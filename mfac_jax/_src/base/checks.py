@@ -75,14 +75,18 @@ def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> N
 
 
 def check_mask(mask: Any) -> None:
-    """Raise for anything but a function or a tree of bools."""
+    """Raise for anything but a function or a tree of bools.
+
+    A bool alone would be of no use. It is what optax.inject_hyperparams makes of a function, which it takes
+    for a schedule: then weight decay would act everywhere, or nowhere.
+    """
     leaves = [] if callable(mask) else jax.tree.leaves(mask)
-    wrong = [leaf for leaf in leaves if not isinstance(leaf, (bool, np.bool_))]
+    wrong = [x for x in leaves if mask is x or not isinstance(x, (bool, np.bool_))]
     if wrong:
         raise TypeError(
             "mask must be a tree of bools like the parameters, or a function from them to one, got "
-            f"{wrong[0]!r}. Pass e.g. jax.tree.map(lambda p: p.ndim > 1, params)."
-            f"{static_hint('mask', wrong[0])}"
+            f"{wrong[0]!r}. Pass e.g. lambda params: jax.tree.map(lambda p: p.ndim > 1, params). Under "
+            "optax.inject_hyperparams pass static_args=('mask',)."
         )
 
 
