@@ -21,8 +21,10 @@ def _check_floating(name: str, path, leaf) -> None:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{name} must be real floating-point arrays, but {leaf_name(path)} is "
-            f"{dtype or type(leaf).__name__}. Leave it out with optax.masked or optax.partition, or "
-            "convert it (a complex array into two real ones, a Python number with jnp.asarray)."
+            f"{dtype or type(leaf).__name__}. In an optimizer leave it out with optax.masked or "
+            "optax.partition; elsewhere split it off before, as eqx.partition(tree, eqx.is_inexact_array) "
+            "and nnx.split(model, nnx.Param, ...) do, and pass the rest. Or convert it: a complex array "
+            "into two real ones, a Python number with jnp.asarray."
         )
 
 

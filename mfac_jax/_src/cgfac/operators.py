@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import numerics, stacks, trees
@@ -83,7 +84,7 @@ def gauss_newton(
     backward = jax.linear_transpose(forward, params)
 
     def product(v: optax.Params) -> optax.Params:
-        v = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
+        v = jax.tree.map(lambda x, p: x.astype(jnp.result_type(p)), v, params)
         _, curved = jax.jvp(jax.grad(loss), (outputs,), (forward(v),))
         return backward(curved)[0]
 

@@ -167,5 +167,5 @@ def _shortening(gradient: optax.Updates, solution: optax.Updates, limit) -> jax.
     # Multiply and sum: a dot of arrays that are split over an explicit mesh axis would need a sharding.
     products = jax.tree.map(lambda g, x: jnp.sum(g * x), gradient, solution)
     squared = jnp.asarray(optax.tree.sum(products))
-    is_longer = squared > limit
+    limit, is_longer = jnp.asarray(limit, squared.dtype), squared > limit
     return jnp.where(is_longer, jnp.sqrt(numerics.quotient(limit, jnp.where(is_longer, squared, 1))), 1)

@@ -35,7 +35,7 @@ def empty_window(factors: Factors, num_batches: int) -> Window:
         return optax.EmptyState()
 
     def zeros(x, axis):
-        return jnp.zeros((*x.shape[:axis], num_batches, *x.shape[axis:]), x.dtype)
+        return jnp.zeros((*x.shape[:axis], num_batches, *x.shape[axis:]), jnp.result_type(x))
 
     return _of_arrays(zeros, factors)
 
