@@ -81,7 +81,7 @@ def _check_field(name: str, found: Any, shape: tuple[int, ...], dtype: Any) -> N
     """Raise unless the field is an array of this shape and dtype, of JAX or NumPy."""
     kind = getattr(found, "shape", None), getattr(found, "dtype", None)
     if kind != (shape, dtype):
-        got = repr(found) if None in kind else f"{kind[0]} of {kind[1]}"
+        got = repr(found) if kind[1] is None else f"{kind[0]} of {kind[1]}"
         raise ValueError(
             f"state.{name} must be an array {shape} of {jnp.dtype(dtype)}, got {got}. Restore the whole "
             "state that was saved, or call init again."
