@@ -69,7 +69,7 @@ def ihvp(
     x = plan.own_parts(tree, state.window)
     like = jnp.zeros((max(1, leaves), gram.shape[1]), gram.dtype)
     blocks = state.block_of_leaf
-    products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, x, like))
+    products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, x, like)[0])
     shift = jnp.full((len(gram), 1), gram.shape[1] * damping)
     coefficients = -solve(gram, shift, products) / damping
     inside = plan.whole(plan.combine(coefficients[blocks], state.window), tree)

@@ -10,7 +10,7 @@ import optax
 
 from mfac_jax._src.base import schedules
 from mfac_jax._src.base.accept import select
-from mfac_jax._src.linalg.gram import cosine_to_row, shrinkage, typical_cosine
+from mfac_jax._src.linalg.gram import cosines_of_rows, shrinkage
 from mfac_jax._src.mfac.momentum import ages
 
 # Where only the next step counts, the best cosine of a gradient and the update before it is 0. In the long
@@ -22,6 +22,7 @@ _FREE_UP_TO = math.log(5)
 _RETURN = 0.005
 _LARGEST = math.log(30)
 _MEMORY = 0.95  # of the mean cosine, which is about that of the last 20 gradients
+_RECENT = 0.25  # the share of the newest in the mean of the last four
 _STANDARD_ERRORS = 2  # of unrelated gradients, that a mean cosine has to exceed to count
 
 
@@ -37,7 +38,7 @@ class StepView(NamedTuple):
     """
 
     gram: jax.Array
-    last_update: jax.Array
+    cosine: jax.Array
     newest: jax.Array
     grads_seen: jax.Array
     log_step: jax.Array
@@ -72,10 +73,12 @@ class AdaptedStepState(NamedTuple):
     """State of `adapted`.
 
     Attributes:
-      mean_cosine: running mean of the cosine of a gradient and the update before it.
+      mean_cosine: running mean of the cosine of a gradient and the update before it, about the last 20.
+      recent_cosine: the same, about the last 4.
     """
 
     mean_cosine: jax.Array  # (), of the dtype of the Gram matrix
+    recent_cosine: jax.Array  # (), of the dtype of the Gram matrix
 
 
 # The update as it is.
@@ -91,7 +94,7 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
     """
 
     def init(zeros):
-        return AdaptedStepState(zeros(()))
+        return AdaptedStepState(mean_cosine=zeros(()), recent_cosine=zeros(()))
 
     def update(state, view):
         gram, newest, dtype = view.gram, view.newest, view.gram.dtype
@@ -99,17 +102,16 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
         num_grads = gram.shape[-1]
         in_use = jnp.minimum(view.grads_seen, num_grads - 1) + 1
         statistics = _Statistics(
-            cosine_to_row(gram, newest, view.last_update),
-            typical_cosine(gram),
+            view.cosine,
+            *cosines_of_rows(gram),
             shrinkage(gram, ages(newest, num_grads), in_use),
             view.grads_seen,
         )
-        before = (state.mean_cosine, view.log_step)
+        before = (state, view.log_step)
         after = _moved(*before, statistics, speed)
         # Without a direction on both sides there is nothing to learn, not even the drift.
-        is_known = jnp.any(view.last_update != 0) & jnp.any(gram[:, newest, newest] > 0)
-        mean_cosine, log_step = select(is_known, after, before)
-        return AdaptedStepState(mean_cosine), log_step
+        is_known = (view.grads_seen > 0) & jnp.any(gram[:, newest, newest] > 0)
+        return select(is_known, after, before)
 
     return StepLength("adapted", init, update)
 
@@ -125,19 +127,30 @@ class _Statistics(NamedTuple):
     """
 
     cosine: jax.Array
+    mean_of_rows: jax.Array
     typical_cosine: jax.Array
     shrinkage: jax.Array
     seen: jax.Array
 
 
 def _moved(
-    mean_cosine: jax.Array, log_step: jax.Array, statistics: _Statistics, speed: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The running mean of the cosines, and the logarithm of the factor, after a new gradient."""
+    state: AdaptedStepState, log_step: jax.Array, statistics: _Statistics, speed: jax.Array
+) -> tuple[AdaptedStepState, jax.Array]:
+    """The running means of the cosines, and the logarithm of the factor, after a new gradient."""
+    cosine = statistics.cosine
     share = jnp.maximum(1 - _MEMORY, 1 / jnp.maximum(statistics.seen, 1).astype(log_step.dtype))
-    mean = mean_cosine + share * (statistics.cosine - mean_cosine)
-    standard_error = statistics.typical_cosine * jnp.sqrt(share / (2 - share))
-    significant = jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - _STANDARD_ERRORS * standard_error, 0)
+    recent_share = jnp.maximum(share, _RECENT)
+    mean = state.mean_cosine + share * (cosine - state.mean_cosine)
+    recent = state.recent_cosine + recent_share * (cosine - state.recent_cosine)
+
+    def error(deviation, share):
+        return _STANDARD_ERRORS * deviation * jnp.sqrt(share / (2 - share))
+
+    significant = jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - error(statistics.typical_cosine, share), 0)
     beyond = significant + _DRIFT * statistics.shrinkage - _RETURN
-    moved = log_step + speed * jnp.where(log_step < _FREE_UP_TO, statistics.cosine + _DRIFT, beyond)
-    return mean, jnp.clip(moved, -_LARGEST, _LARGEST)
+    # The mean is late where steps suddenly are too long.
+    spread = jnp.sqrt(jnp.maximum(statistics.typical_cosine**2 - statistics.mean_of_rows**2, 0))
+    for late, part in ((recent, recent_share), (cosine, 1)):
+        beyond = jnp.minimum(beyond, late + error(spread, part))
+    moved = log_step + speed * jnp.where(log_step < _FREE_UP_TO, cosine + _DRIFT, beyond)
+    return AdaptedStepState(mean, recent), jnp.clip(moved, -_LARGEST, _LARGEST)
