@@ -20,8 +20,10 @@ def mean_square(gram: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where(mean > 2.0**-100, mean, 1)
 
 
-def cosine_of(products: jax.Array, square: jax.Array, gram: jax.Array, coefficients: jax.Array) -> jax.Array:
-    """Cosine of x and G^T c, over all blocks together, from G x and |x|^2; zero where one of them is zero."""
+def cosine_of(
+    products: jax.Array, square: jax.Array, gram: jax.Array, coefficients: jax.Array
+) -> jax.Array:
+    """Cosine of x and G^T c, all blocks together, from G x and |x|^2; zero where one of them is zero."""
     scale = jnp.max(jnp.abs(coefficients))
     unit = coefficients / jnp.where(scale > 0, scale, 1)
     size, length = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1)), jnp.sum(square)
@@ -33,18 +35,18 @@ def cosine_of(products: jax.Array, square: jax.Array, gram: jax.Array, coefficie
 
 
 def cosines_of_rows(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean, and root mean square, of the cosines of different rows of G, all blocks together.
+    """Mean, and mean square, of the cosines of different rows of G, all blocks together.
 
     Without zero rows; zeros where there are no two.
     """
     gram = jnp.sum(_with_largest_one(gram), axis=0)
-    norms = jnp.sqrt(jnp.diagonal(gram))
-    inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
-    others = 1 - jnp.eye(len(norms), dtype=gram.dtype)
-    count = jnp.sum(norms > 0).astype(gram.dtype)
+    squares = jnp.diagonal(gram)
+    inverse = jnp.where(squares > 0, lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+    others = 1 - jnp.eye(len(squares), dtype=gram.dtype)
+    count = jnp.sum(squares > 0).astype(gram.dtype)
     pairs = jnp.maximum(count * (count - 1), 1)
     cosines = inverse[:, None] * gram * inverse * others
-    return jnp.sum(cosines) / pairs, jnp.sqrt(jnp.sum(jnp.square(cosines)) / pairs)
+    return jnp.sum(cosines) / pairs, jnp.sum(jnp.square(cosines)) / pairs
 
 
 def shrinkage(gram: jax.Array, age: jax.Array, count: jax.Array) -> jax.Array:

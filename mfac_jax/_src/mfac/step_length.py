@@ -21,8 +21,9 @@ _DRIFT = 0.06
 _FREE_UP_TO = math.log(5)
 _RETURN = 0.005
 _LARGEST = math.log(30)
-_MEMORY = 0.95  # of the mean cosine, which is about that of the last 20 gradients
-_RECENT = 0.25  # the share of the newest in the mean of the last four
+# Of the mean cosine: about the last 20 gradients. Short windows have a shorter one, because the update
+# forgets as fast as the window, and with it the reason why gradients pointed along it.
+_MEMORY = 0.95
 _STANDARD_ERRORS = 2  # of unrelated gradients, that a mean cosine has to exceed to count
 
 
@@ -31,13 +32,15 @@ class StepView(NamedTuple):
 
     Attributes:
       gram: inner products of the rows, the new one among them, `(blocks, m, m)`.
-      last_update: coefficients of the update before, `(blocks, m)`; zero for the row that was replaced.
+      last_update: coefficients of the update before, `(blocks, m)`. Row `newest` was another gradient then.
+      cosine: of the new gradient and the update before; zero where one of them is zero.
       newest: the new gradient's row.
       grads_seen: gradients before this one.
       log_step: the logarithm of the factor before.
     """
 
     gram: jax.Array
+    last_update: jax.Array
     cosine: jax.Array
     newest: jax.Array
     grads_seen: jax.Array
@@ -73,12 +76,10 @@ class AdaptedStepState(NamedTuple):
     """State of `adapted`.
 
     Attributes:
-      mean_cosine: running mean of the cosine of a gradient and the update before it, about the last 20.
-      recent_cosine: the same, about the last 4.
+      mean_cosine: running mean of the cosine of a gradient and the update before it.
     """
 
     mean_cosine: jax.Array  # (), of the dtype of the Gram matrix
-    recent_cosine: jax.Array  # (), of the dtype of the Gram matrix
 
 
 # The update as it is.
@@ -90,11 +91,12 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
     """A factor in [1/30, 30] that grows while gradients still point along the last update.
 
     Up to 5 its logarithm moves by rate (cos(g_t, u_{t-1}) + 0.06) a step. Beyond, it moves by the rate
-    times the mean of the last 20 or so cosines, as far as that is larger than for unrelated gradients.
+    times the mean of the last 20 cosines or so, as far as that is larger than for unrelated gradients. But
+    it never grows more than the newest cosine allows: the mean is late where steps suddenly are too long.
     """
 
     def init(zeros):
-        return AdaptedStepState(mean_cosine=zeros(()), recent_cosine=zeros(()))
+        return AdaptedStepState(zeros(()))
 
     def update(state, view):
         gram, newest, dtype = view.gram, view.newest, view.gram.dtype
@@ -105,13 +107,14 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
             view.cosine,
             *cosines_of_rows(gram),
             shrinkage(gram, ages(newest, num_grads), in_use),
-            view.grads_seen,
+            jnp.clip(view.grads_seen, 1, num_grads),
         )
-        before = (state, view.log_step)
+        before = (state.mean_cosine, view.log_step)
         after = _moved(*before, statistics, speed)
         # Without a direction on both sides there is nothing to learn, not even the drift.
-        is_known = (view.grads_seen > 0) & jnp.any(gram[:, newest, newest] > 0)
-        return select(is_known, after, before)
+        is_known = jnp.any(view.last_update != 0) & jnp.any(gram[:, newest, newest] > 0)
+        mean_cosine, log_step = select(is_known, after, before)
+        return AdaptedStepState(mean_cosine), log_step
 
     return StepLength("adapted", init, update)
 
@@ -121,36 +124,36 @@ class _Statistics(NamedTuple):
 
     Attributes:
       cosine: of the two.
-      typical_cosine: of two gradients of the window, in root mean square.
+      mean_of_rows: of two gradients of the window.
+      mean_square_of_rows: the same, squared.
       shrinkage: how much smaller the newer gradients of the window are, in [-1, 1].
-      seen: gradients before this one.
+      remembered: gradients before this one that the window can hold.
     """
 
     cosine: jax.Array
     mean_of_rows: jax.Array
-    typical_cosine: jax.Array
+    mean_square_of_rows: jax.Array
     shrinkage: jax.Array
-    seen: jax.Array
+    remembered: jax.Array
 
 
 def _moved(
-    state: AdaptedStepState, log_step: jax.Array, statistics: _Statistics, speed: jax.Array
-) -> tuple[AdaptedStepState, jax.Array]:
-    """The running means of the cosines, and the logarithm of the factor, after a new gradient."""
-    cosine = statistics.cosine
-    share = jnp.maximum(1 - _MEMORY, 1 / jnp.maximum(statistics.seen, 1).astype(log_step.dtype))
-    recent_share = jnp.maximum(share, _RECENT)
-    mean = state.mean_cosine + share * (cosine - state.mean_cosine)
-    recent = state.recent_cosine + recent_share * (cosine - state.recent_cosine)
+    mean_cosine: jax.Array, log_step: jax.Array, statistics: _Statistics, speed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The running mean of the cosines, and the logarithm of the factor, after a new gradient."""
+    share = jnp.maximum(1 - _MEMORY, 1 / statistics.remembered.astype(log_step.dtype))
+    mean = mean_cosine + share * (statistics.cosine - mean_cosine)
+    standard_error = _root(statistics.mean_square_of_rows) * jnp.sqrt(share / (2 - share))
+    significant = jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - _STANDARD_ERRORS * standard_error, 0)
+    spread = _root(statistics.mean_square_of_rows - statistics.mean_of_rows**2)
+    beyond = jnp.minimum(
+        significant + _DRIFT * statistics.shrinkage - _RETURN,
+        statistics.cosine + _STANDARD_ERRORS * spread,
+    )
+    moved = log_step + speed * jnp.where(log_step < _FREE_UP_TO, statistics.cosine + _DRIFT, beyond)
+    return mean, jnp.clip(moved, -_LARGEST, _LARGEST)
 
-    def error(deviation, share):
-        return _STANDARD_ERRORS * deviation * jnp.sqrt(share / (2 - share))
 
-    significant = jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - error(statistics.typical_cosine, share), 0)
-    beyond = significant + _DRIFT * statistics.shrinkage - _RETURN
-    # The mean is late where steps suddenly are too long.
-    spread = jnp.sqrt(jnp.maximum(statistics.typical_cosine**2 - statistics.mean_of_rows**2, 0))
-    for late, part in ((recent, recent_share), (cosine, 1)):
-        beyond = jnp.minimum(beyond, late + error(spread, part))
-    moved = log_step + speed * jnp.where(log_step < _FREE_UP_TO, cosine + _DRIFT, beyond)
-    return AdaptedStepState(mean, recent), jnp.clip(moved, -_LARGEST, _LARGEST)
+def _root(x: jax.Array) -> jax.Array:
+    """The square root of `x`, with a derivative of 0 from 0 down."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

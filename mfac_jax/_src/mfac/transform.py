@@ -190,7 +190,7 @@ def _step(
     coefficients = gain[:, None] * solution
     # The row that the new one replaces is part of the last update still.
     cosine = cosine_of(inner, square, state.gram, state.coefficients)
-    view = StepView(gram, cosine, newest, state.grads_seen, state.log_step)
+    view = StepView(gram, state.coefficients, cosine, newest, state.grads_seen, state.log_step)
     step_state, log_step = step_adaptation.update(state.step_length, view)
 
     combined = coordinates.out_of(plan.combine(coefficients * jnp.exp(log_step), window))

@@ -154,7 +154,8 @@ def _combine_half(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
         return total
 
     def add_some(i, total):
-        return add(total, *lax.optimization_barrier((rows, first + i * length)), length)
+        held, start = lax.optimization_barrier((rows, first + i * length))
+        return add(total, held, start, length)
 
     first = length + len(rows) % length
     return lax.fori_loop(0, len(rows) // length - 1, add_some, add(0, rows, 0, first))
