@@ -5,9 +5,9 @@ grow or shrink, and a damping that moves. Both solvers see the same rows, rounde
 
 A step is sound where a float32 Gram matrix has the digits: its system, scaled to a diagonal of ones, has a
 condition number below 1e4, and an exact solution after rounding the inner products once is right to 1e-6.
-At the other steps no solver of that matrix is right; 'exact' has the error of that solution. 'behind' is the
-largest error of the kept inverse at any step, in units of Cholesky's or 1e-6. 'made anew' is the share of
-steps that fell back to Cholesky.
+At the other steps no solver of that matrix is right; 'exact' has the error of that solution. 'behind' is
+the largest error of the kept inverse at any step, in units of Cholesky's or 1e-6. 'made anew' is the share
+of steps that fell back to Cholesky.
 
     python -m benchmarks.solver_accuracy
 """
@@ -15,7 +15,7 @@ steps that fell back to Cholesky.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,8 @@ class Run(NamedTuple):
 def _steps(gradients, damping, solver, num_grads, relative):
     tx = scale_by_mfac(num_grads, lambda t: damping[t], relative_damping=relative, solver=solver)
 
-    def step(state, g):
+    def step(state: Any, g):
+        after: Any
         updates, after = tx.update(g, state)
         is_anew = jnp.any(after.solver.shift != state.solver.shift) if solver == "inverse" else False
         return after, (updates, jnp.asarray(is_anew))
@@ -151,6 +152,11 @@ class Expected(NamedTuple):
     from_gram: np.ndarray
     conditions: np.ndarray
 
+    @property
+    def is_sound(self) -> np.ndarray:
+        """Which steps a float32 Gram matrix has the digits for."""
+        return (errors(self.from_gram, self.updates) < 1e-6) & (self.conditions < SOUND)
+
 
 def expected(drawn: Stream) -> Expected:
     """Solve dense float64 systems of the same rows and dampings."""
@@ -170,7 +176,7 @@ def _newest(window: np.ndarray, damping: float, drawn: Stream) -> tuple[np.ndarr
         shift, gain = damping * energy, (1 + damping) * energy
     # The system is M M^T. A QR decomposition of M loses half as many digits as one of M M^T.
     scale = 1 / np.sqrt(squares + shift)[:, None]
-    r = np.linalg.qr((scale * np.hstack([window, np.sqrt(shift) * identity])).T, mode="r")
+    r: Any = np.linalg.qr((scale * np.hstack([window, np.sqrt(shift) * identity])).T, mode="r")
     solution = scale * np.linalg.solve(r, np.linalg.solve(r.T, identity[:, -1:] * scale))
     rounded = (window @ window.T).astype(np.float32).astype(np.float64) + shift * identity
     from_rounded = (
@@ -192,7 +198,7 @@ def measure(drawn: Stream) -> dict:
     right = expected(drawn)
     found = {solver: errors(runs[solver].updates, right.updates) for solver in SOLVERS}
     found["limit"] = errors(right.from_gram, right.updates)
-    sound = (found["limit"] < 1e-6) & (right.conditions < SOUND)
+    sound = right.is_sound
     return {
         "num_grads": drawn.num_grads,
         "ratio": drawn.ratio,

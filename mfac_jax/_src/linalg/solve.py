@@ -77,8 +77,11 @@ def _derivative(primals, tangents):
 
 @jax.custom_jvp
 def inverse_root(gram: jax.Array, shift: jax.Array) -> jax.Array:
-    """A `(blocks, m, m)` with A^T A = (K + shift I)^-1, as finite as `solve`."""
-    system, scale = _balanced(gram, jnp.broadcast_to(shift, (len(gram), 1)))
+    """A `(blocks, m, m)` with A^T A = (K + diag(shift))^-1, as finite as `solve`.
+
+    `shift` is `(blocks, m)`, or `(blocks, 1)` if all rows have the same.
+    """
+    system, scale = _balanced(gram, shift)
     factor = _sound_cholesky(system)
     identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     return jax.scipy.linalg.solve_triangular(factor, identity, lower=True) * scale[..., None, :]
@@ -86,11 +89,10 @@ def inverse_root(gram: jax.Array, shift: jax.Array) -> jax.Array:
 
 @inverse_root.defjvp
 def _derivative_of_root(primals, tangents):
-    """-A (dK + d shift I) A^T A / 2: of all roots near A, only A^T A counts."""
+    """-A (dK + d diag(shift)) A^T A / 2: of all roots near A, only A^T A counts."""
     (gram, shift), (d_gram, d_shift) = primals, tangents
     root = inverse_root(gram, shift)
-    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
-    d_system = d_gram + jnp.broadcast_to(d_shift, (len(gram), 1))[..., None] * identity
+    d_system = d_gram + d_shift[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
     factors = (root, d_system, root.mT, root)
     product = functools.reduce(functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST), factors)
     return root, -product / 2

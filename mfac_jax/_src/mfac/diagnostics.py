@@ -10,6 +10,7 @@ from jax import lax
 from mfac_jax._src.base.numerics import root
 from mfac_jax._src.linalg.spectrum import eigenvalues, noise
 from mfac_jax._src.mfac.state import ScaleByMFACState
+from mfac_jax._src.mfac.state_checks import as_state, check_fields, kind_of
 
 
 class Diagnostics(NamedTuple):
@@ -53,6 +54,9 @@ class Diagnostics(NamedTuple):
     rows_used: jax.Array  # () int32
 
 
+_READ = ("grads_seen", "grads_rejected", "next_row", "gram", "coefficients", "shift", "log_step")
+
+
 def diagnostics(state: optax.OptState) -> Diagnostics:
     r"""Measure the window of gradients and the last step, from the m x m Gram matrix alone.
 
@@ -83,7 +87,8 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
 
     Raises:
       TypeError: `state` holds no `ScaleByMFACState`.
-      ValueError: `state` holds several of them, or was made by a vmapped `init`.
+      ValueError: `state` holds several of them, was made by a vmapped `init`, or a field of it has another
+        shape or dtype.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
@@ -100,18 +105,13 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
       <https://hastie.su.domains/ElemStatLearn/>`_, 2009, section 3.4.1: n (1 - damping_share) are the
       effective degrees of freedom of ridge regression.
     """
-    state = _find(state)
+    state = as_state(_find(state))
+    is_adapted = kind_of(state, "step_adaptation") == "adapted"
+    check_fields(state, (*_READ, "step_length") if is_adapted else _READ, "mfac_jax.diagnostics")
     # The nnx optimizer wraps every array of its state.
-    scalars = [jnp.asarray(x) for x in (state.grads_seen, state.grads_rejected, state.next_row)]
-    mean_cosine = optax.tree.get(state.step_length, "mean_cosine", 0.0)
-    arrays = (state.gram, state.coefficients, state.shift, mean_cosine, state.log_step)
-    gram, *others = [jnp.asarray(x) for x in arrays]
-    if gram.ndim != 3:
-        raise ValueError(
-            f"state must be that of one optimizer, with a gram of 3 axes, got {gram.shape}. After "
-            "jax.vmap(tx.init) call jax.vmap(mfac_jax.diagnostics)."
-        )
-    return _measure(*scalars, gram, *others)
+    seen, rejected, next_row, *arrays = [jnp.asarray(getattr(state, name)) for name in _READ]
+    mean_cosine = jnp.asarray(optax.tree.get(state.step_length, "mean_cosine", 0.0))
+    return _measure(seen, rejected, next_row, *arrays, mean_cosine)
 
 
 def _find(state) -> ScaleByMFACState:
@@ -134,7 +134,7 @@ def _find(state) -> ScaleByMFACState:
 
 
 @jax.jit
-def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, log_step) -> Diagnostics:
+def _measure(seen, rejected, next_row, gram, coefficients, shift, log_step, mean_cosine) -> Diagnostics:
     """The formulas of `diagnostics`."""
     m, dtype = gram.shape[-1], gram.dtype
     max_float = float(jnp.finfo(dtype).max)

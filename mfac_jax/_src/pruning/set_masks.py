@@ -8,7 +8,8 @@ import optax
 
 from mfac_jax._src.base.trees import leaf_name
 from mfac_jax._src.mfac.metrics import METRICS
-from mfac_jax._src.mfac.state import ScaleByMFACState, kind_of, storage_of
+from mfac_jax._src.mfac.state import ScaleByMFACState
+from mfac_jax._src.mfac.state_checks import kind_of, storage_of
 from mfac_jax._src.pruning.keep_pruned import KeepPrunedState, mask_of_state
 from mfac_jax._src.pruning.masks import as_masks, check_masks, is_absent, placed, zero_pruned
 from mfac_jax._src.rows import host_memory, storages

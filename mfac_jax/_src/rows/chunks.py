@@ -17,11 +17,6 @@ def chunk_length(rows: Any) -> int:
     return max(1, _CHUNK_ENTRIES // max(1, entries))
 
 
-def is_large(rows: jax.Array) -> bool:
-    """Whether the rows are more than one chunk."""
-    return rows.size > _CHUNK_ENTRIES
-
-
 def dots_in_chunks(dot: Callable[[Any], jax.Array], rows: Any, length: int) -> jax.Array:
     """`dot(rows)` `(m,)`, from `dot` of `length` rows at a time."""
 

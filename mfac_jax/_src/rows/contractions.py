@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mfac_jax._src.rows import chunks
 from mfac_jax._src.rows import mesh as _mesh
 
 # On CPU a matrix-vector product adds each row up in one running sum per lane. So its relative error grows
@@ -37,16 +36,32 @@ def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     def summed(rows, x):
         return jnp.sum(rows.astype(dtype) * x.astype(dtype)[None], axis=axes)
 
-    if x.size > _MAX_DOT_COLUMNS:
-        parts = next((parts for parts in _PARTS if x.size % parts == 0), None)
-        # Where there are several devices rows may be sharded: to make them parts would gather them.
-        if parts is None or rows.dtype != dtype or jax.device_count() > 1:
-            return summed(rows, x)
-        in_parts = functools.partial(_dots_in_parts, dtype=dtype, parts=parts)
-        return lax.platform_dependent(rows, x, cpu=in_parts, default=summed)
-    if _is_large_bfloat16(rows):
-        return lax.platform_dependent(rows, x, cpu=summed, default=contracted)
-    return contracted(rows, x)
+    alone, is_long = jax.device_count() == 1, x.size > _MAX_DOT_COLUMNS
+    default = summed if is_long else contracted
+    # Where there are several devices rows may be sharded. To make them parts would gather them, and a loop
+    # over them would exchange their products one by one.
+    parts = next((parts for parts in _PARTS if x.size % parts == 0), None)
+    on_cpu = default
+    if rows.dtype == jnp.bfloat16:
+        on_cpu = summed  # a product would make a float32 copy of the rows
+    elif rows.dtype == jnp.float16 and alone:
+        on_cpu = functools.partial(_dots_one_by_one, dtype=dtype)  # here a sum would too
+    elif is_long and parts and rows.dtype == dtype and alone:
+        on_cpu = functools.partial(_dots_in_parts, dtype=dtype, parts=parts)
+    if on_cpu is default:
+        return default(rows, x)
+    return lax.platform_dependent(rows, x, cpu=on_cpu, default=default)
+
+
+def _dots_one_by_one(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """As `dots`, a row at a time."""
+
+    def of_row(number):
+        held, number = lax.optimization_barrier((rows, number))  # see `_combine_half`
+        row = lax.dynamic_index_in_dim(held, number, 0, keepdims=False)
+        return jnp.sum(row.astype(dtype) * x.astype(dtype))
+
+    return lax.map(of_row, jnp.arange(len(rows)))
 
 
 def _dots_in_parts(rows: jax.Array, x: jax.Array, dtype: jnp.dtype, parts: int) -> jax.Array:
@@ -69,7 +84,7 @@ def combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
         return jnp.sum(c * rows.astype(c.dtype), axis=0)
 
     # For a product XLA for TPU may copy the window into another layout (TPU7x, 512 rows on a device).
-    cpu = _combine_bfloat16 if _is_large_bfloat16(rows) else contracted
+    cpu = _combine_half if rows.dtype in (jnp.bfloat16, jnp.float16) else contracted
     return lax.platform_dependent(coefficients, rows, cpu=cpu, tpu=summed, default=contracted)
 
 
@@ -123,22 +138,27 @@ def column_squares(rows: jax.Array) -> jax.Array:
     return lax.fori_loop(0, chunks, add, jnp.sum(jnp.square(rows[len(rows) - rest :]), axis=0))
 
 
-def _is_large_bfloat16(rows: jax.Array) -> bool:
-    """Whether XLA for CPU would make a float32 copy of these rows that counts."""
-    return rows.dtype == jnp.bfloat16 and chunks.is_large(rows)
+def _combine_half(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
+    """As `combine`, of rows of 16-bit numbers on CPU: some are added at a time, and none is copied.
 
+    Without the barrier XLA would make all rows float32 before the loop.
+    """
+    length = min(len(rows), _ROWS_AT_A_TIME)
 
-def _combine_bfloat16(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
-    """As `combine`, for some bfloat16 rows at a time; as integers they pass the loop untouched."""
-    spec = PartitionSpec(*jax.typeof(rows).sharding.spec[1:])
+    def add(total, rows, start, number):
+        for row in range(number):
+            c, x = (
+                lax.dynamic_index_in_dim(y, start + row, 0, keepdims=False) for y in (coefficients, rows)
+            )
+            total += c * x.astype(c.dtype)
+        return total
 
-    def contract(own, integers):
-        chunk = lax.bitcast_convert_type(integers.astype(jnp.uint32) << 16, jnp.float32)
-        return _dot_general(own.astype(jnp.float32), chunk, ((0,), (0,)), spec)
+    def add_some(i, total):
+        held, start = lax.optimization_barrier((rows, first + i * length))
+        return add(total, held, start, length)
 
-    integers, total = lax.bitcast_convert_type(rows, jnp.uint16), jnp.zeros_like(rows[0], jnp.float32)
-    total = chunks.combine_in_chunks(contract, total, coefficients, integers, chunks.chunk_length(rows))
-    return total.astype(coefficients.dtype)
+    first = length + len(rows) % length
+    return lax.fori_loop(0, len(rows) // length - 1, add_some, add(0, rows, 0, first))
 
 
 def _dot_general(a: jax.Array, b: jax.Array, contracted, spec: PartitionSpec) -> jax.Array:

@@ -14,7 +14,7 @@ from jax import lax
 
 from mfac_jax._src.base import numerics, trees
 from mfac_jax._src.rows import host_memory, manual_axes, storages
-from mfac_jax._src.rows.manual_axes import AxisName, Layout
+from mfac_jax._src.rows.manual_axes import Layout, ManualAxes
 from mfac_jax._src.rows.storages import Rows, Storage, main_array
 
 
@@ -113,19 +113,17 @@ def make_plan(
     window: Any,
     storage: Storage,
     blocks: Sequence[int],
-    axis_name: AxisName = None,
+    axes: ManualAxes,
     host_chunk: int | None = None,
 ) -> Plan:
     """The plan of a tree that fits the window; `name` is what errors call the tree."""
     rows = [main_array(leaf) for leaf in storages.split(storage, window)]
     structure = jax.tree.structure(tree)
     trees.check_tree(name, tree, storages.first_tree(storage, window))
-    if axis_name is None:
+    if axes.names is None:
         trees.check_shapes(name, tree, rows)
-        layouts = [Layout.local(x.ndim) for x in jax.tree.leaves(tree)]
-    else:
-        manual_axes.check_bound(axis_name)
-        layouts = manual_axes.layouts(tree, [x.shape[1:] for x in rows], axis_name)
+    manual_axes.check_bound(axes.names)
+    layouts = manual_axes.layouts(name, tree, [x.shape[1:] for x in rows], axes)
     return Plan(storage, structure, tuple(blocks), tuple(layouts), host_chunk)
 
 
@@ -165,9 +163,35 @@ def write_row(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any
         return jax.tree.map(put_or_keep, window, row)
 
     def write(window, row):
-        def put(rows, x):
-            return lax.dynamic_update_index_in_dim(rows, x, index, 0)
-
-        return jax.tree.map(put, window, row)
+        return jax.tree.map(lambda rows, x: _put(rows, x, index), window, row)
 
     return lax.cond(accept, write, lambda window, row: window, window, row)
+
+
+def _put(rows: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows with `x` at `index`."""
+
+    def update(rows, x, index):
+        return lax.dynamic_update_index_in_dim(rows, x, index, 0)
+
+    if rows.dtype == jnp.bfloat16:
+        return lax.platform_dependent(rows, x, index, cpu=_put_bfloat16, default=update)
+    return update(rows, x, index)
+
+
+@jax.custom_jvp
+def _put_bfloat16(rows: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
+    """As `_put` on CPU, where XLA of jax 0.10 would turn all rows into float32 and back.
+
+    As a choice between integers it is an operation on each entry, in place, that changes one row only.
+    """
+    is_row = lax.broadcasted_iota(index.dtype, rows.shape, 0) == index
+    new, old = (lax.bitcast_convert_type(y, jnp.uint16) for y in (x[None], rows))
+    return lax.bitcast_convert_type(jnp.where(is_row, new, old), rows.dtype)
+
+
+@_put_bfloat16.defjvp
+def _put_bfloat16_jvp(primals, tangents):
+    # Integers have no derivative.
+    rows, x, index = primals
+    return _put_bfloat16(rows, x, index), _put_bfloat16(*tangents[:2], index)
