@@ -1,4 +1,4 @@
-"""Strict users: every public name works under each flag by which JAX refuses what it else does in silence."""
+"""Strict users: each public name works under each flag by which JAX refuses what it would do in silence."""
 
 import contextlib
 
