@@ -1,9 +1,10 @@
 """What a user calls, once for each public name: the cases of `test_strict_modes.py`.
 
-A case gets `run`, which is `jax.jit` or leaves a function as it is, and returns what it computed. Dtypes and axes
-are those of a strict user: nothing here asks for a promotion.
+A case gets `run`, which is `jax.jit` or leaves a function as it is, and returns what it computed. Dtypes
+and axes are those of a strict user: nothing here asks for a promotion.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,22 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mfac_jax
 from mfac_jax import components, pruning
 
 Run = Callable[[Callable[..., Any]], Callable[..., Any]]
-ROWS = 4
+ROWS = 3
 X = np.random.RandomState(0).randn(8, 4).astype(np.float32)
 Y = np.random.RandomState(1).randn(8, 3).astype(np.float32)
 
 
 def params(dtype=jnp.float32):
-    kernel = np.random.RandomState(2).randn(4, 3)
-    return {
-        "dense": {"bias": jnp.zeros(3, dtype), "kernel": jnp.asarray(kernel, dtype)},
-        "scale": jnp.ones((), dtype),
-    }
+    kernel = jnp.asarray(np.random.RandomState(2).randn(4, 3), dtype)
+    return {"dense": {"bias": jnp.zeros(3, dtype), "kernel": kernel}, "scale": jnp.ones((), dtype)}
 
 
 def outputs(p, x):
@@ -51,19 +51,30 @@ def stacked(p, number=3):
 
 
 def stream(p):
-    """Gradients of an ordinary run, at its worst: zeros at first, repeats, twice as large, zeros again."""
+    """Gradients of an ordinary run, at its worst: zeros at first, repeats, the other way, zeros again."""
     zeros, g = jax.tree.map(jnp.zeros_like, p), jax.grad(loss)(p)
-    return [zeros, g, g, jax.tree.map(lambda x: 2 * x, g), jax.tree.map(jnp.negative, g), zeros, g]
+    return [zeros, g, g, jax.tree.map(lambda x: -2 * x, g), zeros, g]
 
 
-def trained(run: Run, tx, p=None, gradients=None):
+def trained(run: Run, tx, p=None):
     """The parameters and the state after a run."""
     p = params() if p is None else p
     state, update = run(tx.init)(p), run(tx.update)
-    for g in stream(p) if gradients is None else gradients:
+    for g in stream(p):
         updates, state = update(g, state, p)
         p = optax.apply_updates(p, updates)
     return p, state
+
+
+@functools.cache
+def past(**options):
+    """A chain of `mfac`, and its state after a run: what other functions are given."""
+    tx = pruning.keep_pruned(mfac_jax.mfac(0.1, ROWS, **options), masks())
+    return tx, trained(jax.jit, tx)[1]
+
+
+def mfac_state(state):
+    return optax.tree.get(state, "ScaleByMFACState")
 
 
 def factors_of(run: Run, p=None):
@@ -83,6 +94,11 @@ def trained_by_layers(run: Run, tx, p=None):
     return p, update(zeros[0], state, p, zeros[1])
 
 
+def trained_by_layer(run: Run, layer):
+    p, tx = params()["dense"], mfac_jax.scale_by_cgfac(1.0)
+    return run(lambda p, layer: tx.update(p, tx.init(p), curvature={"kernel": layer}))(p, layer)
+
+
 def trained_by_operator(run: Run, tx, operator, **extra):
     p = params()
     state = run(tx.init)(p)
@@ -97,9 +113,8 @@ def trained_by_operator(run: Run, tx, operator, **extra):
 
 
 def gauss_newton_of(p):
-    return mfac_jax.gauss_newton(
-        lambda p: outputs(p, jnp.asarray(X)), lambda y: jnp.mean(jnp.square(y - jnp.asarray(Y))), p
-    )
+    x, y = jnp.asarray(X), jnp.asarray(Y)
+    return mfac_jax.gauss_newton(lambda p: outputs(p, x), lambda out: jnp.mean(jnp.square(out - y)), p)
 
 
 def empirical_fisher_of(p):
@@ -110,9 +125,10 @@ def own_metric():
     def scaled(tree):
         return jax.tree.map(lambda x: x / 2, tree)
 
-    return components.Metric(
-        "halved", lambda new: (), lambda state, g, n: (state, components.Coordinates(scaled, scaled))
-    )
+    def update(state, gradients, count):
+        return state, components.Coordinates(scaled, scaled)
+
+    return components.Metric("halved", lambda new: (), update)
 
 
 def own_solver():
@@ -124,20 +140,22 @@ def own_solver():
 
 
 def own_step_length():
-    return components.StepLength(
-        "half", lambda zeros: (), lambda state, view: (state, jnp.full_like(view.log_step, -0.7))
-    )
+    def update(state, view):
+        return state, jnp.full_like(view.log_step, -0.7)
+
+    return components.StepLength("half", lambda zeros: (), update)
 
 
 def own_storage():
+    def dots(rows, x, dtype):
+        return jnp.sum(rows.astype(dtype) * x[None].astype(dtype), axis=tuple(range(1, rows.ndim)))
+
     return components.Storage(
         name="float16",
         row=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float16),
         encode=lambda x, rows: x.astype(jnp.float16),
         decode=lambda row: row.astype(jnp.float32),
-        dots=lambda rows, x, dtype: jnp.sum(
-            rows.astype(dtype) * x[None].astype(dtype), axis=tuple(range(1, rows.ndim))
-        ),
+        dots=dots,
         combine=lambda c, rows: jnp.tensordot(c, rows.astype(c.dtype), 1),
     )
 
@@ -162,58 +180,55 @@ def collected(per_example):
     return mfac_jax.collect_gradients(batch_loss, params(), [(X, Y)] * 8, 5, per_example=per_example)
 
 
-def logged(run: Run):
+def logged():
     log = mfac_jax.DiagnosticsLog(every=1)
-    log(0, trained(run, mfac_jax.mfac(0.1, ROWS))[1])
-    return [{k: v for k, v in record.items()} for record in log.records]
+    log(0, past()[1])
+    return log.records
+
+
+def remasked(run: Run):
+    tx, state = past()
+    state = run(lambda state, masks: pruning.set_masks(tx, state, masks))(state, masks(0.8))
+    return state, run(tx.update)(stream(params())[1], state, params())
 
 
 def nnx_factors(run: Run):
-    from flax import nnx
-
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     step = mfac_jax.nnx_value_and_grad_with_factors(lambda model, x: jnp.mean(jnp.square(model(x))))
-    value, grads, factors = (nnx.jit(step) if run is jax.jit else step)(model, jnp.asarray(X))
-    return value, nnx.to_pure_dict(grads), factors
+    graph, state = nnx.split(model)
+
+    def pure(state, x):
+        value, grads, factors = step(nnx.merge(graph, state), x)
+        return value, nnx.to_pure_dict(grads), factors
+
+    return run(pure)(state, jnp.asarray(X))
 
 
-def placed_state(run: Run):
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
+def replicated():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    tx = mfac_jax.mfac(0.1, ROWS)
-    shardings = mfac_jax.state_shardings(tx, params(), NamedSharding(mesh, PartitionSpec()))
-    p = jax.device_put(params(), NamedSharding(mesh, PartitionSpec()))
-    return trained(run, tx, p)[0], jax.tree.leaves(jax.tree.map(lambda s: str(s.spec), shardings))
+    return NamedSharding(mesh, PartitionSpec())
 
 
-def masked_run(run: Run):
-    p = params()
-    masks = pruning.kernel_masks(p)
-    tx = pruning.keep_pruned(mfac_jax.mfac(0.1, ROWS), masks)
-    p, state = trained(run, tx, p)
-    p, masks = pruning.prune(p, stacked(p), 0.5, masks=masks)
-    state = run(lambda state, masks: pruning.set_masks(tx, state, masks))(state, masks)
-    updates, state = run(tx.update)(stream(p)[1], state, p)
-    return updates, state
+def shardings():
+    found = mfac_jax.state_shardings(mfac_jax.mfac(0.1, ROWS), params(), replicated())
+    return [str(sharding.spec) for sharding in jax.tree.leaves(found)]
 
 
-def pruned(**options):
-    def grads(p):
-        return stacked(p)
-
-    return pruning.prune(
-        params(), grads if options.pop("again", False) else stacked(params()), 0.5, **options
-    )
+def pruned(grads=None, **options):
+    return pruning.prune(params(), stacked(params()) if grads is None else grads, 0.5, **options)
 
 
-def masks():
-    p = params()
-    return {"dense": {"bias": None, "kernel": jnp.abs(p["dense"]["kernel"]) > 0.4}, "scale": None}
+def masks(above=0.4):
+    return {"dense": {"bias": None, "kernel": jnp.abs(params()["dense"]["kernel"]) > above}, "scale": None}
 
 
 def kept():
     return pruning.obs_update(params(), stacked(params()), masks(), 1e-3)
+
+
+def numbers(make):
+    """Learning rate, rows, damping, momentum and weight decay, as numbers of one kind."""
+    return make(0.1), ROWS, make(0.2), make(0.9), make(1e-3)
 
 
 SCHEDULE = optax.cosine_decay_schedule(0.1, 20)
@@ -224,10 +239,7 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "": lambda run: trained(run, mfac_jax.mfac(0.1, ROWS)),
         "inverse": lambda run: trained(run, mfac_jax.mfac(0.1, ROWS, solver="inverse")),
         "schedules": lambda run: trained(
-            run,
-            mfac_jax.mfac(
-                SCHEDULE, ROWS, lambda step: jnp.asarray(0.2), weight_decay=1e-3, step_adaptation=SCHEDULE
-            ),
+            run, mfac_jax.mfac(SCHEDULE, ROWS, SCHEDULE, weight_decay=1e-3, step_adaptation=SCHEDULE)
         ),
         "injected": lambda run: trained(
             run,
@@ -238,16 +250,12 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
     },
     "mfac_published": {
         "": lambda run: trained(run, mfac_jax.mfac_published(0.1, ROWS, 1e-3)),
-        "schedule": lambda run: trained(
-            run, mfac_jax.mfac_published(SCHEDULE, ROWS, SCHEDULE, solver="inverse")
-        ),
+        "schedules": lambda run: trained(run, mfac_jax.mfac_published(SCHEDULE, ROWS, SCHEDULE)),
     },
     "scale_by_mfac": {
         "": lambda run: seen(run),
         "inverse": lambda run: seen(run, solver="inverse", blocks="leaf"),
-        "relative, nesterov": lambda run: seen(
-            run, relative_damping=True, window_momentum=0.9, nesterov=True
-        ),
+        "nesterov": lambda run: seen(run, relative_damping=True, window_momentum=0.9, nesterov=True),
         "diagonal, adapted": lambda run: seen(run, metric="diagonal", step_adaptation=0.3, blocks="leaf"),
         "bfloat16": lambda run: seen(run, storage=jnp.bfloat16),
         "bfloat16 parameters": lambda run: trained(
@@ -260,24 +268,17 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "repeats, inverse": lambda run: trained(run, mfac_jax.scale_by_mfac(ROWS, 1e-12, solver="inverse")),
         "numbers of JAX": lambda run: trained(
             run,
-            mfac_jax.mfac(
-                jnp.asarray(0.1),
-                ROWS,
-                jnp.asarray(0.2),
-                jnp.asarray(0.9),
-                jnp.asarray(1e-3),
-                step_adaptation=jnp.asarray(0.3),
-            ),
+            mfac_jax.mfac(*numbers(jnp.asarray)),
         ),
         "on the host": lambda run: seen(run, host_chunk=2),
         "one row": lambda run: trained(run, mfac_jax.scale_by_mfac(1, 0.1, step_adaptation=0.3)),
         "numbers of NumPy": lambda run: trained(
             run,
-            mfac_jax.scale_by_mfac(
-                np.int64(ROWS),
-                np.float64(0.1),
-                window_momentum=np.float32(0.5),
-                step_adaptation=np.float64(0.1),
+            mfac_jax.mfac(
+                *(
+                    np.float64(x) if i != 1 else np.int64(ROWS)
+                    for i, x in enumerate((0.1, 0, 0.2, 0.9, 1e-3))
+                )
             ),
         ),
     },
@@ -290,15 +291,20 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
             storage=own_storage(),
         ),
     },
-    "ScaleByMFACState": {"": lambda run: jax.device_get(seen(run))},
-    "state_shardings": {"": placed_state},
-    "ihvp": {"": lambda run: run(mfac_jax.ihvp)(seen(run), params(), 0.1)},
+    "ScaleByMFACState": {"": lambda run: run(lambda state: state)(mfac_state(past()[1]))},
+    "state_shardings": {
+        "": lambda run: shardings(),
+        "on a mesh": lambda run: trained(
+            run, mfac_jax.mfac(0.1, ROWS), jax.device_put(params(), replicated())
+        ),
+    },
+    "ihvp": {"": lambda run: run(mfac_jax.ihvp)(mfac_state(past()[1]), params(), 0.1)},
     "diagnostics": {
-        "": lambda run: run(mfac_jax.diagnostics)(trained(run, mfac_jax.mfac(0.1, ROWS, blocks="leaf"))[1]),
+        "": lambda run: run(mfac_jax.diagnostics)(past(blocks="leaf")[1]),
         "at first": lambda run: run(mfac_jax.diagnostics)(mfac_jax.mfac(0.1, ROWS).init(params())),
     },
-    "Diagnostics": {"": lambda run: mfac_jax.diagnostics(seen(run))._asdict()},
-    "DiagnosticsLog": {"": logged},
+    "Diagnostics": {"": lambda run: mfac_jax.diagnostics(past()[1])._asdict()},
+    "DiagnosticsLog": {"": lambda run: logged()},
     "FisherInverse": {
         "": lambda run: fisher(run, None),
         "leaf": lambda run: fisher(run, "leaf"),
@@ -310,22 +316,16 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "per example": lambda run: collected(True),
     },
     "cgfac": {
-        "": lambda run: trained_by_layers(run, mfac_jax.cgfac()),
+        "": lambda run: trained_by_layers(run, mfac_jax.cgfac(tolerance=1e-5)),
         "all": lambda run: trained_by_layers(run, mfac_jax.cgfac(SCHEDULE, SCHEDULE, weight_decay=1e-3)),
         "bfloat16": lambda run: trained_by_layers(run, mfac_jax.cgfac(), params(jnp.bfloat16)),
         "numbers of NumPy": lambda run: trained_by_layers(
             run,
-            mfac_jax.cgfac(
-                np.float64(0.1),
-                np.float64(0.1),
-                np.float64(0.9),
-                tolerance=np.float64(0.1),
-                norm_constraint=np.float64(1.0),
-            ),
+            mfac_jax.cgfac(*np.asarray([0.1, 0.1, 0.9, 1e-3]), tolerance=np.float64(0.1)),
         ),
     },
     "scale_by_cgfac": {
-        "": lambda run: trained_by_layers(run, mfac_jax.scale_by_cgfac()),
+        "": lambda run: trained_by_layers(run, mfac_jax.scale_by_cgfac(tolerance=1e-5)),
         "batches": lambda run: trained_by_layers(
             run,
             mfac_jax.scale_by_cgfac(0.1, num_batches=2, norm_constraint=1.0, factors=factors_of(run)[2]),
@@ -333,22 +333,17 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
     },
     "ScaleByCGFACState": {"": lambda run: mfac_jax.scale_by_cgfac().init(params())},
     "LayerFactors": {
-        "": lambda run: run(
-            lambda p, f: mfac_jax.scale_by_cgfac(1.0).update(
-                p, mfac_jax.scale_by_cgfac().init(p), curvature=f
-            )
-        )(
-            {"kernel": jnp.ones((3, 2))},
-            {"kernel": mfac_jax.LayerFactors(jnp.ones((4, 3)), jnp.ones((4, 2)))},
-        )
+        "": lambda run: trained_by_layer(run, mfac_jax.LayerFactors(jnp.asarray(X), jnp.asarray(Y), "bias"))
     },
     "gauss_newton": {
-        "": lambda run: trained_by_operator(run, mfac_jax.cgfac(), gauss_newton_of),
+        "": lambda run: trained_by_operator(run, mfac_jax.cgfac(tolerance=1e-5), gauss_newton_of),
         "preconditioned": lambda run: trained_by_operator(
             run, mfac_jax.scale_by_cgfac(norm_constraint=1.0), gauss_newton_of, preconditioner=lambda v: v
         ),
     },
-    "empirical_fisher": {"": lambda run: trained_by_operator(run, mfac_jax.cgfac(), empirical_fisher_of)},
+    "empirical_fisher": {
+        "": lambda run: trained_by_operator(run, mfac_jax.cgfac(tolerance=1e-5), empirical_fisher_of)
+    },
     "value_and_grad_with_factors": {
         "": lambda run: factors_of(run),
         "bfloat16": lambda run: factors_of(run, params(jnp.bfloat16)),
@@ -357,8 +352,8 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
     "pruning": {"": lambda run: sorted(pruning.__all__)},
     "KeepPrunedState": {"": lambda run: pruning.keep_pruned(optax.sgd(0.1), masks()).init(params())},
     "apply_masks": {"": lambda run: run(pruning.apply_masks)(params(), masks())},
-    "keep_pruned": {"": masked_run},
-    "set_masks": {"": masked_run},
+    "keep_pruned": {"": lambda run: trained(run, pruning.keep_pruned(optax.sgd(0.1), masks()))},
+    "set_masks": {"": remasked},
     "kernel_masks": {"": lambda run: pruning.kernel_masks(params())},
     "obs_scores": {
         "": lambda run: run(lambda p, g: pruning.obs_scores(p, g, 1e-3))(params(), stacked(params())),
@@ -366,7 +361,7 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
     "obs_update": {"": lambda run: kept()},
     "prune": {
         "": lambda run: pruned(),
-        "again": lambda run: pruned(again=True, num_steps=2, pattern="2:4"),
+        "again": lambda run: pruned(stacked, num_steps=2, pattern="2:4"),
         "blocks": lambda run: pruned(pattern="block:2", update="independent"),
     },
     "pruning_report": {"": lambda run: pruning.pruning_report(masks())},

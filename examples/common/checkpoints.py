@@ -5,6 +5,7 @@ the state, which stands in the record, shows the rest. Then the newest whole one
 """
 
 import contextlib
+import gc
 import os
 import re
 import sys
@@ -150,13 +151,31 @@ def _read(folder: epath.Path, like: Any, check: Callable[[dict[str, Any]], objec
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
     """Read on every host; return what was read, and what is wrong on any host, '' where nothing is."""
     found, fault = None, ""
-    try:
-        found = read()
-    except Exception as error:  # Orbax raises its own, and bare ones
-        fault = " ".join(str(error).split())[:200] or type(error).__name__
+    with _without_echoes():
+        try:
+            found = read()
+        except Exception as error:  # Orbax raises its own, and bare ones
+            fault = " ".join(str(error).split())[:200] or type(error).__name__
     if np.any(multihost_utils.process_allgather(np.bool_(fault))):
         return None, fault or "another host cannot read it"
     return found, ""
+
+
+@contextlib.contextmanager
+def _without_echoes() -> Iterator[None]:
+    """Keep Python from printing the errors of other reads that go on after the first has failed."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = before
 
 
 def _sum_of_bits(state: Any) -> int:

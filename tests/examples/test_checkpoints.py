@@ -15,6 +15,9 @@ from examples.common import checkpoints
 from examples.common.command_line import RefusedError
 from examples.common.run_folders import CheckpointError
 
+# Reads that go on after the first has failed may find their event loop closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def state(step: int) -> dict[str, jax.Array]:
     """Leaves of several dtypes, one of them split over devices."""

@@ -154,6 +154,7 @@ def test_a_file_that_does_not_fit_leaves_the_one_before(tmp_path, files_end_at):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # other writes fail later
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_checkpoint_that_does_not_fit_is_told_with_its_folder(in_background, tmp_path, files_end_at):
     def save() -> None:
@@ -288,7 +289,9 @@ def test_other_errors_keep_their_traceback(capsys):
 
 
 def test_ctrl_c_at_the_launcher_ends_all_processes_with_one_line(tmp_path):
-    (tmp_path / "sleeper.py").write_text("import time; print('waits', flush=True); time.sleep(60)")
+    (tmp_path / "sleeper.py").write_text(
+        "import time; print('waits\\n', end='', flush=True); time.sleep(60)"
+    )
     child = subprocess.Popen(
         [sys.executable, "-m", "examples.launch_local", "--restarts=-1", "sleeper"],
         env=ENVIRONMENT | {"PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}:{tmp_path}"},

@@ -227,10 +227,8 @@ def listening(children: list[subprocess.Popen]) -> set[str]:
         for name in ("tcp", "tcp6")
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
     ]
-    waits = "0A"
-    return {
-        line[1].split(":")[0] for line in lines if line[3] == waits and f"socket:[{line[9]}]" in sockets
-    }
+    waiting = [line for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets]
+    return {line[1].split(":")[0] for line in waiting}
 
 
 def killed(children: list[subprocess.Popen], folder: Path, saving: bool, delay: float) -> None:

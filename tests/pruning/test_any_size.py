@@ -83,7 +83,7 @@ def test_rows_of_all_sizes_move_the_survivors_as_dense_matrices_do():
     system = (S / size[:, None]) @ (S / size[:, None]).T + 3 * damping * np.diag(size**-2.0)
     expected = w[keep] + (S / size[:, None]).T @ np.linalg.solve(system, Q @ w[~keep] / size)
     shape = (8, 1)
-    found = obs_update(
+    found: Any = obs_update(
         jnp.asarray(w.reshape(shape), jnp.float32),
         jnp.asarray(grads.reshape(3, *shape), jnp.float32),
         keep.reshape(shape),

@@ -10,8 +10,10 @@ import optax
 import pytest
 from jax.tree_util import Partial
 
-from mfac_jax import collect_gradients
-from mfac_jax.pruning import apply_masks, keep_pruned, kernel_masks, obs_update, prune, set_masks, sparsity
+import mfac_jax.pruning
+
+pruning: Any = mfac_jax.pruning  # a tree of parameters may be of any class
+collect_gradients: Any = mfac_jax.collect_gradients
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +38,7 @@ class GradientsOnData:
 
 
 INPUTS = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
-PARAMS = Layer(jnp.linspace(-1, 1, 12).reshape(4, 3))
+PARAMS: Any = Layer(jnp.linspace(-1, 1, 12).reshape(4, 3))
 GRADS: Any = GradientsOnData(INPUTS)(PARAMS)
 
 
@@ -46,11 +48,11 @@ def as_dict(layer) -> dict:
 
 @pytest.mark.parametrize("pattern", [pytest.param(None, marks=pytest.mark.slow), "2:4"])
 def test_callable_gradients_prune_as_those_in_a_dict(pattern):
-    expected, kept = prune(as_dict(PARAMS), as_dict(GRADS), 0.5, pattern=pattern)
-    found, masks = prune(PARAMS, GRADS, 0.5, pattern=pattern)
+    expected, kept = pruning.prune(as_dict(PARAMS), as_dict(GRADS), 0.5, pattern=pattern)
+    found, masks = pruning.prune(PARAMS, GRADS, 0.5, pattern=pattern)
     np.testing.assert_array_equal(found.kernel, expected["kernel"])
     np.testing.assert_array_equal(masks.kernel, kept["kernel"])
-    inside, _ = prune({"layer": PARAMS}, {"layer": GRADS}, 0.5, pattern=pattern)
+    inside, _ = pruning.prune({"layer": PARAMS}, {"layer": GRADS}, 0.5, pattern=pattern)
     np.testing.assert_array_equal(inside["layer"].kernel, expected["kernel"])
 
 
@@ -65,8 +67,8 @@ def test_callable_gradients_prune_as_those_in_a_dict(pattern):
     ids=["object", "partial", "partial of an object", "method"],
 )
 def test_functions_that_hold_arrays_are_called_at_each_step(function):
-    expected, _ = prune(PARAMS, lambda params: GradientsOnData(INPUTS)(params), 0.5, num_steps=2)
-    found, _ = prune(PARAMS, function, 0.5, num_steps=2)
+    expected, _ = pruning.prune(PARAMS, lambda params: GradientsOnData(INPUTS)(params), 0.5, num_steps=2)
+    found, _ = pruning.prune(PARAMS, function, 0.5, num_steps=2)
     np.testing.assert_array_equal(found.kernel, expected.kernel)
 
 
@@ -80,18 +82,18 @@ def test_functions_that_hold_arrays_are_called_at_each_step(function):
 )
 def test_callable_gradients_of_another_tree_are_refused_as_gradients(params, grads, message):
     with pytest.raises(ValueError, match=message):
-        prune(params, grads, 0.5)
+        pruning.prune(params, grads, 0.5)
 
 
 def test_masks_and_states_may_be_callable():
-    masks = kernel_masks(PARAMS)
-    tx = keep_pruned(optax.sgd(0.1), masks)
+    masks = pruning.kernel_masks(PARAMS)
+    tx = pruning.keep_pruned(optax.sgd(0.1), masks)
     state = tx.init(PARAMS)
     fewer = Layer(jnp.arange(12).reshape(4, 3) > 5)
-    state = set_masks(tx, state, fewer)
+    state = pruning.set_masks(tx, state, fewer)
     updates, _ = tx.update(PARAMS, state, PARAMS)
     expected = np.where(fewer.kernel, np.float32(-0.1) * PARAMS.kernel, -PARAMS.kernel)
     np.testing.assert_array_equal(updates.kernel, expected)
-    assert sparsity(fewer) == 0.5
-    np.testing.assert_array_equal(apply_masks(PARAMS, fewer).kernel[:2], 0)
-    assert np.all(obs_update(PARAMS, GRADS, fewer).kernel[:2] == 0)
+    assert pruning.sparsity(fewer) == 0.5
+    np.testing.assert_array_equal(pruning.apply_masks(PARAMS, fewer).kernel[:2], 0)
+    assert np.all(pruning.obs_update(PARAMS, GRADS, fewer).kernel[:2] == 0)

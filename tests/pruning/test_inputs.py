@@ -115,7 +115,7 @@ def test_two_of_four_inputs_of_each_head_stay():
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda x: random.standard_normal(x.shape).astype(np.float32), shapes["params"])
     grads = jax.tree.map(lambda x: random.standard_normal((3, *x.shape)).astype(np.float32), params)
-    found, _ = prune(params, grads, 0.5, pattern="2:4")
+    found: Any = prune(params, grads, 0.5, pattern="2:4")[0]
     for name in ("query", "key", "value"):
         kernel = np.asarray(found[name]["kernel"]).reshape(2, 4, 2, 8)
         assert np.all(np.sum(kernel != 0, axis=1) == 2)

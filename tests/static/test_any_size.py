@@ -137,13 +137,13 @@ def flat(tree) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("damping", "size"), [(1e-40, 1e-20), (3e38, 1e20)])
-def test_a_traced_damping_is_the_same_as_a_number(damping, size):
+def test_a_traced_damping_is_the_same_as_a_number(damping: Any, size):
     x = jnp.array([1.0, 2.0, -1.0]) * size
     grads = jnp.array([[1e-25, 0, 0], [0, 3e-25, 0]])
     damping = np.float32(damping)
-    expected = FisherInverse.from_gradients(grads, damping).ihvp(x)
+    expected: Any = FisherInverse.from_gradients(grads, damping).ihvp(x)
     found = jax.jit(lambda a: FisherInverse.from_gradients(grads, a).ihvp(x))(damping)
-    np.testing.assert_allclose(found, expected, rtol=4 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(found, expected, rtol=4 * float(np.finfo(np.float32).eps))
     assert np.all(np.isfinite(expected) & (np.asarray(expected) != 0))
 
 

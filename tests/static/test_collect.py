@@ -1,5 +1,7 @@
 """Gradients are collected from batches or from examples, exactly as many as asked for."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +94,7 @@ def test_what_gives_no_gradients_is_refused(loss, read, options, error, message)
 def test_batches_may_hold_scalars_keys_and_nothing():
     keys = [(jax.random.split(jax.random.key(0), 2), None)]
     noisy = lambda params, batch: params["b"] * jax.random.normal(batch[0][0])  # noqa: E731
-    grads = collect_gradients(noisy, PARAMS, keys, 2, per_example=True)
+    grads: Any = collect_gradients(noisy, PARAMS, keys, 2, per_example=True)
     np.testing.assert_allclose(grads["b"], [jax.random.normal(key) for key in keys[0][0]], rtol=1e-6)
     scaled = lambda params, batch: params["b"] * batch["scale"]  # noqa: E731
     grads = collect_gradients(scaled, PARAMS, [{"scale": 2.0}, {"scale": 3.0}], 2)

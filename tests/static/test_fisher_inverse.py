@@ -202,12 +202,11 @@ def test_bad_vectors_and_indices_are_refused():
 
 @pytest.mark.parametrize("blocks", [None, "leaf", np.int64(4)])
 def test_leaves_without_entries_change_nothing(blocks):
-    grads = {"a": jnp.asarray(uniform(3, 6), jnp.float32)}
+    grads: Any = {"a": jnp.asarray(uniform(3, 6), jnp.float32)}
     alone: Any = FisherInverse.from_gradients(grads, 1e-2, blocks=blocks)
-    fisher: Any = FisherInverse.from_gradients(
-        {**grads, "none": None, "empty": jnp.zeros((3, 0, 2))}, 1e-2, blocks=blocks
-    )
-    x = {"a": jnp.arange(6.0), "none": None, "empty": jnp.zeros((0, 2))}
+    with_empty: Any = {**grads, "none": None, "empty": jnp.zeros((3, 0, 2))}
+    fisher: Any = FisherInverse.from_gradients(with_empty, 1e-2, blocks=blocks)
+    x: Any = {"a": jnp.arange(6.0), "none": None, "empty": jnp.zeros((0, 2))}
     products = fisher.ihvp(x)
     np.testing.assert_array_equal(products["a"], alone.ihvp({"a": x["a"]})["a"])
     assert jax.tree.map(jnp.shape, products) == jax.tree.map(jnp.shape, x)

@@ -129,6 +129,7 @@ def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return x * jnp.ldexp(one, half) * jnp.ldexp(one, rest)
 
 
+@jax.jit  # what overflows on the way is no result, as jax_debug_infs sees it
 def within_range(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """x 2^exponent, clipped to the largest number of the dtype; subnormal numbers on CPU too."""
     info = jnp.finfo(x.dtype)

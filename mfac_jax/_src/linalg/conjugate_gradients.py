@@ -156,7 +156,7 @@ def _moved(loop: _Loop, Fp: Blocks, limits: Limits, stacked: Stacked) -> _Loop:
     return loop._replace(
         x=_added(loop.x, length, loop.p, stacked),
         r=_added(loop.r, -length, Ap, stacked),
-        iterations=loop.iterations + loop.active,
+        iterations=loop.iterations + loop.active.astype(jnp.int32),
         indefinite=loop.indefinite | (loop.active & ~is_positive),
         active=loop.active & is_positive,
     )

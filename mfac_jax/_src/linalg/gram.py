@@ -21,26 +21,33 @@ def mean_square(gram: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.trace(gram, axis1=-2, axis2=-1) / count.astype(gram.dtype)
 
 
-def cosine_to_row(gram: jax.Array, index: jax.Array, coefficients: jax.Array) -> jax.Array:
-    """Cosine of row `index` of G and G^T c, over all blocks together; zero where one of them is zero."""
+def cosine_of(
+    products: jax.Array, square: jax.Array, gram: jax.Array, coefficients: jax.Array
+) -> jax.Array:
+    """Cosine of x and G^T c, all blocks together, from G x and |x|^2; zero where one of them is zero."""
     scale = jnp.max(jnp.abs(coefficients))
     unit = coefficients / jnp.where(scale > 0, scale, 1)
-    gram = _with_largest_one(gram)
-    product = jnp.sum(gram[:, index] * unit)
-    squares = jnp.sum(gram[:, index, index]) * jnp.sum(unit * matvec(gram, unit))
+    size, length = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1)), jnp.sum(square)
+    size, length = (jnp.where(x > 0, x, 1) for x in (size, length))
+    product = jnp.sum(products / jnp.sqrt(size) / jnp.sqrt(length) * unit)
+    squares = jnp.sum(square / length) * jnp.sum(unit * matvec(gram / size, unit))
     cosine = product * lax.rsqrt(jnp.where(squares > 0, squares, 1))
     return jnp.clip(jnp.where(squares > 0, cosine, 0), -1, 1)
 
 
-def typical_cosine(gram: jax.Array) -> jax.Array:
-    """Root mean square of the cosines of different rows of G, all blocks together, without zero rows."""
+def cosines_of_rows(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean, and mean square, of the cosines of different rows of G, all blocks together.
+
+    Without zero rows; zeros where there are no two.
+    """
     gram = jnp.sum(_with_largest_one(gram), axis=0)
-    norms = root(jnp.diagonal(gram))
-    inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
-    others = 1 - jnp.eye(len(norms), dtype=gram.dtype)
-    count = jnp.sum(norms > 0).astype(gram.dtype)
-    total = jnp.sum(jnp.square(inverse[:, None] * gram * inverse[None]) * others)
-    return root(total / jnp.maximum(count * (count - 1), 1))
+    squares = jnp.diagonal(gram)
+    inverse = jnp.where(squares > 0, lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+    others = 1 - jnp.eye(len(squares), dtype=gram.dtype)
+    count = jnp.sum(squares > 0).astype(gram.dtype)
+    pairs = jnp.maximum(count * (count - 1), 1)
+    cosines = inverse[:, None] * gram * inverse[None] * others
+    return jnp.sum(cosines) / pairs, jnp.sum(jnp.square(cosines)) / pairs
 
 
 def shrinkage(gram: jax.Array, age: jax.Array, count: jax.Array) -> jax.Array:

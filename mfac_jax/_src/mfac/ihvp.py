@@ -85,7 +85,7 @@ def ihvp(
     own = plan.own_parts(x, state.window)
     like = jnp.zeros((max(1, leaves), gram.shape[1]), gram.dtype)
     blocks = state.block_of_leaf
-    products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, own, like))
+    products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, own, like)[0])
     # The Gram matrix holds no product below the smallest number of its dtype: neither need the shift.
     shift = gram.shape[1] * schedules.damping_at(parts.number, state.grads_seen, gram.dtype)
     coefficients = solve(gram, jnp.full((len(gram), 1), shift), products)

@@ -10,7 +10,7 @@ import optax
 
 from mfac_jax._src.base import schedules
 from mfac_jax._src.base.accept import select
-from mfac_jax._src.linalg.gram import cosine_to_row, shrinkage, typical_cosine
+from mfac_jax._src.linalg.gram import cosines_of_rows, shrinkage
 from mfac_jax._src.mfac.momentum import ages
 
 # Where only the next step counts, the best cosine of a gradient and the update before it is 0. In the long
@@ -21,7 +21,9 @@ _DRIFT = 0.06
 _FREE_UP_TO = math.log(5)
 _RETURN = 0.005
 _LARGEST = math.log(30)
-_MEMORY = 0.95  # of the mean cosine, which is about that of the last 20 gradients
+# Of the mean cosine: about the last 20 gradients. Short windows have a shorter one, because the update
+# forgets as fast as the window, and with it the reason why gradients pointed along it.
+_MEMORY = 0.95
 _STANDARD_ERRORS = 2  # of unrelated gradients, that a mean cosine has to exceed to count
 
 
@@ -30,7 +32,8 @@ class StepView(NamedTuple):
 
     Attributes:
       gram: inner products of the rows, the new one among them, `(blocks, m, m)`.
-      last_update: coefficients of the update before, `(blocks, m)`; zero for the row that was replaced.
+      last_update: coefficients of the update before, `(blocks, m)`. Row `newest` was another gradient then.
+      cosine: of the new gradient and the update before; zero where one of them is zero.
       newest: the new gradient's row.
       grads_seen: gradients before this one.
       log_step: the logarithm of the factor before.
@@ -38,6 +41,7 @@ class StepView(NamedTuple):
 
     gram: jax.Array
     last_update: jax.Array
+    cosine: jax.Array
     newest: jax.Array
     grads_seen: jax.Array
     log_step: jax.Array
@@ -87,7 +91,8 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
     """A factor in [1/30, 30] that grows while gradients still point along the last update.
 
     Up to 5 its logarithm moves by rate (cos(g_t, u_{t-1}) + 0.06) a step. Beyond, it moves by the rate
-    times the mean of the last 20 or so cosines, as far as that is larger than for unrelated gradients.
+    times the mean of the last 20 cosines or so, as far as that is larger than for unrelated gradients. But
+    it never grows more than the newest cosine allows: the mean is late where steps suddenly are too long.
     """
 
     def init(zeros):
@@ -99,10 +104,10 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
         num_grads = gram.shape[-1]
         in_use = jnp.minimum(view.grads_seen, num_grads - 1) + 1
         statistics = _Statistics(
-            cosine_to_row(gram, newest, view.last_update),
-            typical_cosine(gram),
+            view.cosine,
+            *cosines_of_rows(gram),
             shrinkage(gram, ages(newest, num_grads), in_use),
-            view.grads_seen,
+            jnp.clip(view.grads_seen, 1, num_grads),
         )
         before = (state.mean_cosine, view.log_step)
         after = _moved(*before, statistics, speed)
@@ -119,25 +124,36 @@ class _Statistics(NamedTuple):
 
     Attributes:
       cosine: of the two.
-      typical_cosine: of two gradients of the window, in root mean square.
+      mean_of_rows: of two gradients of the window.
+      mean_square_of_rows: the same, squared.
       shrinkage: how much smaller the newer gradients of the window are, in [-1, 1].
-      seen: gradients before this one.
+      remembered: gradients before this one that the window can hold.
     """
 
     cosine: jax.Array
-    typical_cosine: jax.Array
+    mean_of_rows: jax.Array
+    mean_square_of_rows: jax.Array
     shrinkage: jax.Array
-    seen: jax.Array
+    remembered: jax.Array
 
 
 def _moved(
     mean_cosine: jax.Array, log_step: jax.Array, statistics: _Statistics, speed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The running mean of the cosines, and the logarithm of the factor, after a new gradient."""
-    share = jnp.maximum(1 - _MEMORY, 1 / jnp.maximum(statistics.seen, 1).astype(log_step.dtype))
+    share = jnp.maximum(1 - _MEMORY, 1 / statistics.remembered.astype(log_step.dtype))
     mean = mean_cosine + share * (statistics.cosine - mean_cosine)
-    standard_error = statistics.typical_cosine * jnp.sqrt(share / (2 - share))
+    standard_error = _root(statistics.mean_square_of_rows) * jnp.sqrt(share / (2 - share))
     significant = jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - _STANDARD_ERRORS * standard_error, 0)
-    beyond = significant + _DRIFT * statistics.shrinkage - _RETURN
+    spread = _root(statistics.mean_square_of_rows - statistics.mean_of_rows**2)
+    beyond = jnp.minimum(
+        significant + _DRIFT * statistics.shrinkage - _RETURN,
+        statistics.cosine + _STANDARD_ERRORS * spread,
+    )
     moved = log_step + speed * jnp.where(log_step < _FREE_UP_TO, statistics.cosine + _DRIFT, beyond)
     return mean, jnp.clip(moved, -_LARGEST, _LARGEST)
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """The square root of `x`, with a derivative of 0 from 0 down."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules, trees
-from mfac_jax._src.linalg.gram import replace_row
+from mfac_jax._src.linalg.gram import cosine_of, replace_row
 from mfac_jax._src.mfac import damping as damping_rules
 from mfac_jax._src.mfac import step_length
 from mfac_jax._src.mfac.metrics import METRICS, Metric, MetricName
@@ -192,7 +192,9 @@ def _step(
     gradient = jax.tree.map(lambda x: numerics.bounded(x, state.gram.dtype), own)
     metric_state, coordinates = metric.update(state.metric, gradient, seen)
     row = plan.encode(coordinates.into(gradient), state.window)
-    products = plan.dots(state.window, plan.decode(row), state.coefficients, newest)
+    inner, square = plan.dots(state.window, plan.decode(row), state.coefficients)
+    is_newest = jnp.arange(settings.num_grads, dtype=newest.dtype)[None] == newest
+    products = jnp.where(is_newest, square[:, None], inner)
     accept = jnp.all(jnp.isfinite(products)) & has_blocks
     window = write_row(state.window, row, newest, accept)
     gram = jnp.where(accept, replace_row(state.gram, products, newest), state.gram)
@@ -204,9 +206,9 @@ def _step(
     weights = jnp.where(accept, _weights(settings, gram, newest, seen), 0)
     solution, solver_state = solver.solve(solver_state, gram, shift, weights)
     coefficients = gain[:, None] * solution
-    is_newest = jnp.arange(settings.num_grads, dtype=newest.dtype) == newest
-    last_update = jnp.where(is_newest, 0, state.coefficients)  # the row that was there is gone
-    view = StepView(gram, last_update, newest, state.grads_seen, state.log_step)
+    # The row that the new one replaces is part of the last update still.
+    cosine = cosine_of(inner, square, state.gram, state.coefficients)
+    view = StepView(gram, state.coefficients, cosine, newest, state.grads_seen, state.log_step)
     step_state, log_step = step_adaptation.update(state.step_length, view)
 
     combined = coordinates.out_of(plan.combine(coefficients * jnp.exp(log_step), window))

@@ -130,37 +130,39 @@ def _inverse_root(gram: jax.Array, shift: Parts, exponents: jax.Array) -> jax.Ar
 
 def scores(model: Model) -> list[jax.Array]:
     """The costs of pruning each entry alone, like the leaves that take part."""
-    single, number = np.ones((1, 1), bool), sum(mask is not None for mask in model.masks)
-    roots, exponent = costs(model, 1, single, [()] * number)
-    return [_score(root, exponent, model.damping) for root in roots]
+    return [_scores_of_leaf(*leaf, model.system.root, model.damping) for leaf in _taking_part(model)]
+
+
+def _taking_part(model: Model) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """The weights, rows and masks of leaves with a mask."""
+    leaves = zip(model.weights, model.system.rows, model.masks, strict=True)
+    return [(w, g, mask) for w, g, mask in leaves if mask is not None]
 
 
 @jax.jit
-def _score(root: jax.Array, exponent: jax.Array, damping: Parts) -> jax.Array:
-    """damping root^2 / 2, with roots in units of 2^exponent."""
-    own = numerics.exponent_of(root)
-    square = damping.mantissa * jnp.square(numerics.times_power(root, -own)) / 2
-    return numerics.within_range(square, 2 * (own + exponent) + damping.exponent)
+def _scores_of_leaf(
+    w: jax.Array, g: jax.Array, mask: jax.Array, root: jax.Array, damping: Parts
+) -> jax.Array:
+    w = w.astype(root.dtype)
+    exponent = numerics.exponent_of(w)
+    square = damping.mantissa * jnp.square(numerics.times_power(w, -exponent))
+    return numerics.within_range(square / (2 * _diagonal(g, mask, root)), 2 * exponent + damping.exponent)
 
 
 def costs(
     model: Model, size: int, choices: np.ndarray, inputs: Sequence[tuple[int, ...]]
-) -> tuple[list[jax.Array], jax.Array]:
+) -> list[jax.Array]:
     """What pruning each choice of each group costs: `(groups, choices)` for each leaf that takes part.
 
-    These are the roots of 2 cost / damping, which neither overflow nor vanish where weights are large or
-    small. The second result is the exponent of their unit.
+    These are the roots of 2 cost / damping in one unit, which neither overflow nor vanish where weights are
+    large or small.
     """
-    taking_part = [
-        x for x in zip(model.weights, model.system.rows, model.masks, strict=True) if x[2] is not None
+    leaves = _taking_part(model)
+    exponent = _unit([w for w, _, _ in leaves], model.damping.mantissa.dtype)
+    return [
+        _costs_of_leaf(*leaf, model.system.root, exponent, size, choices, axes)
+        for leaf, axes in zip(leaves, inputs, strict=True)
     ]
-    dtype = model.damping.mantissa.dtype
-    exponent = _unit([w for w, _, _ in taking_part], dtype)
-    roots = [
-        _costs_of_leaf(w, g, mask, model.system.root, exponent, size, choices, axes)
-        for (w, g, mask), axes in zip(taking_part, inputs, strict=True)
-    ]
-    return roots, exponent
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

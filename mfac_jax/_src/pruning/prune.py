@@ -131,7 +131,7 @@ def prune(
     for target in _targets(sparsity_of(masks), float(sparsity), steps):
         grads: Any = grads_or_fn if grads_fn is None else grads_fn(params)
         model = obs.quadratic_model(params, grads, damping, masks)
-        costs, _ = obs.costs(model, found.size, found.choices, inputs)
+        costs = obs.costs(model, found.size, found.choices, inputs)
         costs = jax.tree.unflatten(jax.tree.structure(masks), costs)
         before, masks = masks, select(costs, masks, target, found, inputs)
         if sparsity_of(masks) > sparsity_of(before):  # else there is nothing to make up for

@@ -58,10 +58,8 @@ class Plan(NamedTuple):
         """The tree that a row of the window stands for."""
         return self.structure.unflatten(map(self.storage.decode, storages.split(self.storage, row)))
 
-    def dots(
-        self, window: Any, tree: optax.Updates, like: jax.Array, newest: jax.Array | None = None
-    ) -> jax.Array:
-        """G x for each block, `(blocks, m)` as `like`; with x itself as row `newest`, where that is given.
+    def dots(self, window: Any, tree: optax.Updates, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """G x for each block, `(blocks, m)` as `like`, and |x|^2 `(blocks,)`.
 
         One sum over the mesh for all leaves that are spread over the same axes.
         """
@@ -72,15 +70,11 @@ class Plan(NamedTuple):
             product, square = self._dots_of_leaf(rows, x, like.dtype), numerics.square(x, like.dtype)
             group = partial.setdefault(layout.summed, {})
             group.setdefault(block, []).append(jnp.append(product, square))
-        total = jnp.zeros_like(like)
+        total = jnp.zeros_like(like, shape=(like.shape[0], like.shape[1] + 1))
         for axes, group in partial.items():
             stacked = jnp.stack(list(map(_sum, group.values())))
-            product, square = stacked[:, :-1], stacked[:, -1:]
-            if newest is not None:
-                is_newest = jnp.arange(like.shape[-1], dtype=newest.dtype) == newest
-                product = jnp.where(is_newest, square, product)
-            total = total.at[jnp.asarray(list(group))].add(lax.psum(product, axes) if axes else product)
-        return total
+            total = total.at[jnp.asarray(list(group))].add(lax.psum(stacked, axes) if axes else stacked)
+        return total[:, :-1], total[:, -1]
 
     def _dots_of_leaf(self, rows: Rows, x: jax.Array, dtype: Any) -> jax.Array:
         if host_memory.is_on_host(rows):

@@ -165,7 +165,7 @@ class Narrow:
         strides = np.zeros((len(self.place.shapes), axes), np.int32)
         for number, shape in enumerate(self.place.shapes):
             strides[number, : len(shape)] = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        inside = jnp.sum(jnp.asarray(strides)[entries.number] * entries.inside, axis=1)
+        inside = jnp.sum(jnp.asarray(strides)[entries.number] * entries.inside, axis=1, dtype=jnp.int32)
         position = jnp.asarray(starts, jnp.int32)[entries.number] + inside
         return jnp.zeros_like(position), position
 
