@@ -1,4 +1,4 @@
-"""Strict users: every public name works under each flag by which JAX refuses what it does in silence else."""
+"""Strict users: every public name works under each flag by which JAX refuses what it else lets pass."""
 
 import contextlib
 
