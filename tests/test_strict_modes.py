@@ -1,4 +1,4 @@
-"""Strict users: each public name works under each flag by which JAX refuses what it would do in silence."""
+"""Strict users: every public name works under each flag by which JAX refuses what it else lets pass."""
 
 import contextlib
 

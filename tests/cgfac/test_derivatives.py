@@ -80,7 +80,7 @@ STEPS: dict[str, Callable[[], Step]] = {
     "empirical Fisher": lambda: of_function("empirical"),
     "Gauss-Newton": lambda: of_function("Gauss-Newton"),
 }
-FAST = ("fewer", "a stack", "a norm constraint", "Gauss-Newton")
+FAST = ("fewer", "a norm constraint", "Gauss-Newton")
 DEFAULT = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in STEPS]
 
 
@@ -115,6 +115,7 @@ def test_rows_that_depend_on_each_other_have_a_derivative(x64):
     assert relative_error(tangent, (dense(1e-5) - dense(-1e-5)) / 2e-5) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_row_that_appears_has_a_derivative(x64):
     """The direction of a row of zeros is in no span before it moves."""
     a, b = with_zeros(), drawn(1, 5, 3)

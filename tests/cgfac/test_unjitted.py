@@ -79,6 +79,7 @@ TRANSFORMS = {
     "a window": lambda: scale_by_cgfac(num_batches=2, factors=gradient_and_factors()[1]),
 }
 SLOW = (
+    "a preconditioner",
     "factors",
     "a function of jit",
     "a function",
@@ -86,7 +87,7 @@ SLOW = (
     "Gauss-Newton of a loop",
     "empirical Fisher",
 )
-NAMES = ("a preconditioner", "Gauss-Newton", *SLOW)
+NAMES = ("Gauss-Newton", *SLOW)
 CASES = [
     *(pytest.param("cgfac", name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES),
     pytest.param("inject_hyperparams", "a function", marks=pytest.mark.slow),

@@ -54,7 +54,8 @@ def gauss_newton(
     the loss by the outputs. For softmax cross-entropy and squared error this is the Fisher matrix.
 
     The call makes one forward pass. Each product then takes one forward and one backward pass through the
-    linearized model.
+    linearized model. Outside of jit, pass a plain function, or one that was jitted once: what is jitted
+    anew at each step, and loops in a plain function, are compiled anew.
 
     Args:
       model: from parameters to the outputs for a batch, which it holds.

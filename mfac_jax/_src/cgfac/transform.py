@@ -48,7 +48,9 @@ def scale_by_cgfac(
 
     A gradient with a NaN or an Inf comes back unchanged; factors with one give updates of zeros. Either
     changes only `grads_rejected` in the state. In `jax.shard_map` and `jax.pmap`, first average the
-    gradient and gather the factors (`jax.lax.all_gather` with `tiled=True`).
+    gradient and gather the factors (`jax.lax.all_gather` with `tiled=True`). Updates have derivatives in
+    forward mode (`jax.jvp`, `jax.jacfwd`). Outside of jit, functions may be made anew at each step: nothing
+    is compiled for them. A tree of arrays with a `__call__`, as modules have, is not taken for a function.
 
     Args:
       damping: lambda, > 0, a number or a schedule over accepted gradients. A larger one is closer to
@@ -66,9 +68,10 @@ def scale_by_cgfac(
       A transform with the state `ScaleByCGFACState`. It ignores `params`, and needs `curvature`.
 
     Raises:
-      TypeError: an argument, or `curvature`, has a wrong type; a leaf is not a real floating-point array.
+      TypeError: an argument, `curvature` or the state has a wrong type; a leaf is not a real floating-point
+        array; an update is differentiated in reverse mode.
       ValueError: an argument is out of range; `curvature` is missing or does not fit the parameters; the
-        state was made for another `num_batches`; `preconditioner` comes with factors.
+        state was made for another `num_batches`, or lacks a field; `preconditioner` comes with factors.
 
     Example:
       >>> import jax, jax.numpy as jnp, mfac_jax
