@@ -179,15 +179,10 @@ def test_a_chain_refuses_damaged_momentum():
         CHAIN.update(PARAMS, (*state[:2], ema, *state[3:]), PARAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
-    [
-        mfac(0.1, 3),
-        pytest.param(CHAIN, marks=pytest.mark.slow),
-        pytest.param(
-            mfac(0.1, 3, solver="inverse", storage=HALF, weight_decay=0.1), marks=pytest.mark.slow
-        ),
-    ],
+    [mfac(0.1, 3), CHAIN, mfac(0.1, 3, solver="inverse", storage=HALF, weight_decay=0.1)],
     ids=["mfac", "mfac_published", "inverse and storage"],
 )
 def test_numpy_states_go_on_as_those_of_jax_do(tx):

@@ -110,7 +110,7 @@ class OnDevices:
         return jax.tree.map(unstacked, found, self.specs) if self.mode == "pmap" else found
 
 
-QUICK = [("no types", "mixed", True), ("pmap", "mixed", True)]
+QUICK = [("no types", "mixed", True)]
 CASES = [
     (mode, placement, inside) for mode in MODES for placement in PLACEMENTS for inside in (True, False)
 ]
@@ -141,7 +141,9 @@ REFUSED = "param_specs must say what (params|updates|tree) holds: leaf .* may be
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["init inside", "init outside"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    "placement", [pytest.param(name, marks=[] if name == "mixed" else slow) for name in PLACEMENTS]
+)
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_where_types_do_not_tell_and_nobody_declares_it_is_refused(mode, placement, inside):
     run = OnDevices(mode, PLACEMENTS[placement])
