@@ -43,12 +43,14 @@ def batch_loss(p, batch):
     return jnp.mean(jnp.square(outputs(p, x) - y))
 
 
+@functools.partial(jax.jit, static_argnames="number")
 def stacked(p, number=3):
     """Gradients at neighbouring points, on a leading axis."""
     grads = [jax.grad(loss)(jax.tree.map(lambda w, k=k: w * (1 + k / 8), p)) for k in range(number)]
     return jax.tree.map(lambda *g: jnp.stack(g), *grads)
 
 
+@jax.jit
 def stream(p):
     """Gradients of an ordinary run, at its worst: zeros at first, repeats, the other way, zeros again."""
     zeros, g = jax.tree.map(jnp.zeros_like, p), jax.grad(loss)(p)

@@ -17,7 +17,6 @@ FLAGS = {
     "debug_nans": lambda: jax.debug_nans(True),
     "debug_infs": lambda: jax.debug_infs(True),
 }
-OTHER_FLAGS = {"x64": lambda: jax.enable_x64(True), "disable_jit": jax.disable_jit}
 ALL_CASES = [pytest.param(name, what, id=f"{name}, {what}") for name in CASES for what in CASES[name]]
 
 
@@ -25,7 +24,7 @@ ALL_CASES = [pytest.param(name, what, id=f"{name}, {what}") for name in CASES fo
 def flags(*names):
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.enter_context((FLAGS | OTHER_FLAGS)[name]())
+            stack.enter_context(FLAGS[name]())
         yield
 
 
@@ -161,13 +160,26 @@ def test_float64_of_numpy_stays_float64_with_x64(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", [*FLAGS, *OTHER_FLAGS])
 @pytest.mark.parametrize("run", [jax.jit, unchanged], ids=["jit", "not"])
 @pytest.mark.parametrize(("name", "what"), ALL_CASES)
-def test_a_flag_changes_no_number(name, what, run, flag):
-    case = CASES[name][what]
-    expected = case(run)
-    with flags(flag):
-        found = case(run)
-    if flag != "x64":  # more digits in sums, and integers of 64 bits
-        assert_same(found, expected, rtol=0 if flag in FLAGS else 1e-4)
+def test_flags_change_no_number(name, what, run):
+    expected = CASES[name][what](run)
+    with flags(*FLAGS):
+        assert_same(CASES[name][what](run), expected, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [jax.jit, unchanged], ids=["jit", "not"])
+@pytest.mark.parametrize(("name", "what"), ALL_CASES)
+def test_all_flags_at_once_with_x64(name, what, run):
+    with flags(*FLAGS), jax.enable_x64(True):
+        assert_finite(CASES[name][what](run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_public_name_works_with_jit_disabled(name):
+    case = next(iter(CASES[name].values()))
+    expected = case(jax.jit)
+    with jax.disable_jit(), jax.debug_nans(True):
+        assert_same(case(unchanged), expected, rtol=1e-4)
