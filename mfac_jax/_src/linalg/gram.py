@@ -45,7 +45,7 @@ def cosines_of_rows(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     others = 1 - jnp.eye(len(squares), dtype=gram.dtype)
     count = jnp.sum(squares > 0).astype(gram.dtype)
     pairs = jnp.maximum(count * (count - 1), 1)
-    cosines = inverse[:, None] * gram * inverse * others
+    cosines = inverse[:, None] * gram * inverse[None] * others
     return jnp.sum(cosines) / pairs, jnp.sum(jnp.square(cosines)) / pairs
 
 

@@ -175,7 +175,7 @@ def _step(
     metric_state, coordinates = metric.update(state.metric, gradient, seen)
     row = plan.encode(coordinates.into(gradient), state.window)
     inner, square = plan.dots(state.window, plan.decode(row), state.coefficients)
-    is_newest = jnp.arange(settings.num_grads) == newest
+    is_newest = jnp.arange(settings.num_grads)[None] == newest
     products = jnp.where(is_newest, square[:, None], inner)
     accept = jnp.all(jnp.isfinite(products)) & has_blocks
     window = write_row(state.window, row, newest, accept)
