@@ -48,7 +48,10 @@ def _noise(params, key):
 # Losses of a step, from parameters, number of the step and key; and what counts at the end.
 PROBLEMS = {
     "full batches": (lambda p, t, key: _squares(p, slice(None)), lambda p: _squares(p, slice(None))),
-    "full batches, network": (lambda p, t, key: _network(p, slice(None)), lambda p: _network(p, slice(None))),
+    "full batches, network": (
+        lambda p, t, key: _network(p, slice(None)),
+        lambda p: _network(p, slice(None)),
+    ),
     "batches of 4": (
         lambda p, t, key: _squares(p, jax.random.randint(key, (4,), 0, 40)),
         lambda p: _squares(p, slice(None)),
@@ -57,7 +60,10 @@ PROBLEMS = {
         lambda p, t, key: _network(p, jax.random.randint(key, (4,), 0, 16)),
         lambda p: _network(p, slice(None)),
     ),
-    "growing": (lambda p, t, key: jnp.exp(t / 40) * _squares(p, slice(None)), lambda p: _squares(p, slice(None))),
+    "growing": (
+        lambda p, t, key: jnp.exp(t / 40) * _squares(p, slice(None)),
+        lambda p: _squares(p, slice(None)),
+    ),
     "shrinking": (
         lambda p, t, key: jnp.exp(-t / 40) * _squares(p, slice(None)),
         lambda p: _squares(p, slice(None)),
@@ -113,7 +119,11 @@ def results(num_grads: int) -> Result:
 
 def main() -> None:
     """Print the table."""
-    print("| problem | m | " + " | ".join(f"rate {rate:g}: loss, without, largest factor" for rate in RATES) + " |")
+    print(
+        "| problem | m | "
+        + " | ".join(f"rate {rate:g}: loss, without, largest factor" for rate in RATES)
+        + " |"
+    )
     print("|---" * (2 + len(RATES)) + "|")
     for number, problem in enumerate(PROBLEMS):
         for num_grads in WINDOWS:

@@ -23,7 +23,7 @@ from mfac_jax._src.rows.mesh import (
 from mfac_jax._src.rows.storages import Storage
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """The part of a leaf that a row of the window has here.
 
     Attributes:
@@ -37,13 +37,14 @@ class _Part(NamedTuple):
     varies_over: tuple[str, ...]
 
 
-def _part_of(leaf: Any, axes: Mapping[str, int]) -> _Part:
+def part_of(leaf: Any, axes: Mapping[str, int]) -> Part:
+    """The part of a leaf that a row has here, where these manual axes are bound."""
     sharding = named_sharding(leaf)
     row = None if sharding is None else row_sharding(leaf.shape, sharding)
     # Inside of shard_map the leaf is this device's shard; the axes it does not vary along split it further.
     sharded = tuple(name for name in axes if name in varying(leaf))
     beyond = split(leaf.shape, {name: size for name, size in axes.items() if name not in sharded})
-    return _Part(local_shape(beyond, leaf.shape), row, (*names_in(beyond), *sharded))
+    return Part(local_shape(beyond, leaf.shape), row, (*names_in(beyond), *sharded))
 
 
 def empty_row(params: optax.Params, dtype: Any, axis_name: AxisName) -> optax.Params:
@@ -51,7 +52,7 @@ def empty_row(params: optax.Params, dtype: Any, axis_name: AxisName) -> optax.Pa
     axes = bound_axes(axis_name)
 
     def zeros(leaf):
-        part = _part_of(leaf, axes)
+        part = part_of(leaf, axes)
         return _varying_zeros(part.shape, dtype, part.sharding, part.varies_over)
 
     return jax.tree.map(zeros, params)
@@ -64,7 +65,7 @@ def empty_window(
     axes = bound_axes(axis_name)
 
     def rows_of(leaf):
-        part = _part_of(leaf, axes)
+        part = part_of(leaf, axes)
         row = storage.row(jax.ShapeDtypeStruct(part.shape, leaf.dtype))
         return jax.tree.map(lambda array: _empty_rows(array, leaf, part, num_grads, on_host), row)
 
@@ -72,15 +73,25 @@ def empty_window(
     return storages.join(storage, structure, [rows_of(leaf) for leaf in leaves])
 
 
-def _empty_rows(
-    row: jax.ShapeDtypeStruct, leaf: Any, part: _Part, num_grads: int, on_host: bool
-) -> jax.Array:
-    """Of one array that a row of the leaf is made of. Such an array has the leaf's axes, or is whole."""
+def placed(row: jax.ShapeDtypeStruct, part: Part) -> tuple[NamedSharding | None, tuple[int, ...]]:
+    """The sharding of one array that a row is made of, and its shape on each device.
+
+    Such an array has the leaf's axes, or is whole.
+    """
     own = part.sharding
-    if own is not None and row.shape != part.shape:
+    if own is None:
+        return None, row.shape
+    if row.shape != part.shape:
         own = replicated(own.mesh, len(row.shape))
+    return own, own.shard_shape(row.shape)
+
+
+def _empty_rows(
+    row: jax.ShapeDtypeStruct, leaf: Any, part: Part, num_grads: int, on_host: bool
+) -> jax.Array:
+    """Of one array that a row of the leaf is made of."""
+    own, on_device = placed(row, part)
     sharding = None if own is None else window_sharding(own)
-    on_device = row.shape if own is None else own.shard_shape(row.shape)
     if on_host and host_memory.may_be_on_host(on_device):
         like_row = (row.shape, row.dtype, own, part.varies_over)
         outside = None if isinstance(leaf, Tracer) else sharding or getattr(leaf, "sharding", None)
