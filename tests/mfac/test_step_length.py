@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from mfac_jax import scale_by_mfac
+from tests.mfac import closed_loops
 from tests.mfac.dense_streams import (
     ONE_BLOCKING,
     as_flat,
@@ -124,6 +125,22 @@ def test_the_step_factor_of_a_short_window_stays_in_its_band(num_grads):
 def test_the_step_factor_grows_while_gradients_shrink():
     shrinking = noise("spread", 64) * np.exp(-np.arange(2000) / 50, dtype=np.float32)[:, None]
     np.testing.assert_allclose(np.exp(log_steps_of(64, shrinking)[999]), 30, rtol=1e-5)
+
+
+WINDOWS = [m if m == 4 else pytest.param(m, marks=slow) for m in closed_loops.WINDOWS]
+
+
+@pytest.mark.parametrize("num_grads", WINDOWS)
+def test_training_ends_no_worse_than_without_the_step_factor(num_grads):
+    adapted, fixed, factors = closed_loops.results(num_grads)
+    closed = len(closed_loops.CLOSED)
+    # Losses at the end of minibatches fluctuate by a few times.
+    worst = np.where(["batches of" in problem for problem in closed_loops.CLOSED], 3, 1.1)
+    np.testing.assert_array_less(adapted[:closed], worst[:, None] * fixed[:closed] + 1e-6)
+    largest = dict(zip(closed_loops.PROBLEMS, factors.max(axis=(1, 2)), strict=True))
+    assert max(largest.values()) < 31
+    # Noise has nothing to teach, at any scale; alternating gradients ask for shorter steps.
+    assert max(largest["noise"], largest["growing noise"], largest["alternating"]) < 15
 
 
 @slow
