@@ -21,7 +21,18 @@ def preconditioner(**options):
 
 
 def injected(factory, **kwargs):
-    return optax.inject_hyperparams(factory, static_args="num_grads")(num_grads=NUM_GRADS, **kwargs)
+    return optax.inject_hyperparams(factory, static_args=("num_grads", "storage"))(
+        **({"num_grads": NUM_GRADS} | kwargs)
+    )
+
+
+# Twice as many rows, so that the same float32 temporaries are the same part of the window. Gram matrices are
+# four times as large then, and so are the leaves.
+HALF: dict[str, Any] = {"num_grads": 2 * NUM_GRADS, "storage": jnp.bfloat16}
+
+
+def half(**options):
+    return scale_by_mfac(damping=1.0, **HALF, **options)
 
 
 TRANSFORMS = {
@@ -40,6 +51,15 @@ TRANSFORMS = {
     "mfac_published": mfac_published(0.1, NUM_GRADS),
     "inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, weight_decay=1e-3),
     "apply_if_finite of mfac": optax.apply_if_finite(mfac(0.1, NUM_GRADS), 3),
+    "bfloat16": half(),
+    "bfloat16, a block a leaf": half(blocks="leaf"),
+    "bfloat16, inverse kept": half(solver="inverse"),
+    "bfloat16, chain": optax.chain(optax.clip_by_global_norm(1.0), half(), optax.scale(-0.1)),
+    "bfloat16, masked": optax.masked(half(), {"bias": False, "kernel": True, "conv": True}),
+    "bfloat16, inject_hyperparams": injected(scale_by_mfac, damping=1.0, **HALF),
+    "bfloat16, mfac": mfac(0.1, **HALF),
+    "bfloat16, inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, **HALF),
+    "bfloat16 parameters": mfac(0.1, 2 * NUM_GRADS),
 }
 
 
@@ -51,7 +71,7 @@ class TrainingStep(NamedTuple):
         return jax.tree.leaves(optax.tree.get(self.state, "window"))
 
 
-def compile_training(tx: optax.GradientTransformation, steps: int) -> TrainingStep:
+def compile_training(tx: optax.GradientTransformation, steps: int, params: Any = PARAMS) -> TrainingStep:
     def train(carry, _):
         params, state = carry
         gradients = jax.grad(lambda p: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(p)))(params)
@@ -63,11 +83,11 @@ def compile_training(tx: optax.GradientTransformation, steps: int) -> TrainingSt
             return train((params, state), None)[0]
         return jax.lax.scan(train, (params, state), length=steps)[0]
 
-    state = tx.init(PARAMS)
-    return TrainingStep(jax.jit(train_all, donate_argnames="state").lower(PARAMS, state).compile(), state)
+    state = tx.init(params)
+    return TrainingStep(jax.jit(train_all, donate_argnames="state").lower(params, state).compile(), state)
 
 
-QUICK = ("mfac", "inverse kept", "apply_if_finite of mfac")
+QUICK = ("mfac", "inverse kept", "apply_if_finite of mfac", "bfloat16, mfac")
 
 
 @pytest.fixture(
@@ -80,7 +100,11 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def step(name):
-    return compile_training(TRANSFORMS[name], steps=1)
+    if not name.startswith("bfloat16"):
+        return compile_training(TRANSFORMS[name], 1)
+    dtype = jnp.bfloat16 if name == "bfloat16 parameters" else jnp.float32
+    longer = jax.tree.map(lambda p: jnp.concatenate([p] * 4).astype(dtype), PARAMS)
+    return compile_training(TRANSFORMS[name], 1, longer)
 
 
 def copies_of_the_window(step: TrainingStep) -> list[str]:

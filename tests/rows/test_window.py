@@ -101,7 +101,7 @@ def test_entries_beyond_the_dtype_of_the_window_are_clipped():
 
 @pytest.mark.parametrize("storage", [floats(None), SCALED], ids=lambda s: s.name)
 def test_products_with_the_window_are_those_of_each_block(storage):
-    """Rows 0 to 3 are put in one by one; the next comes into row 2."""
+    """Rows 0 to 3 are put in one by one; the next is only looked at."""
     stack, newest = tree_of(jnp.float32, (4,)), tree_of(jnp.float32)
     like = jnp.zeros((2, 4))
 
@@ -116,20 +116,20 @@ def test_products_with_the_window_are_those_of_each_block(storage):
         x = plan.decode(plan.encode(newest, rows))
         return (
             plan.dots(rows, newest, like),
-            plan.dots(rows, x, like, jnp.asarray(2)),
+            plan.dots(rows, x, like),
             plan.combine(coefficients, rows),
             window.gram(rows, storage, plan.blocks, jnp.zeros((2, 4, 4))),
         )
 
-    dots, with_newest, combined, gram = products(stack, newest)
+    (dots, _), (encoded_dots, squares), combined, gram = products(stack, newest)
     # The blocks are `a` with the empty leaf, and `b`.
     matrices = [np.asarray(stack["a"]).reshape(4, -1), np.asarray(stack["b"])[:, None]]
     vectors = [np.asarray(newest["a"]).ravel(), np.asarray(newest["b"])[None]]
     expected = np.stack([G @ x for G, x in zip(matrices, vectors, strict=True)])
     close: Any = {"rtol": 1e-3, "atol": 1e-3} if storage is SCALED else {"rtol": 1e-5, "atol": 1e-6}
     np.testing.assert_allclose(dots, expected, **close)
-    expected[:, 2] = [x @ x for x in vectors]
-    np.testing.assert_allclose(with_newest, expected, **close)
+    np.testing.assert_allclose(encoded_dots, expected, **close)
+    np.testing.assert_allclose(squares, [x @ x for x in vectors], **close)
     np.testing.assert_allclose(combined["a"].ravel(), np.arange(4) @ matrices[0], **close)
     np.testing.assert_allclose(combined["b"], np.arange(4, 8) @ matrices[1][:, 0], **close)
     np.testing.assert_allclose(gram, [G @ G.T for G in matrices], **close)
@@ -142,8 +142,9 @@ def test_a_bad_entry_makes_all_products_nan(bad):
     rows = empty_window(tree, floats(None), 5, ManualAxes(), False)
     plan = plan_of(tree, rows, blocks=(0, 0, 0))
     bounded = jax.tree.map(lambda x: numerics.bounded(x, jnp.dtype(jnp.float32)), tree)
-    products = plan.dots(rows, plan.decode(plan.encode(bounded, rows)), jnp.zeros((1, 5)))
+    products, square = plan.dots(rows, plan.decode(plan.encode(bounded, rows)), jnp.zeros((1, 5)))
     assert np.isnan(products).all()
+    assert np.isnan(square).all()
 
 
 @DTYPES

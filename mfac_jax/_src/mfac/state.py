@@ -13,8 +13,8 @@ from mfac_jax._src.base.accept import accept_or_refuse
 from mfac_jax._src.mfac.metrics import Metric
 from mfac_jax._src.mfac.solvers import Solver
 from mfac_jax._src.mfac.step_length import StepLength
+from mfac_jax._src.rows import memory, zeros
 from mfac_jax._src.rows import mesh as _mesh
-from mfac_jax._src.rows import zeros
 from mfac_jax._src.rows.blocks import number_of_blocks
 from mfac_jax._src.rows.manual_axes import ManualAxes
 from mfac_jax._src.rows.storages import Storage
@@ -89,12 +89,14 @@ def first_state(
         return zeros_on_mesh(shape, dtype)
 
     num_blocks = number_of_blocks(blocks)
+    with memory.enough_for_window(params, num_grads, kinds.storage, axes, on_host):
+        window = zeros.empty_window(params, kinds.storage, num_grads, axes, on_host)
     return ScaleByMFACState(
         made_with=kinds.names(),
         grads_seen=zeros_on_mesh((), jnp.int32),
         grads_rejected=zeros_on_mesh((), jnp.int32),
         next_row=zeros_on_mesh((), jnp.int32),
-        window=zeros.empty_window(params, kinds.storage, num_grads, axes, on_host),
+        window=window,
         metric=kinds.metric.init(lambda: zeros.empty_row(params, dtype, axes)),
         gram=new((num_blocks, num_grads, num_grads)),
         solver=kinds.solver.init(new, num_blocks, num_grads),

@@ -16,7 +16,7 @@ from mfac_jax._src.rows.mesh import named_sharding, names_in, replicated, row_sh
 from mfac_jax._src.rows.storages import Storage
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """The part of a leaf that a row of the window has here.
 
     Attributes:
@@ -30,7 +30,7 @@ class _Part(NamedTuple):
     varies_over: tuple[str, ...]
 
 
-def _parts_of(params: optax.Params, axes: ManualAxes) -> list[_Part]:
+def parts_of(params: optax.Params, axes: ManualAxes) -> list[Part]:
     """Those of all leaves; raises where a leaf may be a shard or equal on all devices."""
     manual_axes.check_declared("params", params, axes)
     bound = manual_axes.bound_axes(axes.names)
@@ -42,19 +42,19 @@ def _parts_of(params: optax.Params, axes: ManualAxes) -> list[_Part]:
     ]
 
 
-def _part_of(leaf: Any, axes: Mapping[str, int], sharded: tuple[str, ...]) -> _Part:
+def _part_of(leaf: Any, axes: Mapping[str, int], sharded: tuple[str, ...]) -> Part:
     """Inside of shard_map the leaf is this device's shard; the other axes split it further."""
     sharding = named_sharding(leaf)
     row = None if sharding is None else row_sharding(leaf.shape, sharding)
     beyond = manual_axes.beyond(leaf.shape, axes, sharded)
-    return _Part(local_shape(beyond, leaf.shape), row, (*names_in(beyond), *sharded))
+    return Part(local_shape(beyond, leaf.shape), row, (*names_in(beyond), *sharded))
 
 
 def empty_row(params: optax.Params, dtype: Any, axes: ManualAxes) -> optax.Params:
     """Zeros like a row of the window before it is encoded: what metrics keep for each entry."""
     zeros = [
         _varying_zeros(part.shape, dtype, part.sharding, part.varies_over)
-        for part in _parts_of(params, axes)
+        for part in parts_of(params, axes)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), zeros)
 
@@ -69,18 +69,28 @@ def empty_window(
         return jax.tree.map(lambda array: _empty_rows(array, leaf, part, num_grads, on_host), row)
 
     leaves, structure = jax.tree.flatten(params)
-    return storages.join(storage, structure, list(map(rows_of, leaves, _parts_of(params, axes))))
+    return storages.join(storage, structure, list(map(rows_of, leaves, parts_of(params, axes))))
+
+
+def placed(row: jax.ShapeDtypeStruct, part: Part) -> tuple[NamedSharding | None, tuple[int, ...]]:
+    """The sharding of one array that a row is made of, and its shape on each device.
+
+    Such an array has the leaf's axes, or is whole.
+    """
+    own = part.sharding
+    if own is None:
+        return None, row.shape
+    if row.shape != part.shape:
+        own = replicated(own.mesh, len(row.shape))
+    return own, own.shard_shape(row.shape)
 
 
 def _empty_rows(
-    row: jax.ShapeDtypeStruct, leaf: Any, part: _Part, num_grads: int, on_host: bool
+    row: jax.ShapeDtypeStruct, leaf: Any, part: Part, num_grads: int, on_host: bool
 ) -> jax.Array:
-    """Of one array that a row of the leaf is made of. Such an array has the leaf's axes, or is whole."""
-    own = part.sharding
-    if own is not None and row.shape != part.shape:
-        own = replicated(own.mesh, len(row.shape))
+    """Of one array that a row of the leaf is made of."""
+    own, on_device = placed(row, part)
     sharding = None if own is None else window_sharding(own)
-    on_device = row.shape if own is None else own.shard_shape(row.shape)
     if on_host and host_memory.may_be_on_host(on_device):
         like_row = (row.shape, row.dtype, own, part.varies_over)
         outside = None if isinstance(leaf, Tracer) else sharding or getattr(leaf, "sharding", None)
