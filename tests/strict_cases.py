@@ -26,16 +26,15 @@ Y = np.random.RandomState(1).randn(8, 3).astype(np.float32)
 
 def params(dtype=jnp.float32):
     kernel = jnp.asarray(np.random.RandomState(2).randn(4, 3), dtype)
-    return {"dense": {"bias": jnp.zeros(3, dtype), "kernel": kernel}, "scale": jnp.ones((), dtype)}
+    return {"dense": {"bias": jnp.zeros(3, dtype), "kernel": kernel}}
 
 
 def outputs(p, x):
-    y = jnp.dot(x, p["dense"]["kernel"]) + p["dense"]["bias"][None]
-    return jnp.tanh(p["scale"] * y)
+    return jnp.tanh(jnp.dot(x, p["dense"]["kernel"]) + p["dense"]["bias"][None])
 
 
 def loss(p, x=None):
-    x = jnp.asarray(X, p["scale"].dtype) if x is None else x
+    x = jnp.asarray(X, p["dense"]["bias"].dtype) if x is None else x
     return jnp.mean(jnp.square(outputs(p, x) - jnp.asarray(Y, x.dtype)))
 
 
@@ -44,12 +43,14 @@ def batch_loss(p, batch):
     return jnp.mean(jnp.square(outputs(p, x) - y))
 
 
+@functools.partial(jax.jit, static_argnames="number")
 def stacked(p, number=3):
     """Gradients at neighbouring points, on a leading axis."""
     grads = [jax.grad(loss)(jax.tree.map(lambda w, k=k: w * (1 + k / 8), p)) for k in range(number)]
     return jax.tree.map(lambda *g: jnp.stack(g), *grads)
 
 
+@jax.jit
 def stream(p):
     """Gradients of an ordinary run, at its worst: zeros at first, repeats, the other way, zeros again."""
     zeros, g = jax.tree.map(jnp.zeros_like, p), jax.grad(loss)(p)
@@ -97,6 +98,15 @@ def trained_by_layers(run: Run, tx, p=None):
 def trained_by_layer(run: Run, layer):
     p, tx = params()["dense"], mfac_jax.scale_by_cgfac(1.0)
     return run(lambda p, layer: tx.update(p, tx.init(p), curvature={"kernel": layer}))(p, layer)
+
+
+def experts(run: Run):
+    """Two layers in one kernel."""
+    grads, tx = stacked(params(), 2)["dense"]["kernel"], mfac_jax.scale_by_cgfac(1.0)
+    layout = mfac_jax.KernelLayout((2, 4, 3), (0,), (1,), (2,))
+    rows = (jnp.stack([jnp.asarray(x), -jnp.asarray(x)]) for x in (X, Y))
+    layer = mfac_jax.LayerFactors(*rows, layout=layout)
+    return run(lambda g, layer: tx.update(g, tx.init(g), curvature={"": layer}))(grads, layer)
 
 
 def trained_by_operator(run: Run, tx, operator, **extra):
@@ -219,7 +229,7 @@ def pruned(grads=None, **options):
 
 
 def masks(above=0.4):
-    return {"dense": {"bias": None, "kernel": jnp.abs(params()["dense"]["kernel"]) > above}, "scale": None}
+    return {"dense": {"bias": None, "kernel": jnp.abs(params()["dense"]["kernel"]) > above}}
 
 
 def kept():
@@ -300,7 +310,7 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
     },
     "ihvp": {"": lambda run: run(mfac_jax.ihvp)(mfac_state(past()[1]), params(), 0.1)},
     "diagnostics": {
-        "": lambda run: run(mfac_jax.diagnostics)(past(blocks="leaf")[1]),
+        "": lambda run: run(mfac_jax.diagnostics)(past()[1]),
         "at first": lambda run: run(mfac_jax.diagnostics)(mfac_jax.mfac(0.1, ROWS).init(params())),
     },
     "Diagnostics": {"": lambda run: mfac_jax.diagnostics(past()[1])._asdict()},
@@ -335,6 +345,7 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
     "LayerFactors": {
         "": lambda run: trained_by_layer(run, mfac_jax.LayerFactors(jnp.asarray(X), jnp.asarray(Y), "bias"))
     },
+    "KernelLayout": {"": experts},
     "gauss_newton": {
         "": lambda run: trained_by_operator(run, mfac_jax.cgfac(tolerance=1e-5), gauss_newton_of),
         "preconditioned": lambda run: trained_by_operator(

@@ -97,13 +97,10 @@ def _solve(
     rounding = (1 + math.sqrt(m) / 8) * eps
     smallest = m * tiny / eps  # each of the m terms loses up to `tiny` where it leaves the normal numbers
 
-    def residual(solution: jax.Array) -> tuple[jax.Array, jax.Array]:
-        product = matvec(gram, solution)
-        return rhs - product - shift[:, None] * solution, product
-
     def refine(found: _Found) -> _Found:
         solution = found.solution + matvec(kept.matrix, found.rest)
-        (rest, product), terms = residual(solution), matvec(magnitudes, jnp.abs(solution))
+        product, terms = matvec(gram, solution), matvec(magnitudes, jnp.abs(solution))
+        rest = rhs - product - shift[:, None] * solution
         size = terms + shift[:, None] * jnp.abs(solution) + jnp.abs(rhs)
         errors = jnp.where(size < jnp.inf, jnp.abs(rest) / jnp.maximum(size, smallest), jnp.inf)
         error = jnp.max(errors, axis=-1)
@@ -115,11 +112,10 @@ def _solve(
     def is_worth_a_try(found: _Found) -> jax.Array:
         return ~jnp.all(is_good(found)) & jnp.all(is_good(found) | found.converges)
 
-    # Without a refinement the residual is 5 to 20 eps, so the first one is made unseen.
-    first, unknown = matvec(kept.matrix, rhs), jnp.full_like(shift, jnp.inf)
-    rest, product = residual(first)
-    found = refine(_Found(first, product, product, rest, unknown, unknown > 0))
-    found = lax.while_loop(is_worth_a_try, refine, found)
+    # All in the loop: what is read on both sides of its start would be computed twice.
+    zero, unknown = jnp.zeros_like(rhs), jnp.full_like(shift, jnp.inf)
+    start = _Found(zero, zero, zero, rhs, unknown, unknown > 0)
+    found = lax.while_loop(is_worth_a_try, refine, start)
     keeps_digits = cholesky.keeps_digits(rhs * found.product, jnp.abs(rhs) * found.terms)
     good = jnp.all(is_good(found)) & jnp.all(keeps_digits)
 
