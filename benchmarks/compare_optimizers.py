@@ -35,7 +35,7 @@ from examples.common.command_line import (
     parse,
     refuse,
 )
-from examples.common.workload import DataError
+from examples.common.data import DataError
 
 
 @dataclasses.dataclass(frozen=True)

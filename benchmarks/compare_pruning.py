@@ -25,11 +25,13 @@ import numpy as np
 
 import mfac_jax
 from benchmarks import timing
-from examples import cifar10_data, prune_resnet20, pruning, resnet20
+from examples import cifar10_data, resnet20, resnet20_pruning
 from examples.common import json_lines, markdown, provenance
 from examples.common.command_line import NO_DEFAULT, Count, OptionalPath, choices, parse
-from examples.prune_resnet20 import CHUNK, PATTERNS, PUBLISHED_GRADS
+from examples.common.options import Pruning, Shares
+from examples.prune_resnet20 import PATTERNS, WEIGHTS
 from examples.resnet20 import Network
+from examples.resnet20_pruning import CHUNK, PUBLISHED_GRADS
 
 IMAGES, EXAMPLES = PUBLISHED_GRADS * CHUNK, 512  # at each recomputation
 TEST_IMAGES = 2000
@@ -55,7 +57,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "magnitude": Method({"num_steps": 1}),
-    "published": Method(prune_resnet20.PUBLISHED, per_example=False, kernels_only=True),
+    "published": Method(resnet20_pruning.PUBLISHED, per_example=False, kernels_only=True),
     "mfac_jax": Method({}),
     "mfac_jax, statistics along the way": Method({}, stats_along=True),
     # What makes the difference: the default with one thing changed.
@@ -82,7 +84,7 @@ class Options:
     """folder with CIFAR-10 and resnet20_cifar10_torch.npz. Without it nothing is run"""
     methods: Annotated[tuple[str, ...], choices(METHODS)] = TABLE
     """which to run"""
-    sparsities: pruning.Shares = pruning.Options.sparsity
+    sparsities: Shares = Pruning.sparsity
     """shares of the weights to prune"""
     pattern: Annotated[str | None, choices(PATTERNS, many=False), NO_DEFAULT] = None
     """groups of weights that are pruned together; without it, single weights"""
@@ -115,7 +117,7 @@ class Request(NamedTuple):
 def pruned(network: Network, data: Data, request: Request) -> Network:
     """Prune the network; it keeps the statistics that its last gradients were taken with."""
     method, random, stats = METHODS[request.method], np.random.default_rng(request.seed), network.stats
-    masks = prune_resnet20.prunable(network.params, request.pattern)
+    masks = resnet20_pruning.prunable(network.params, request.pattern)
 
     def gradients(params):
         nonlocal stats
@@ -133,7 +135,7 @@ def pruned(network: Network, data: Data, request: Request) -> Network:
             EXAMPLES if method.per_example else PUBLISHED_GRADS,
             per_example=method.per_example,
         )
-        return prune_resnet20.of_kernels(grads, masks) if method.kernels_only else grads
+        return resnet20_pruning.of_kernels(grads, masks) if method.kernels_only else grads
 
     params, _ = mfac_jax.pruning.prune(
         network.params, gradients, request.sparsity, masks=masks, pattern=request.pattern, **method.options
@@ -205,7 +207,7 @@ def read_data(data_dir: Path) -> tuple[Network, Data]:
         arrays.valid_images[:TEST_IMAGES],
         arrays.valid_labels[:TEST_IMAGES],
     )
-    return resnet20.read(data_dir / prune_resnet20.WEIGHTS), Data(*map(jnp.asarray, parts))
+    return resnet20.read(data_dir / WEIGHTS), Data(*map(jnp.asarray, parts))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from benchmarks import optimizers as opt
 from benchmarks.comparison_run import Run, Setting, start_process, train
 from examples.common import json_lines, provenance
-from examples.common.workload import DataError
+from examples.common.data import DataError
 
 
 class Store:

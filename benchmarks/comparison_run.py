@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from benchmarks import optimizers, peers, timing
-from examples import train_cifar10, train_digits, train_text
+from examples import cifar10, digits, text
 from examples.common.workload import Workload
 
 # Losses are measured before the first step and this many times in a run of "tuning"; else at its end alone.
@@ -55,15 +55,15 @@ class Setting(NamedTuple):
 def make_workload(problem: str, seed: int, limit: int | None, data_dir: Path | None) -> Workload:
     """Make the problem; the digits are always those of scikit-learn."""
     if problem.startswith("digits"):
-        workload = train_digits.make_workload(problem.removeprefix("digits-"), epochs=12, seed=seed)
+        workload = digits.make_workload(problem.removeprefix("digits-"), epochs=12, seed=seed)
     elif problem == "noisy-digits":
-        workload = with_noisy_labels(train_digits.make_workload(epochs=4, batch_size=4, seed=seed), seed)
+        workload = with_noisy_labels(digits.make_workload(epochs=4, batch_size=4, seed=seed), seed)
     elif problem == "cifar10":
-        workload = train_cifar10.make_workload(
+        workload = cifar10.make_workload(
             epochs=2, batch_size=64, samples=10_000, data_dir=data_dir, seed=seed
         )
     else:
-        workload = train_text.make_workload(data_dir=data_dir, seed=seed)
+        workload = text.make_workload(data_dir=data_dir, seed=seed)
     return workload._replace(batches=workload.batches[:limit])
 
 

@@ -1,6 +1,6 @@
 """Steps and seconds that optimizers take to a validation accuracy of 97 % on scikit-learn's digits.
 
-The network and the schedule are those of examples/train_digits.py. Each optimizer's rate is the best of its
+The network and the schedule are those of examples/digits.py. Each optimizer's rate is the best of its
 grid on seeds that are not reported: the fewest steps, where a run that does not get there counts as a step
 more than it has. K-FAC is that of kfac-jax, where it is installed. Seconds are those of training steps
 alone.
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import mfac_jax
 from benchmarks import optimizers, timing
-from examples import train_digits
+from examples import digits
 from examples.common import json_lines, markdown, provenance
 from examples.common.command_line import OptionalPath, choices, parse
 from examples.common.optimizers import NeedsFactors
@@ -42,8 +42,8 @@ RATES = {
 class Options:
     """What the user can choose."""
 
-    models: Annotated[tuple[str, ...], choices(train_digits.MODELS)] = ("mlp",)
-    """networks of `examples.train_digits`"""
+    models: Annotated[tuple[str, ...], choices(digits.MODELS)] = ("mlp",)
+    """networks of `examples.digits`"""
     optimizers: Annotated[tuple[str, ...], choices(RATES)] = tuple(RATES)
     """which to compare"""
     out: OptionalPath = None
@@ -67,7 +67,7 @@ def start(workload: Workload, optimizer: str, rate: float, seed: int) -> optimiz
 
 def run(model: str, optimizer: str, rate: float, seed: int) -> dict[str, Any]:
     """Train once; `steps` and `seconds` are None if the run does not reach the target."""
-    workload = train_digits.make_workload(model, seed=seed)
+    workload = digits.make_workload(model, seed=seed)
     state, step = start(workload, optimizer, rate, seed)
     evaluate, spent, accuracy = jax.jit(workload.evaluate), 0.0, 0.0
     line = {

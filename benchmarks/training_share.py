@@ -20,15 +20,15 @@ from tqdm import tqdm
 import mfac_jax
 from benchmarks import optimizers, timing
 from benchmarks.timing import Timed
-from examples import train_cifar10, train_text
+from examples import cifar10, text
 from examples.common import json_lines, markdown, provenance
 from examples.common.command_line import Count, OptionalPath, parse
 from examples.common.training import Step, TrainState, bind_step, first_state
 from examples.common.workload import Workload
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "ResNet-20": functools.partial(train_cifar10.make_workload, epochs=200, batch_size=128, seed=0),
-    "transformer": functools.partial(train_text.make_workload, seed=0),
+    "ResNet-20": functools.partial(cifar10.make_workload, epochs=200, batch_size=128, seed=0),
+    "transformer": functools.partial(text.make_workload, seed=0),
 }
 OTHERS = ("sgd", "adamw", "muon", "lbfgs", "soap", "kfac")
 NUM_GRADS = (32, 128, 512)

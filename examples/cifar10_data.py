@@ -1,4 +1,4 @@
-"""CIFAR-10 from its canonical files, from npz files, or from tensorflow_datasets."""
+"""CIFAR-10 from its canonical files, from npz files, or from tensorflow_datasets. Imports no JAX."""
 
 import functools
 import importlib
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.datasets import load_digits
 
-from examples.common.workload import READ_ERRORS, DataError
+from examples.common.data import READ_ERRORS, DataError
 
 TRAIN_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 IMAGE_KEYS = {"train_images", "train_labels", "test_images", "test_labels"}
@@ -76,6 +75,8 @@ def _checked(arrays: Arrays, source: str) -> Images:
 
 
 def _enlarged_digits() -> Images:
+    from sklearn.datasets import load_digits  # takes a second, and is not needed for other data
+
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))
     pixels = np.round(x[order] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)

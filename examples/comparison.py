@@ -1,94 +1,38 @@
 """What the training examples do: train with several optimizers and seeds, and report."""
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 from tqdm import tqdm
 
 import mfac_jax
-from examples.common import command_line, reporting
-from examples.common.checkpoints import CheckpointError, prepare_folder
-from examples.common.command_line import Count, Flag, Folder, OptionalFolder
+from examples.common import reporting
 from examples.common.diagnostics_plot import plot_diagnostics
-from examples.common.optimizers import OPTIMIZERS, RATES, make_optimizer
+from examples.common.files import replacing
+from examples.common.optimizers import make_optimizer
+from examples.common.options import Comparison
 from examples.common.training import TrainState, train
-from examples.common.workload import DataError, Workload
-
-# What may differ when a run is resumed. Each run compares its own rate.
-FREE_SETTINGS = ("out", "checkpoint_dir", "resume", "seeds", "optimizers", "rates")
-
-Rate = tuple[str, float]  # an optimizer and its peak learning rate
-
-
-def read_rate(text: str) -> Rate:
-    """Read NAME=RATE."""
-    name, _, value = text.partition("=")
-    if name not in OPTIMIZERS:
-        raise ValueError(
-            f"unknown optimizer {name!r}: write NAME=RATE with a NAME of {', '.join(OPTIMIZERS)}"
-        )
-    try:
-        return name, command_line.positive(value)
-    except ValueError as error:
-        raise ValueError(f"the rate of {name} {error}: write e.g. {name}=0.01") from error
-
-
-def names(problem: str) -> Any:
-    """Describe the option of the optimizers that have a rate for the problem."""
-    return command_line.choices(RATES[problem])
-
-
-Rates = Annotated[
-    tuple[Rate, ...],
-    command_line.option(read_rate, "NAME=RATE", many=True, show=lambda rate: f"{rate[0]}={rate[1]:g}"),
-]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options that all training examples have. Each names its problem, a key of `RATES`."""
-
-    problem: ClassVar[str]
-
-    optimizers: tuple[str, ...] = ("mfac", "sgd", "adamw")
-    """which to compare"""
-    rates: Rates = ()
-    """learning rates at the end of the warm-up; an optimizer that is not named keeps its default"""
-    seeds: Count = 1
-    """runs of each optimizer, with the seeds 0, 1, 2, ..."""
-    evaluations: Count = 1
-    """times that losses are measured in a run"""
-    out: Folder = Path("out")
-    """folder for results.json, curves.png and, with mfac, diagnostics.png of its first seed"""
-    checkpoint_dir: OptionalFolder = None
-    """folder where each evaluation saves its run; nothing is saved without it"""
-    resume: Flag = False
-    """continue the runs saved in --checkpoint-dir"""
-
-    def chosen_rates(self) -> dict[str, float]:
-        """The peak learning rate of each optimizer to compare."""
-        rates = RATES[self.problem] | dict(self.rates)
-        return {name: rates[name] for name in self.optimizers}
+from examples.common.workload import Workload
 
 
 def run(
-    options: Options,
+    options: Comparison,
+    folders: Mapping[tuple[str, int], Path],
     make_workload: Callable[[int], Workload],
     callback: Callable[[str, int, TrainState], object] = lambda name, seed, state: None,
-) -> list[dict[str, Any]]:
+    draw: Callable[[Sequence[dict[str, Any]]], object] = lambda records: None,
+) -> None:
     """Train the workload of every seed with every optimizer, and write the report.
 
     Args:
       options: what the user asked for.
+      folders: for the checkpoints of each optimizer and seed, if they are wanted.
       make_workload: makes the workload of a seed.
       callback: called with optimizer, seed and state after every evaluation.
-
-    Returns:
-      The diagnostics of M-FAC's first run at every evaluation; nothing without M-FAC.
+      draw: called with the diagnostics of M-FAC's first run at every evaluation; not without M-FAC.
     """
     rates = options.chosen_rates()
 
@@ -96,22 +40,20 @@ def run(
         callback(name, seed, state)
         return diagnose(state) if (name, seed) == ("mfac", 0) else None
 
-    try:  # what can be refused without the data comes first
-        options.out.mkdir(parents=True, exist_ok=True)
-        folders = checkpoint_folders(options, rates)
-        workload = make_workload(0)
-        histories = train_all(options, rates, folders, workload, make_workload, observe)
-    except (DataError, CheckpointError, OSError) as error:
-        command_line.refuse(error)
-    reporting.print_summaries(rates, histories)
-    reporting.plot_curves(workload.name, histories, options.out / "curves.png")
+    workload = make_workload(0)
+    histories = train_all(options, rates, folders, workload, make_workload, observe)
+    # Files come before words: nobody may be there to read those.
+    with replacing(options.out / "results.json") as path:
+        reporting.write_results(path, workload, dataclasses.asdict(options), rates, histories)
+    with replacing(options.out / "curves.png") as path:
+        reporting.plot_curves(workload.name, histories, path)
     records = histories["mfac"][0].records if "mfac" in histories else []
     if records:
-        plot_diagnostics(records, options.out / "diagnostics.png")
-    settings = dataclasses.asdict(options)
-    reporting.write_results(options.out / "results.json", workload, settings, rates, histories)
+        with replacing(options.out / "diagnostics.png") as path:
+            plot_diagnostics(records, path)
+        draw(records)
+    reporting.print_summaries(rates, histories)
     print(f"\nPictures and results.json are in {options.out}")
-    return records
 
 
 def diagnose(state: TrainState) -> dict[str, Any]:
@@ -122,7 +64,7 @@ def diagnose(state: TrainState) -> dict[str, Any]:
 
 
 def train_all(
-    options: Options,
+    options: Comparison,
     rates: Mapping[str, float],
     folders: Mapping[tuple[str, int], Path],
     workload: Workload,
@@ -150,23 +92,3 @@ def train_all(
                 )
                 histories[name].append(history)
     return histories
-
-
-def checkpoint_folders(options: Options, rates: Mapping[str, float]) -> dict[tuple[str, int], Path]:
-    """Prepare a folder for the checkpoints of every run; all are checked before the first run starts."""
-    if options.checkpoint_dir is None:
-        if options.resume:
-            raise CheckpointError("--resume needs the --checkpoint-dir of the runs to continue")
-        return {}
-    shared = {
-        name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_SETTINGS
-    }
-    shared = json.loads(json.dumps(shared, default=str)) | {"problem": options.problem}
-    folders = {}
-    for name in rates:
-        for seed in range(options.seeds):
-            folder = options.checkpoint_dir / f"{name}-seed{seed}"
-            settings = shared | {"optimizer": name, "rate": rates[name], "seed": seed}
-            prepare_folder(folder, settings, options.resume)
-            folders[name, seed] = folder
-    return folders

@@ -4,10 +4,13 @@
 
 The first word that is no option is the script's module; what follows are the script's own arguments. Every
 process also gets --coordinator, --num-processes and --process-id. If one process fails, the others would
-wait for it, so they are killed. --restarts then starts all of them again.
+wait for it, so they are killed. --restarts then starts all of them again. They listen on the loopback
+address only, so that no other machine can reach them.
 """
 
+import contextlib
 import dataclasses
+import importlib.util
 import os
 import signal
 import socket
@@ -15,10 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from examples.common import command_line
 from examples.common.command_line import USAGE_ERROR, Count
+from examples.common.process import orderly
+
+SAME_FLAGS = "EXAMPLES_SAME_FLAGS"  # in the environment of processes that need not compare their flags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +52,19 @@ def start(command: Sequence[str], processes: int, devices: int) -> list[subproce
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        SAME_FLAGS: "1",
     }
     shared = [sys.executable, "-m", *command, "--coordinator", f"127.0.0.1:{free_port()}"]
     shared += ["--num-processes", str(processes)]
-    return [
-        subprocess.Popen([*shared, "--process-id", str(i)], env=os.environ | settings)
-        for i in range(processes)
-    ]
+    # Ctrl-C reaches the launcher alone, which ends the others: they inherit that it is ignored.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return [
+            subprocess.Popen([*shared, "--process-id", str(i)], env=os.environ | settings)
+            for i in range(processes)
+        ]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait(children: Sequence[subprocess.Popen]) -> int:
@@ -81,13 +93,28 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:at]), list(argv[at:])
 
 
+def is_module(name: str) -> bool:
+    """Whether Python finds the module."""
+    with contextlib.suppress(ImportError, ValueError):
+        return importlib.util.find_spec(name) is not None
+    return False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Start and watch the processes; `argv` is the command line."""
     own, command = split(sys.argv[1:] if argv is None else argv)
     options = command_line.parse(Options, own, __doc__)
     if not command:
         command_line.refuse("name a module to start, e.g. examples.train_pod")
+    if not is_module(command[0]):
+        command_line.refuse(f"there is no module {command[0]!r}: name one, e.g. examples.train_pod")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `wait` cleans up
+    with orderly("Interrupted: all processes were ended. The same command starts them again."):
+        watch(options, command)
+
+
+def watch(options: Options, command: Sequence[str]) -> NoReturn:
+    """Start the processes, again after a failure, and end as they do."""
     left = options.restarts
     while True:
         code = wait(start(command, options.processes, options.devices))

@@ -1,73 +1,112 @@
 """Several hosts that run one script: they find each other, and must agree on what they do."""
 
-import dataclasses
+import contextlib
+import functools
+import ipaddress
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
+import jaxlib._jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 
-from examples.common import command_line
-from examples.common.command_line import OptionalCount, OptionalSeed, OptionalText, refuse
+from examples.common.checkpoints import absolute
+from examples.common.command_line import RefusedError, refuse
+from examples.common.files import DiskFullError, alone_in
+from examples.train_pod import Connection
 
-MESSAGE_BYTES = 8192  # of what hosts tell each other about their command lines
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Connection:
-    """The options that differ between hosts."""
-
-    coordinator: OptionalText = None
-    """HOST:PORT of the first process, or auto on TPU pods and under Slurm"""
-    num_processes: OptionalCount = None
-    """processes in all; not with auto"""
-    process_id: OptionalSeed = None
-    """number of this process, from 0; not with auto"""
+MESSAGE_BYTES = 8192  # of what hosts tell each other
 
 
-def connect(argv: Sequence[str] | None) -> None:
-    """Find the other hosts. Refuse command lines that differ between hosts, before they are read."""
-    options, others = command_line.parse_known(Connection, argv)
-    coordinator, processes, own = options.coordinator, options.num_processes, options.process_id
-    if coordinator in (None, "auto") and (processes, own) != (None, None):
-        refuse(f"--num-processes and --process-id need --coordinator HOST:PORT, got {coordinator}")
-    if coordinator is None:
+def connect(options: Connection, others: Sequence[str]) -> None:
+    """Find the other hosts, and refuse command lines that differ between them.
+
+    Args:
+      options: how this host is reached; they may differ.
+      others: the other words of the command line.
+    """
+    if options.coordinator is None:
         return
-    if coordinator == "auto":
+    if options.coordinator == "auto":
         jax.distributed.initialize()
-    elif processes is None or own is None:
-        refuse("--coordinator HOST:PORT needs --num-processes and --process-id too")
     else:
-        jax.distributed.initialize(coordinator, processes, own)
+        loopback = loopback_address(options.coordinator)
+        if loopback is not None:
+            keep_to_loopback(loopback)
+        jax.distributed.initialize(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            # All addresses by default: a host may be known to others by a name that is not its own.
+            coordinator_bind_address=None if loopback is None else options.coordinator,
+        )
     check_agreement("flags", " ".join(others))
+
+
+def loopback_address(coordinator: str) -> str | None:
+    """The address of HOST:PORT if all processes are on this machine, else None."""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    with contextlib.suppress(OSError, ValueError):
+        address = socket.getaddrinfo(host, None)[0][4][0]
+        return str(address) if ipaddress.ip_address(address).is_loopback else None
+    return None
+
+
+def keep_to_loopback(address: str) -> None:
+    """Let gloo, which moves data between CPU devices, listen on this address only.
+
+    It would take the address of the machine's own name. JAX has no option for it.
+    """
+    make = jaxlib._jax.make_gloo_tcp_collectives
+    jaxlib._jax.make_gloo_tcp_collectives = functools.partial(make, hostname=address)
 
 
 def check_agreement(name: str, own: str) -> None:
     """Refuse hosts that say different things."""
-    padded = np.frombuffer(own.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES), np.uint8)
-    gathered = np.reshape(multihost_utils.process_allgather(padded), (-1, MESSAGE_BYTES))
+    gathered = np.reshape(multihost_utils.process_allgather(_padded(own)), (-1, MESSAGE_BYTES))
     hosts: dict[str, list[int]] = {}
     for host, message in enumerate(gathered):
-        hosts.setdefault(bytes(message).decode(errors="replace").strip(), []).append(host)
+        hosts.setdefault(_text(message), []).append(host)
     if len(hosts) > 1:
         said = "; ".join(f"hosts {', '.join(map(str, who[:8]))}: {what!r}" for what, who in hosts.items())
         refuse(f"all hosts must have the same {name}, got {said}. Start them with the same.")
 
 
-def check_shared(folder: epath.Path) -> None:
-    """Refuse a folder that is not the same on all hosts: they would wait for each other's files."""
+def _padded(message: str) -> np.ndarray:
+    return np.frombuffer(message.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES), np.uint8)
+
+
+def _text(padded: np.ndarray) -> str:
+    return bytes(padded).decode(errors="replace").strip()
+
+
+@contextlib.contextmanager
+def shared(name: str) -> Iterator[None]:
+    """Keep other runs out of the folder; refuse one that is not the same on all hosts.
+
+    They would wait for each other's files. A bucket cannot be kept.
+    """
+    folder = absolute(name)
     number = multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31))
     proof = folder / f"first-host-{number}"
-    if jax.process_index() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            proof.touch()
-        except OSError as error:
-            refuse(f"--checkpoint-dir: {error}")
-    multihost_utils.sync_global_devices(proof.name)
-    found = "with" if proof.exists() else "without"
-    check_agreement("--checkpoint-dir", f"{folder}, {found} the first host's files")
-    if jax.process_index() == 0:
-        proof.unlink()
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                if "://" not in name:
+                    stack.enter_context(alone_in(Path(name)))
+                folder.mkdir(parents=True, exist_ok=True)
+                proof.touch()
+            except (OSError, RefusedError, DiskFullError) as error:
+                problem = f"--checkpoint-dir: {error}"
+        problem = _text(multihost_utils.broadcast_one_to_all(_padded(problem)))
+        if problem:
+            refuse(problem)
+        found = "with" if proof.exists() else "without"
+        check_agreement("--checkpoint-dir", f"{folder}, {found} the first host's files")
+        if jax.process_index() == 0:
+            proof.unlink()
+        yield

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from examples import train_text
+from examples import text
 
 AXES = ("fsdp", "tensor")
 # Of matrices whose outputs are added up over `tensor`. Their last axis stays whole: TPUs pad it to 128.
@@ -31,8 +31,8 @@ class Size(NamedTuple):
         return self.layers * (12 * self.width**2 + 2 * self.width) + self.width * (2 * self.vocabulary + 1)
 
 
-class Block(train_text.Block):
-    """The block of train_text.py with sharded matrices and norms without a mean."""
+class Block(text.Block):
+    """The block of text.py with sharded matrices and norms without a mean."""
 
     def __init__(self, size: Size, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = size.width

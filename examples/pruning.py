@@ -1,11 +1,9 @@
-"""What the pruning examples share: options, pruning by magnitude, training with pruning, the report."""
+"""What the pruning examples share: pruning by magnitude, training with pruning, the report."""
 
-import contextlib
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,6 @@ import optax
 from matplotlib.figure import Figure
 
 import mfac_jax
-from examples.common import command_line
-from examples.common.command_line import Count, Folder, Seed
 from examples.common.reporting import print_table
 from examples.common.training import TrainState, bind_step, first_state, run_steps
 from examples.common.workload import Workload
@@ -23,31 +19,6 @@ from examples.common.workload import Workload
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and line styles for print.
 COLORS = {"magnitude": "#D55E00", "M-FAC, one step": "#56B4E9", "M-FAC": "#0072B2", "published": "#009E73"}
 FINE_TUNED = ", fine-tuned"
-
-
-def read_share(text: str) -> float:
-    """Read a number in [0, 1)."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < 1:
-            return float(text)
-    raise ValueError(f"must be a number from 0 to below 1, got {text!r}: write e.g. 0.9")
-
-
-Shares = Annotated[tuple[float, ...], command_line.option(read_share, "SHARE", many=True)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options that all examples of pruning have."""
-
-    sparsity: Shares = (0.5, 0.75, 0.875, 0.9)
-    """shares of the weights to prune"""
-    num_grads: Count = 512
-    """gradients that a step of M-FAC sees"""
-    seed: Seed = 0
-    """of all that is drawn at random"""
-    out: Folder = Path("out")
-    """folder for the picture"""
 
 
 def by_magnitude(params: optax.Params, sparsity: float, **options: Any) -> tuple[optax.Params, Any]:

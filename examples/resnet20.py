@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 
-from examples.common.workload import READ_ERRORS, DataError
+from examples.common.data import DataError
+from examples.resnet20_data import read_arrays
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)  # of CIFAR-10's pixels in [0, 1]
 PIECE = 200  # images evaluated at a time
@@ -69,36 +69,10 @@ class Network(NamedTuple):
 
 def read(path: Path) -> Network:
     """Read the network from an npz with the arrays of a PyTorch state dict, kernels `(out, in, h, w)`."""
-    try:
-        with np.load(path) as file:
-            arrays = dict(file)
-        params, stats = {}, {}
-        for i, (conv, norm) in enumerate(_layers()):
-            params[f"Conv_{i}"] = {"kernel": arrays[f"{conv}.weight"].transpose(2, 3, 1, 0)}
-            params[f"BatchNorm_{i}"] = {"scale": arrays[f"{norm}.weight"], "bias": arrays[f"{norm}.bias"]}
-            stats[f"BatchNorm_{i}"] = {
-                "mean": arrays[f"{norm}.running_mean"],
-                "var": arrays[f"{norm}.running_var"],
-            }
-        params["Dense_0"] = {"kernel": arrays["fc.weight"].T, "bias": arrays["fc.bias"]}
-    except READ_ERRORS as error:
-        raise DataError(f"cannot read a ResNet-20 from {path}: {error}") from error
-    network = jax.tree.map(jnp.asarray, Network(params, stats))
+    network = jax.tree.map(jnp.asarray, Network(*read_arrays(path)))
     if jax.tree.map(jnp.shape, network) != jax.tree.map(jnp.shape, abstract()):
         raise DataError(f"{path}: the arrays do not have the shapes of a ResNet-20 for 10 classes")
     return network
-
-
-def _layers() -> list[tuple[str, str]]:
-    """Name each convolution and the normalisation after it, as in PyTorch, in the order of Flax."""
-    layers = [("conv1", "bn1")]
-    for stage in (1, 2, 3):
-        for block in range(3):
-            name = f"layer{stage}.{block}"
-            layers += [(f"{name}.conv{i}", f"{name}.bn{i}") for i in (1, 2)]
-            if stage > 1 and block == 0:
-                layers.append((f"{name}.downsample.0", f"{name}.downsample.1"))
-    return layers
 
 
 def abstract() -> Network:

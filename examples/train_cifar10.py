@@ -7,34 +7,25 @@ validation loss: with running batch statistics and without crops, on at most 4,0
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-
-from examples import cifar10_data, comparison
+from examples import cifar10_data
 from examples.common import command_line
 from examples.common.command_line import Count, Flag, Folder, OptionalCount, OptionalPath
-from examples.common.optimizers import RATES
-from examples.common.workload import Workload, epoch_batches
-from examples.resnet20 import PIECE, ResNet, augment, normalize
-
-EVALUATED = 4000  # training images, picked at random once, that the training loss is measured on
+from examples.common.data import check_batch
+from examples.common.options import RATES, Comparison, Rates, names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(comparison.Options):
+class Options(Comparison):
     """What the user can choose."""
 
     problem: ClassVar[str] = "cifar10"
 
-    optimizers: Annotated[tuple[str, ...], comparison.names(problem)] = comparison.Options.optimizers
-    rates: comparison.Rates = (*RATES[problem].items(),)
+    optimizers: Annotated[tuple[str, ...], names(problem)] = Comparison.optimizers
+    rates: Rates = (*RATES[problem].items(),)
     seeds: Count = 1
     evaluations: Count = 4
     out: Folder = Path("out", "cifar10")
@@ -44,9 +35,9 @@ class Options(comparison.Options):
     """images a step"""
     samples: OptionalCount = None
     """use only the first N training images"""
-    width: Count = ResNet.width
+    width: Count = 16
     """channels of the first stage"""
-    blocks: Count = ResNet.blocks
+    blocks: Count = 3
     """blocks in each of three stages; 3 is ResNet-20"""
     data_dir: OptionalPath = None
     """folder that holds cifar-10-batches-bin, cifar-10-batches-py or an *.npz; or an *.npz itself"""
@@ -54,84 +45,17 @@ class Options(comparison.Options):
     """take the data from tensorflow_datasets, which keeps them in --data-dir"""
 
 
-@functools.cache
-def loss_and_evaluate(width: int, blocks: int, flip: bool):
-    """Make the two functions of the workload; equal arguments give the same objects."""
-    model = ResNet(width, blocks)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-    def loss(params, model_state, data, indices, key):
-        images = normalize(augment(data["images"][indices], key, flip))
-        variables = {"params": params, **model_state}
-        logits, model_state = model.apply(variables, images, train=True, mutable=list(model_state))
-        return cross_entropy(logits, data["labels"][indices]).mean(), model_state
-
-    def evaluate(params, model_state, data):
-        def logits(images):
-            pad = -len(images) % PIECE
-            pieces = jnp.pad(images, ((0, pad), (0, 0), (0, 0), (0, 0))).reshape(-1, PIECE, 32, 32, 3)
-            variables = {"params": params, **model_state}
-
-            def piece_logits(piece) -> Any:
-                return model.apply(variables, normalize(piece), train=False)
-
-            rows = jax.lax.map(piece_logits, pieces)
-            return rows.reshape(-1, 10)[: len(images)]
-
-        train, valid = logits(data["images"][data["evaluated"]]), logits(data["valid_images"])
-        return {
-            "train_loss": cross_entropy(train, data["labels"][data["evaluated"]]).mean(),
-            "valid_loss": cross_entropy(valid, data["valid_labels"]).mean(),
-            "valid_accuracy": jnp.mean(valid.argmax(axis=-1) == data["valid_labels"]),
-        }
-
-    return loss, evaluate
-
-
-def make_workload(
-    epochs: int = Options.epochs,
-    batch_size: int = Options.batch_size,
-    samples: int | None = Options.samples,
-    width: int = Options.width,
-    blocks: int = Options.blocks,
-    data_dir: Path | None = Options.data_dir,
-    tfds: bool = Options.tfds,
-    *,
-    seed: int,
-) -> Workload:
-    """Make the workload; the seed sets parameters and batches."""
-    arrays = cifar10_data.load(data_dir, tfds)
-    images, labels = arrays.images[:samples], arrays.labels[:samples]
-    batches = epoch_batches(len(images), batch_size, epochs, seed)
-    evaluated = np.random.default_rng(0).permutation(len(images))[:EVALUATED]
-    variables = ResNet(width, blocks).init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)), train=False)
-    loss, evaluate = loss_and_evaluate(width, blocks, arrays.can_be_flipped)
-    data = {
-        "images": images,
-        "labels": labels,
-        "evaluated": evaluated,
-        "valid_images": arrays.valid_images,
-        "valid_labels": arrays.valid_labels,
-    }
-    counts = f"{len(images):,} training and {len(arrays.valid_images):,} validation images"
-    return Workload(
-        name="cifar10",
-        source=f"{arrays.source}: {counts}",
-        params=variables["params"],
-        model_state={"batch_stats": variables["batch_stats"]},
-        data=jax.tree.map(jnp.asarray, data),
-        batches=batches,
-        loss=loss,
-        evaluate=evaluate,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison; `argv` is the command line."""
     options = command_line.parse(Options, argv, __doc__)
-    names = ("epochs", "batch_size", "samples", "width", "blocks", "data_dir", "tfds")
-    settings = {name: getattr(options, name) for name in names}
-    comparison.run(options, lambda seed: make_workload(**settings, seed=seed))
+    with options.working() as folders:
+        # Bad data are refused before JAX is imported, which takes seconds.
+        check_batch(options.samples or options.batch_size, options.batch_size)
+        images = cifar10_data.load(options.data_dir, options.tfds).images[: options.samples]
+        check_batch(len(images), options.batch_size)
+        from examples import cifar10
+
+        cifar10.run(options, folders)
 
 
 if __name__ == "__main__":

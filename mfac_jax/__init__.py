@@ -3,7 +3,7 @@
 from mfac_jax import components, pruning
 from mfac_jax._src.cgfac.alias import cgfac
 from mfac_jax._src.cgfac.capture import value_and_grad_with_factors
-from mfac_jax._src.cgfac.layers import LayerFactors
+from mfac_jax._src.cgfac.layers import KernelLayout, LayerFactors
 from mfac_jax._src.cgfac.nnx import nnx_value_and_grad_with_factors
 from mfac_jax._src.cgfac.operators import empirical_fisher, gauss_newton
 from mfac_jax._src.cgfac.state import ScaleByCGFACState
@@ -24,6 +24,7 @@ __all__ = [
     "Diagnostics",
     "DiagnosticsLog",
     "FisherInverse",
+    "KernelLayout",
     "LayerFactors",
     "ScaleByCGFACState",
     "ScaleByMFACState",

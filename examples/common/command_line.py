@@ -21,6 +21,10 @@ T = TypeVar("T")
 USAGE_ERROR = 2  # the exit status that says: the command line is wrong, do not try it again
 
 
+class RefusedError(Exception):
+    """What the user asked for cannot be done. The message says why, and what to do."""
+
+
 def refuse(message: object) -> NoReturn:
     """Print an error about the command line or the data, and exit with status 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)

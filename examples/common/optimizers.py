@@ -1,4 +1,4 @@
-"""The optimizers of the examples by name, their learning rates, and the schedule that all share."""
+"""The optimizers of the examples by name, and the schedule that all share."""
 
 import functools
 from collections.abc import Callable
@@ -21,12 +21,6 @@ OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] 
     "adamw": optax.adamw,
     "nadamw": optax.nadamw,
     "muon": optax.contrib.muon,
-}
-# Default peak learning rates of the examples.
-RATES = {
-    "digits": {"mfac": 3e-3, "cgfac": 0.1, "sgd": 0.2, "adamw": 0.05, "nadamw": 0.05, "muon": 0.05},
-    "cifar10": {"mfac": 3e-3, "sgd": 0.2, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
-    "text": {"mfac": 3e-3, "cgfac": 0.1, "sgd": 0.5, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
 }
 
 

@@ -106,7 +106,7 @@ def train(
       seed: of what is random in the loss.
       evaluate_every: steps between two evaluations. The last step is always evaluated.
       checkpoint_dir: where the last two evaluations leave a checkpoint each. A checkpoint that is there
-        already is continued, exactly as if nothing had interrupted the run.
+        already is continued, exactly as if nothing had interrupted the run: the newest one that is whole.
       progress: called with the number of steps that were done.
       callback: called with state and evaluation after each evaluation, also after the restored one. The
         next step invalidates the state's arrays, so copy what you keep. The history and the checkpoint
@@ -115,9 +115,9 @@ def train(
     state, history = first_state(workload, tx), History([], [], [])
     evaluate = jax.jit(workload.evaluate)
     with _open(checkpoint_dir) as checkpoints:
-        if checkpoints is not None and checkpoints.latest_step() is not None:
-            history = History(**cp.restore_record(checkpoints))
-            state = cp.restore_state(checkpoints, state)
+        found = checkpoints and cp.restore_newest(checkpoints, state)
+        if found:
+            state, history = found.state, History(**found.record)
             callback(state, history.evaluations[-1])
         total, done = len(workload.batches), len(history.losses)
         step = bind_step(workload, tx, seed)

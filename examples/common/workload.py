@@ -1,23 +1,10 @@
-"""What a training problem is, and which data it refuses."""
+"""What a training problem is."""
 
-import pickle
-import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-
-# What numpy and pickle raise on files that are missing, cut short, or of another kind.
-READ_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, EOFError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
-)
-
-
-class DataError(Exception):
-    """Data that cannot be used. The message says what was looked for and what to do."""
 
 
 class Workload(NamedTuple):
@@ -50,13 +37,3 @@ class Workload(NamedTuple):
     def parameters(self) -> int:
         """The number of the model's parameters."""
         return sum(x.size for x in jax.tree.leaves(self.params))
-
-
-def epoch_batches(samples: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:
-    """Draw the indices `(steps, batch)`: each epoch has a new order and drops its incomplete batch."""
-    if batch_size > samples:
-        raise DataError(f"a batch of {batch_size} needs as many samples, got {samples}: lower --batch-size")
-    random = np.random.default_rng(seed)
-    per_epoch = samples // batch_size
-    orders = [random.permutation(samples)[: per_epoch * batch_size] for _ in range(epochs)]
-    return np.concatenate(orders).reshape(-1, batch_size).astype(np.int32)

@@ -37,7 +37,7 @@ def test_published_pruning_moves_kernels_alone():
     masks = {"Conv_0": {"kernel": kernel > 0}, "Dense_0": {"bias": None}}
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda w: rng.standard_normal((4, *w.shape)).astype(np.float32), params)
-    grads = compare_pruning.prune_resnet20.of_kernels(grads, masks)
+    grads = compare_pruning.resnet20_pruning.of_kernels(grads, masks)
     pruned: Any = mfac_jax.pruning.prune(params, grads, 0.5, masks=masks, gradient_term=1.0)[0]
     np.testing.assert_array_equal(pruned["Dense_0"]["bias"], bias)
     moved = np.asarray(pruned["Conv_0"]["kernel"])

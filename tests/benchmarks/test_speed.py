@@ -77,7 +77,7 @@ def test_the_scaling_law_is_found_and_no_term_is_negative():
 def test_training_steps_are_timed_and_speed_is_reported_in_tables_and_pictures(
     tmp_path, capsys, monkeypatch
 ):
-    small = functools.partial(training_share.train_text.make_workload, 4, 2, 1, 8, 2, 8, seed=0)
+    small = functools.partial(training_share.text.make_workload, 4, 2, 1, 8, 2, 8, seed=0)
     monkeypatch.setattr(training_share, "WORKLOADS", {"transformer": small})
     monkeypatch.setattr(training_share, "OTHERS", ("adamw", "lbfgs", "soap"))
     monkeypatch.setattr(training_share, "NUM_GRADS", (2,))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples import cifar10_data, train_text
+from examples import cifar10_data, text_data
 from tests.examples.scripts import error_of
 
 RANDOM = np.random.default_rng(0)
@@ -164,8 +164,8 @@ def test_data_that_is_not_digits_is_refused_by_its_fault(tmp_path, capsys, array
 def test_text_is_read_from_a_file_or_a_folder_and_else_from_pythons_library(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"b")
     (tmp_path / "a.txt").write_bytes(b"a")
-    assert train_text.read_text(tmp_path)[0] == b"ab"
+    assert text_data.read_text(tmp_path)[0] == b"ab"
     (tmp_path / "tinyshakespeare.txt").write_bytes(b"To be")
-    assert train_text.read_text(tmp_path)[0] == b"To be"
-    assert train_text.read_text(text=tmp_path / "b.txt")[0] == b"b"
-    assert len(train_text.read_text()[0]) == 1_000_000
+    assert text_data.read_text(tmp_path)[0] == b"To be"
+    assert text_data.read_text(text=tmp_path / "b.txt")[0] == b"b"
+    assert len(text_data.read_text()[0]) == 1_000_000

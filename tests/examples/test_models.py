@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from examples import resnet20, train_cifar10, train_text
+from examples import cifar10, resnet20, text
 
 
 def test_the_resnet_20_has_the_parameters_of_the_published_one():
@@ -17,7 +17,7 @@ def test_the_resnet_20_has_the_parameters_of_the_published_one():
 
 @pytest.mark.slow
 def test_the_resnet_is_evaluated_on_all_images_though_in_pieces():
-    problem = train_cifar10.make_workload(samples=48, width=2, blocks=1, batch_size=16, seed=0)
+    problem = cifar10.make_workload(samples=48, width=2, blocks=1, batch_size=16, seed=0)
     measured = jax.jit(problem.evaluate)(problem.params, problem.model_state, problem.data)
     variables = {"params": problem.params, **problem.model_state}
     for part, metric in (("", "train_loss"), ("valid_", "valid_loss")):
@@ -44,7 +44,7 @@ def test_augmented_images_are_crops_of_padded_and_mirrored_ones():
 
 
 def test_the_transformer_does_not_look_ahead():
-    model = train_text.Transformer(7, 8, 16, 2, 1, train_text.nnx.Rngs(0))
+    model = text.Transformer(7, 8, 16, 2, 1, text.nnx.Rngs(0))
     ids = jnp.arange(8)[None] % 7
     changed = ids.at[0, 5].set(6)
     logits = jax.jit(model)(jnp.concatenate([ids, changed]))

@@ -1,5 +1,6 @@
 """examples/train_pod.py on several processes, through kills, and on other numbers of devices."""
 
+import contextlib
 import random
 import re
 import signal
@@ -15,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from examples import launch_local, train_pod
+from examples import launch_local, pod_run, train_pod
 from examples import pod_transformer as pod
 from examples.common import checkpoints, command_line
 from examples.common.training import TrainState
@@ -52,12 +53,14 @@ def result(argv: list[str]) -> tuple[dict[str, Any], TrainState]:
     options = command_line.parse(train_pod.Options, argv, None)
     one_device: dict[str, Any] = {"axis_types": (AxisType.Auto,) * 2, "devices": jax.devices()[:1]}
     mesh = jax.make_mesh((1, 1), pod.AXES, **one_device)
-    run = train_pod.make_run(options, train_pod.read_text(options)[0], mesh)
+    content, _ = train_pod.read_text(options)
+    run = pod_run.make_run(options, np.frombuffer(content, np.uint8), mesh)
     with checkpoints.open_folder(options.checkpoint_dir) as found:
-        record, state = checkpoints.restore_record(found), checkpoints.restore_state(found, run.shapes)
-    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(run.shapes), strict=True):
+        last = checkpoints.restore_newest(found, run.shapes)
+    assert last is not None
+    for leaf, like in zip(jax.tree.leaves(last.state), jax.tree.leaves(run.shapes), strict=True):
         assert leaf.sharding == like.sharding
-    return record, state
+    return last.record, last.state
 
 
 def flat(tree) -> np.ndarray:
@@ -127,6 +130,12 @@ def test_hosts_that_do_not_agree_are_refused_on_each(text, tmp_path, capfd, own,
         folder.mkdir()
     (folders[0] / "words.txt").write_bytes(text.read_bytes())
     children = on_two_hosts(arguments(text, tmp_path / "runs"), *own, folders=folders)
+    addresses = set()
+    while all(child.poll() is None for child in children):
+        addresses |= listening(children)
+        time.sleep(0.05)
+    # 127.0.0.1, of gloo and of the coordinator: nothing else may be reached from other machines.
+    assert addresses == {"0100007F", "0000000000000000FFFF00000100007F"}
     assert [child.wait(timeout=120) for child in children] == [2, 2]
     assert capfd.readouterr().err.count(message) == 2
 
@@ -134,7 +143,8 @@ def test_hosts_that_do_not_agree_are_refused_on_each(text, tmp_path, capfd, own,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--fsdp 3", r"--fsdp times --tensor must be the number of devices, 8, got 3 x 1"),
+        ("--fsdp 4", r"--fsdp times --tensor must be the number of devices, 8, got 4 x 1"),
+        ("--fsdp 3", r"--batch-size must be a multiple of --fsdp, got 8 and 3"),
         ("--tensor 2 --batch-size 6", r"--batch-size must be a multiple of --fsdp, got 6 and 4"),
         ("--tensor 8", r"--heads must divide --width 32 and be a multiple of --tensor 8, got 2"),
         ("--width 36", r"axis \d of leaf \[.*'attention_out'.*, 36 long, is split over .*fsdp.* of 8 dev"),
@@ -155,16 +165,70 @@ def test_flags_that_do_not_fit_are_refused_before_anything_is_compiled(
 
 
 def test_a_finished_run_is_reported_again_and_not_continued_with_other_settings(text, tmp_path, capsys):
-    argv = arguments(text, tmp_path, "--steps", "1")
+    argv = arguments(text, tmp_path, "--steps", "2", "--save-every", "1")
     train_pod.main(argv)
     first = capsys.readouterr().out.splitlines()
+    (tmp_path / "2" / "record" / "metadata").write_text("{")
+    train_pod.main(argv)
+    repaired = capsys.readouterr()
+    assert "The checkpoint of step 2 is damaged, and now called damaged-2: " in repaired.err
+    assert f"{tmp_path}: continues after step 1.\n" in repaired.err
+    assert first[-1] == repaired.out.splitlines()[-1]
     train_pod.main([*argv, "--fsdp", "4", "--tensor", "2"])
-    again = capsys.readouterr().out.splitlines()
-    assert "Continues after step 1." in again
-    assert first[-1] == again[-1]
+    again = capsys.readouterr()
+    assert f"{tmp_path}: continues after step 2.\n" in again.err
+    assert first[-1] == again.out.splitlines()[-1]
     with pytest.raises(SystemExit, match="2"):
         train_pod.main([*argv, "--num-grads", "9"])
     assert "num_grads was 8, is 9" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["state/ocdbt.process_1/d", "record/metadata", "state/_METADATA"])
+def test_all_hosts_continue_the_newest_checkpoint_that_each_can_read(file, text, tmp_path, capfd):
+    flags = ["--steps=12", "--save-every=5", "--tensor=2"]
+    cut, alone = (arguments(text, tmp_path / name, *flags) for name in ("cut", "alone"))
+    for argv in (cut, alone):
+        on_processes(2, 1, argv)
+    damaged = tmp_path / "cut" / "12" / file
+    # Of the files of one host the largest has its part of the arrays.
+    path = max(damaged.iterdir(), key=lambda path: path.stat().st_size) if damaged.is_dir() else damaged
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    on_processes(2, 1, cut)
+    errors = capfd.readouterr().err
+    assert errors.count("The checkpoint of step 12 is damaged, and now called damaged-12: ") == 1
+    assert errors.count(f"{tmp_path / 'cut'}: continues after step 10.") == 1
+    assert_bit_identical(cut, alone)
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_folder_is_refused_on_all_hosts(text, tmp_path, capfd):
+    argv = arguments(text, tmp_path, "--steps=3000")
+    first = launch_local.start([MODULE, *argv], 2, 1)
+    while not (tmp_path / "1").exists():
+        time.sleep(0.01)
+    second = launch_local.start([MODULE, *argv], 2, 1)
+    assert [child.wait(timeout=120) for child in second] == [2, 2]
+    assert capfd.readouterr().err.count(f"another run writes into {tmp_path}: wait for its end, or") == 2
+    for child in first:
+        child.kill()
+        child.wait()
+
+
+def listening(children: list[subprocess.Popen]) -> set[str]:
+    """The addresses, as Linux writes them, on which the processes wait for connections."""
+    sockets = set()
+    for child in children:
+        for file in Path(f"/proc/{child.pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                sockets.add(str(file.readlink()))
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    waiting = [line for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets]
+    return {line[1].split(":")[0] for line in waiting}
 
 
 def killed(children: list[subprocess.Popen], folder: Path, saving: bool, delay: float) -> None:
@@ -208,7 +272,7 @@ def test_hosts_that_are_about_to_be_taken_away_save_and_are_continued(text, tmp_
     while not (tmp_path / "cut" / "1").exists():  # the first step is always saved
         time.sleep(0.01)
     children[1].terminate()
-    assert [child.wait(timeout=120) for child in children] == [train_pod.PREEMPTED] * 2
+    assert [child.wait(timeout=120) for child in children] == [pod_run.PREEMPTED] * 2
     assert any(1 < int(path.name) < 3000 for path in (tmp_path / "cut").glob("[0-9]*"))
     for argv in (cut, alone):
         on_processes(2, 1, argv)

@@ -10,8 +10,16 @@ import optax
 import pytest
 
 import mfac_jax
-from examples import prune_digits, prune_resnet20, pruning, resnet20, train_digits
-from examples.common.workload import DataError
+from examples import (
+    digits,
+    prune_digits,
+    prune_resnet20,
+    pruning,
+    resnet20,
+    resnet20_data,
+    resnet20_pruning,
+)
+from examples.common.data import DataError
 from tests.examples.scripts import REAL_DATA, error_of, is_png, needs_real_data
 
 
@@ -20,7 +28,7 @@ def write_weights(path: Path, **changes) -> None:
     random = np.random.default_rng(0)
     arrays = {}
     channels, before = {"conv1": 16, "layer1": 16, "layer2": 32, "layer3": 64}, 3
-    for conv, norm in resnet20._layers():
+    for conv, norm in resnet20_data._layers():
         width = channels[conv.split(".")[0]]
         size = 1 if "downsample" in conv else 3
         inputs = width // 2 if size == 1 else before
@@ -86,7 +94,7 @@ def test_the_digits_are_pruned_in_five_ways_and_m_fac_beats_magnitude(tmp_path, 
     ],
 )
 def test_the_resnet_20_is_pruned_in_each_mode(options, data_dir, capsys, monkeypatch):
-    monkeypatch.setattr(prune_resnet20, "PUBLISHED_GRADS", 2)
+    monkeypatch.setattr(resnet20_pruning, "PUBLISHED_GRADS", 2)
     options = options.split()
     prune_resnet20.main([*options, "--num-grads", "4", "--data-dir", str(data_dir), "--out", str(data_dir)])
     printed = capsys.readouterr().out
@@ -117,7 +125,7 @@ def test_the_resnet_20_has_the_accuracy_and_loss_of_pytorch_on_the_real_data():
 
 
 def test_pruned_weights_stay_so_while_others_train_and_every_sparsity_is_met():
-    problem = train_digits.make_workload(epochs=1, seed=0)
+    problem = digits.make_workload(epochs=1, seed=0)
     masks = mfac_jax.pruning.kernel_masks(problem.params)
     tx = mfac_jax.pruning.keep_pruned(optax.sgd(0.1, momentum=0.9), masks)
     asked, seen = {0: 0.5, 11: 0.75}, []
@@ -144,9 +152,9 @@ def test_gradients_of_the_resnet_20_are_those_of_its_loss_with_the_statistics_it
     with np.load(data_dir / "images.npz") as arrays:
         images, labels = jnp.asarray(arrays["train_images"]), jnp.asarray(arrays["train_labels"])
     labels = labels.astype(jnp.int32)
-    training = prune_resnet20.Images(images, labels, np.random.default_rng(3))
+    training = resnet20_pruning.Images(images, labels, np.random.default_rng(3))
     again = training._replace(random=np.random.default_rng(3))
-    found = prune_resnet20.gradients(network, training, 2, per_example=True)
+    found = resnet20_pruning.gradients(network, training, 2, per_example=True)
     images, labels = again.draw(2)
     expected = jax.grad(resnet20.loss, 1)(network.stats, network.params, (images, labels))
     for rows, mean in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

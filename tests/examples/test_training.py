@@ -14,10 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from examples import comparison, train_cifar10, train_digits, train_text
+from examples import cifar10, comparison, digits, text, train_digits
 from examples.common import training
-from examples.common.checkpoints import CheckpointError
 from examples.common.optimizers import OPTIMIZERS, NeedsFactors, make_optimizer
+from examples.common.run_folders import CheckpointError
 from tests.examples.scripts import ENVIRONMENT, REAL_DATA, SCRIPTS, error_of, is_png, needs_real_data
 
 # Of the shapes of `tiny_workload`, so that most programs are compiled once.
@@ -103,12 +103,10 @@ class InterruptionError(Exception):
 
 def tiny_workload(name: str):
     if name in ("mlp", "cnn"):
-        return train_digits.make_workload(name, epochs=1, seed=1)
+        return digits.make_workload(name, epochs=1, seed=1)
     if name == "text":
-        return train_text.make_workload(
-            steps=8, batch_size=2, layers=1, width=8, heads=2, context=8, seed=1
-        )
-    return train_cifar10.make_workload(epochs=2, batch_size=16, samples=48, width=2, blocks=1, seed=1)
+        return text.make_workload(steps=8, batch_size=2, layers=1, width=8, heads=2, context=8, seed=1)
+    return cifar10.make_workload(epochs=2, batch_size=16, samples=48, width=2, blocks=1, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +139,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_pat
         train(interrupt_at=6, checkpoint_dir=tmp_path)
     resumed_history, resumed_states = train(checkpoint_dir=tmp_path)
     again, _ = train(checkpoint_dir=tmp_path)  # finished: nothing is left to do
+    [data] = (tmp_path / str(len(problem.batches)) / "record").glob("metadata")
+    data.write_text("{")
+    repaired, repaired_states = train(checkpoint_dir=tmp_path)
 
     assert min(resumed_states) == 4
     assert resumed_history.losses == history.losses
@@ -150,6 +151,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_pat
     last = max(states)
     jax.tree.map(np.testing.assert_array_equal, resumed_states[last], states[last])
     assert again == resumed_history
+    assert len(repaired_states) == 2  # that of the checkpoint before, and what follows
+    jax.tree.map(np.testing.assert_array_equal, repaired_states[last], states[last])
+    assert repaired.losses == history.losses
     for mine, theirs in zip(resumed_history.evaluations, history.evaluations, strict=True):
         assert mine | {"seconds": 0} == theirs | {"seconds": 0}
 
@@ -171,7 +175,12 @@ def test_a_killed_run_leaves_checkpoints_that_resume(tmp_path, monkeypatch):
     assert process.returncode == -signal.SIGKILL
 
     drawn = []
-    monkeypatch.setattr(train_digits, "plot_fisher", lambda *arguments: drawn.append(arguments[:2]))
+
+    def plot_fisher(records, gram, path):
+        drawn.append((records, gram))
+        path.touch()
+
+    monkeypatch.setattr(digits, "plot_fisher", plot_fisher)
     train_digits.main([*options, *checkpoints, "--resume", "--out", str(tmp_path / "resumed")])
     train_digits.main([*options, *checkpoints, "--resume", "--out", str(tmp_path / "finished")])
     train_digits.main([*options, "--out", str(tmp_path / "whole")])
@@ -219,9 +228,9 @@ def test_checkpoints_of_another_state_are_refused_with_their_folder(tmp_path):
 @pytest.mark.parametrize("name", ["digits", "text", pytest.param("cifar10", marks=pytest.mark.slow)])
 def test_workloads_of_all_seeds_share_their_functions_and_shapes(name):
     make = {
-        "digits": lambda seed: train_digits.make_workload(seed=seed),
-        "text": lambda seed: train_text.make_workload(layers=1, width=8, heads=2, context=8, seed=seed),
-        "cifar10": lambda seed: train_cifar10.make_workload(samples=200, width=2, blocks=1, seed=seed),
+        "digits": lambda seed: digits.make_workload(seed=seed),
+        "text": lambda seed: text.make_workload(layers=1, width=8, heads=2, context=8, seed=seed),
+        "cifar10": lambda seed: cifar10.make_workload(samples=200, width=2, blocks=1, seed=seed),
     }[name]
     first, second = make(0), make(1)
     assert first.loss is second.loss

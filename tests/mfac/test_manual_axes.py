@@ -38,7 +38,7 @@ def test_a_window_split_over_an_axis_that_is_not_named_is_refused():
         update(jnp.ones(8), tx.init(jnp.ones(8)))
 
 
-MAY_BE_A_SHARD = r"leaf \[?.* may be a shard or replicated.*run init inside.*check_vma=True"
+MAY_BE_A_SHARD = r"leaf \[?.* may be a shard or replicated.*Pass param_specs=.*check_vma=True"
 
 
 def test_without_check_vma_what_may_be_a_shard_is_refused():

@@ -27,11 +27,15 @@ class Config(NamedTuple):
     num_grads: int
     dtype: Any
     blocks: Any
+    solver: Any = "cholesky"
 
 
 CONFIGS = [
     Config(5, jnp.float32, "leaf"),
+    Config(4, jnp.float16, None, "inverse"),
     Config(4, jnp.float16, None),
+    Config(5, jnp.float32, "leaf", "inverse"),
+    Config(8, jnp.float32, None, "inverse"),
     Config(1, jnp.float32, None),
     Config(2, jnp.float32, "leaf"),
     Config(3, jnp.bfloat16, None),
@@ -99,6 +103,7 @@ def run(grads, damping, window_momentum, config: Config):
         damping,
         window_momentum=window_momentum,
         blocks=config.blocks,
+        solver=config.solver,
     )
 
     def tree(g):
@@ -124,8 +129,7 @@ def check_rejection(grads, updates, states) -> None:
     np.testing.assert_array_equal(states.grads_rejected, np.cumsum([0, *bad]))
     np.testing.assert_array_equal(states.grads_seen, np.cumsum([0, *~bad]))
     np.testing.assert_array_equal(updates[bad].astype(np.float32), grads[bad].astype(np.float32))
-    for name in ("window", "gram", "next_row"):
-        values = getattr(states, name)
+    for values in jax.tree.leaves((states.window, states.gram, states.next_row, states.solver)):
         np.testing.assert_array_equal(values[1:][bad], values[:-1][bad])
 
 
@@ -204,9 +208,10 @@ def test_generated_streams_stay_finite_and_reject_what_is_not(config):
     check_streams(config, 100)
 
 
-def test_norms_of_many_magnitudes_stay_finite():
+@pytest.mark.parametrize("config", [CONFIGS[0], pytest.param(CONFIGS[3], marks=slow)], ids=identifier)
+def test_norms_of_many_magnitudes_stay_finite(config):
     exponents = [-45, -45, -30, -45, 15, -45, 0, -3, -45, -45, -45, -45]
-    check(Stream(make_grads(["new"] * LENGTH, exponents, 0), 1.0, 0.0), CONFIGS[0])
+    check(Stream(make_grads(["new"] * LENGTH, exponents, 0), 1.0, 0.0), config)
 
 
 @slow
@@ -269,3 +274,38 @@ def test_repeated_gradients_are_descended_by_the_right_length(num_grads, damping
 @slow
 def test_ten_thousand_generated_streams_stay_finite_and_reject_what_is_not(config):
     check_streams(config, 10_000 // len(CONFIGS))
+
+
+@pytest.mark.parametrize("blocks", [None, "leaf"])
+def test_products_with_vectors_and_dampings_of_any_size_keep_their_digits(blocks):
+    """Powers of two pass through `ihvp`; a damping of 1e-40 divides, traced or not."""
+    random = np.random.default_rng(0)
+    params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((4, 3)), "none": None}
+    draw = lambda x: jnp.asarray(random.standard_normal(x.shape), jnp.float32)  # noqa: E731
+    tx = scale_by_mfac(num_grads=3, blocks=blocks)
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(jax.tree.map(draw, params), state)
+    x = jax.tree.map(draw, params)
+    expected = ihvp(state, x, 0.3)
+    for exponent in (-110, 110):
+        found = ihvp(state, jax.tree.map(lambda v, e=exponent: jnp.ldexp(v, e), x), 0.3)
+        jax.tree.map(
+            lambda a, b, e=exponent: np.testing.assert_array_equal(a, np.ldexp(b, e)), found, expected
+        )
+    nothing = tx.init(params)  # F is the damping alone
+    small = jax.tree.map(lambda v: v * 1e-10, x)
+    for product in (ihvp, jax.jit(ihvp)):
+        found = product(nothing, small, jnp.float32(1e-40))
+        right = jax.tree.map(lambda v: np.asarray(v, np.float64) / 1e-40, small)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, right)
+
+
+@pytest.mark.parametrize("magnitude", [1e30, 1e39, 1e300])
+def test_float64_updates_of_float32_parameters_are_clipped_and_not_refused(x64, magnitude):
+    tx = scale_by_mfac(3, 1.0)
+    state: Any = tx.init(jnp.zeros(3, jnp.float32))
+    updates, after = tx.update(jnp.array([magnitude, 1.0, -magnitude], jnp.float64), state)
+    clipped, expected = tx.update(jnp.array([2.0**46, 1.0, -(2.0**46)], jnp.float64), state)
+    jax.tree.map(np.testing.assert_array_equal, (updates, after), (clipped, expected))
+    assert (after.grads_rejected, after.grads_seen) == (0, 1)

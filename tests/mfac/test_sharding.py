@@ -123,7 +123,7 @@ def test_inside_of_shard_map_it_is_the_run_on_one_device(placement, kind, inside
     ids=str,
 )
 def test_inside_of_pmap_it_is_the_run_on_one_device(kind, axis_name):
-    tx = TRANSFORMS[kind](axis_name=axis_name)
+    tx = TRANSFORMS[kind](axis_name=axis_name, param_specs=P())
     params = jax.tree.map(lambda p: np.broadcast_to(p, (8, *p.shape)), start())
     state = jax.pmap(tx.init, axis_name="i")(params)
     sizes = {name: rows.size // 8 for name, rows in optax.tree.get(state, "window").items()}

@@ -41,22 +41,23 @@ def test_patterns_with_very_many_choices_are_refused():
 @pytest.mark.parametrize("shape", [(8,), (4, 3), (3, 2, 8, 5), (0, 3)])
 def test_groups_lie_along_the_inputs(shape, size):
     x = jnp.arange(np.prod(shape)).reshape(shape)
-    groups = patterns.groups(x, size)
+    inputs = (max(0, len(shape) - 2),)
+    groups = patterns.groups(x, size, inputs)
     assert groups.shape == (x.size // size, size)
-    np.testing.assert_array_equal(patterns.ungroup(groups, shape), x)
+    np.testing.assert_array_equal(patterns.ungroup(groups, shape, inputs), x)
     step = shape[-1] if len(shape) > 1 else 1
     np.testing.assert_array_equal(np.diff(groups, axis=1), step)
 
 
 def test_a_scalar_is_a_group():
-    assert patterns.groups(jnp.ones(()), 1).shape == (1, 1)
-    assert patterns.ungroup(jnp.ones((1, 1)), ()).shape == ()
+    assert patterns.groups(jnp.ones(()), 1, ()).shape == (1, 1)
+    assert patterns.ungroup(jnp.ones((1, 1)), (), ()).shape == ()
 
 
 def test_groups_must_divide_the_inputs():
     masks = {"in": jnp.ones((4, 6), bool), "conv": jnp.ones((3, 3, 3, 16), bool), "bias": None}
     with pytest.raises(
-        ValueError, match=r"axis 2 of leaf \['conv'\], \(3, 3, 3, 16\), is 3 long.*None there"
+        ValueError, match=r"axis 2 of leaf \['conv'\], \(3, 3, 3, 16\), has 3 entries.*None there"
     ):
-        check_request(masks, 0.5, patterns.parse("2:4"))
-    check_request({**masks, "conv": None}, 0.5, patterns.parse("2:4"))
+        check_request(masks, 0.5, patterns.parse("2:4"), [(2,), (0,)])
+    check_request({**masks, "conv": None}, 0.5, patterns.parse("2:4"), [(0,)])

@@ -33,18 +33,24 @@ def as_flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(tree["a"]), np.ravel(tree["c"])])
 
 
+def in_groups(x, size: int) -> np.ndarray:
+    return np.asarray(patterns.groups(jnp.asarray(x), size, *inputs_of(x)))
+
+
+def inputs_of(tree) -> list[tuple[int]]:
+    return [(max(0, x.ndim - 2),) for x in jax.tree.leaves(tree)]
+
+
 def scores_of(costs, pattern: patterns.Pattern) -> dict:
     """A choice costs the sum of its entries."""
-    return jax.tree.map(
-        lambda x: patterns.groups(x, pattern.size) @ pattern.choices.T.astype(x.dtype), costs
-    )
+    return jax.tree.map(lambda x: in_groups(x, pattern.size) @ pattern.choices.T.astype(x.dtype), costs)
 
 
 def select(costs, masks, amount: float, name: str | None = None) -> Any:
     pattern = patterns.parse(name)
-    check_request(masks, amount, pattern)
+    check_request(masks, amount, pattern, inputs_of(masks))
     finite = jax.tree.map(lambda x: jnp.minimum(x, 100.0), costs) if name else costs
-    return select_by_scores(scores_of(finite, pattern), masks, amount, pattern)
+    return select_by_scores(scores_of(finite, pattern), masks, amount, pattern, inputs_of(masks))
 
 
 @few
@@ -66,7 +72,7 @@ def test_exactly_the_cheapest_entries_go_ties_in_order(costs, first, second):
 def test_two_of_four_stay_in_the_groups_that_are_reached(costs, first, second):
     first, second = sorted([first, second])
     masks = select(as_tree(costs), NEVER_PRUNED, first, "2:4")
-    pruned = [np.sum(~np.asarray(patterns.groups(m, 4)), axis=1) for m in jax.tree.leaves(masks)]
+    pruned = [np.sum(~in_groups(m, 4), axis=1) for m in jax.tree.leaves(masks)]
     assert set(np.concatenate(pruned)) <= {0, 2}
     assert abs(np.sum(np.concatenate(pruned)) - round(first * ENTRIES)) <= 1
     again = select(as_tree(costs[::-1]), masks, second, "2:4")
@@ -81,7 +87,7 @@ def test_at_its_limit_every_group_obeys_and_what_is_pruned_stays(costs, kept):
     ] = True
     masks = select(as_tree(costs), as_tree(kept), 0.5, "2:4")
     for mask, before in zip(jax.tree.leaves(masks), jax.tree.leaves(as_tree(kept)), strict=True):
-        assert np.all(np.sum(patterns.groups(mask, 4), axis=1) <= 2)
+        assert np.all(np.sum(in_groups(mask, 4), axis=1) <= 2)
         assert not np.any(mask & ~before)
 
 
@@ -98,7 +104,9 @@ def test_infinite_scores_go_last_but_go():
     costs = jnp.array([jnp.inf, 1.0, jnp.inf, 0.0])
     np.testing.assert_array_equal(select(costs, jnp.ones(4, bool), 0.75), [False, False, True, False])
     pattern = patterns.parse("2:4")
-    masks = select_by_scores(jnp.full((1, 6), jnp.inf), jnp.array([True, True, True, False]), 0.5, pattern)
+    masks = select_by_scores(
+        jnp.full((1, 6), jnp.inf), jnp.array([True, True, True, False]), 0.5, pattern, [(0,)]
+    )
     np.testing.assert_array_equal(masks, [False, True, True, False])
 
 
@@ -107,7 +115,7 @@ def test_infinite_scores_go_last_but_go():
 def test_blocks_go_whole_and_as_many_as_fit_best(costs, first, second):
     first, second = sorted([first, second])
     masks = select(as_tree(costs), NEVER_PRUNED, first, "block:4")
-    pruned = [np.sum(~np.asarray(patterns.groups(m, 4)), axis=1) for m in jax.tree.leaves(masks)]
+    pruned = [np.sum(~in_groups(m, 4), axis=1) for m in jax.tree.leaves(masks)]
     assert set(np.concatenate(pruned)) <= {0, 4}
     assert abs(np.sum(~as_flat(masks)) - round(first * ENTRIES)) <= 2
     again = select(as_tree(costs), masks, second, "block:4")

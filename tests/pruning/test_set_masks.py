@@ -1,6 +1,7 @@
 """New masks in the state of an optimizer: what it then holds, and what is refused."""
 
 import functools
+import re
 from typing import Any
 
 import chex
@@ -244,3 +245,33 @@ def test_a_new_state_has_the_masks_of_the_factory():
     assert isinstance(state, KeepPrunedState)
     assert sparsity(optax.tree.get(state, "masks")) == 0
     assert sparsity(optax.tree.get(TX.init(PARAMS), "masks")) == 0.5
+
+
+def damaged_states():
+    masks = {"a": jnp.ones((3, 2), bool), "b": jnp.ones(2, bool)}
+    tx: Any = keep_pruned(mfac(0.1, 3, solver="inverse"), masks)
+    state = jax.eval_shape(tx.init, jax.tree.map(lambda m: jnp.ones(m.shape), masks))
+    fisher, rest = state.inner_state[0], state.inner_state[1:]
+    window = fisher.window
+    fields = {
+        "gram": [None, jnp.ones((1, 2, 2)), jnp.ones((1, 3, 3), jnp.float16)],
+        "window": [jax.tree.map(lambda x: jnp.ones((2, *x.shape[1:])), window)],
+        "block_of_leaf": [jnp.zeros(1, jnp.int32)],
+        "metric": [(), fisher.metric._replace(second_moment=jnp.zeros(()))],
+        "solver": [()],
+        "made_with": [(), None],
+    }
+    for field, values in fields.items():
+        for value in values:
+            yield rf"state\.{field}.* must be", (fisher._replace(**{field: value}), *rest)
+    yield "opt_state must be that of tx: .* Restore a checkpoint into", (tuple(fisher), *rest)
+    yield "state.metric must have no leaf", (fisher._replace(window={"a": window["a"]}), *rest)
+    yield "state.metric must have no leaf", (fisher._replace(window=None), *rest)
+
+
+def test_a_damaged_state_takes_no_masks_and_the_field_is_named():
+    masks = {"a": jnp.ones((3, 2), bool), "b": jnp.ones(2, bool)}
+    tx = keep_pruned(mfac(0.1, 3, solver="inverse"), masks)
+    for message, inner in damaged_states():
+        with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+            set_masks(tx, KeepPrunedState(masks, inner), masks)

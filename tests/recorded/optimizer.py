@@ -171,7 +171,7 @@ def _shard_map():
 
 @stream("eight devices, pmap")
 def _pmap():
-    tx, grads = mfac_jax.mfac(num_grads=8, axis_name="x"), spoiled("even", 14)
+    tx, grads = mfac_jax.mfac(num_grads=8, axis_name="x", param_specs=P()), spoiled("even", 14)
     repeated = [jax.tree.map(lambda x: np.broadcast_to(x, (8, *x.shape)), g) for g in grads]
     params = jax.tree.map(np.ones_like, repeated[0])
     state = jax.pmap(tx.init, axis_name="x")(params)

@@ -9,6 +9,7 @@ import pytest
 
 from mfac_jax._src.base import numerics
 from mfac_jax._src.rows import host_memory, storages, window
+from mfac_jax._src.rows.manual_axes import ManualAxes
 from mfac_jax._src.rows.storages import Storage, floats
 from mfac_jax._src.rows.zeros import empty_row, empty_window
 
@@ -64,26 +65,26 @@ def _step_of(x: jax.Array) -> jax.Array:
 )
 def test_an_empty_window_has_the_axes_of_each_leaf_behind_its_rows(storage):
     params = tree_of(jnp.float16)
-    empty = empty_window(params, storage, 4, None, False)
+    empty = empty_window(params, storage, 4, ManualAxes(), False)
     for leaf, rows in zip(params.values(), storages.split(storage, empty), strict=True):
         assert storages.main_array(rows).shape == (4, *leaf.shape)
         assert all(array.shape[0] == 4 and not array.any() for array in jax.tree.leaves(rows))
         if storage is floats(None):
             assert rows.dtype == leaf.dtype
-    row = empty_row(params, jnp.float32, None)
+    row = empty_row(params, jnp.float32, ManualAxes())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), row) == {
         name: (shape, jnp.float32) for name, shape in TREE.items()
     }
 
 
 def plan_of(tree, rows, storage=None, blocks=(0, 1, 0)) -> window.Plan:
-    return window.make_plan("updates", tree, rows, storage or floats(None), blocks)
+    return window.make_plan("updates", tree, rows, storage or floats(None), blocks, ManualAxes())
 
 
 @DTYPES
 def test_ordinary_gradients_come_back_from_the_window_as_they_went_in(dtype):
     tree = tree_of(dtype)
-    rows = empty_window(tree, floats(None), 2, None, False)
+    rows = empty_window(tree, floats(None), 2, ManualAxes(), False)
     plan = plan_of(tree, rows)
     bounded = jax.tree.map(lambda x: numerics.bounded(x, jnp.dtype(jnp.float32)), tree)
     decoded = plan.decode(plan.encode(bounded, rows))
@@ -106,7 +107,7 @@ def test_products_with_the_window_are_those_of_each_block(storage):
 
     @jax.jit
     def products(stack, newest):
-        rows = empty_window(newest, storage, 4, None, False)
+        rows = empty_window(newest, storage, 4, ManualAxes(), False)
         plan = plan_of(newest, rows, storage)
         for index in range(4):
             row = plan.encode(jax.tree.map(lambda x, i=index: x[i], stack), rows)
@@ -138,7 +139,7 @@ def test_products_with_the_window_are_those_of_each_block(storage):
 def test_a_bad_entry_makes_all_products_nan(bad):
     tree = tree_of(jnp.float32)
     tree["a"] = tree["a"].at[1, 1].set(bad)
-    rows = empty_window(tree, floats(None), 5, None, False)
+    rows = empty_window(tree, floats(None), 5, ManualAxes(), False)
     plan = plan_of(tree, rows, blocks=(0, 0, 0))
     bounded = jax.tree.map(lambda x: numerics.bounded(x, jnp.dtype(jnp.float32)), tree)
     products, square = plan.dots(rows, plan.decode(plan.encode(bounded, rows)), jnp.zeros((1, 5)))
@@ -162,7 +163,7 @@ def test_write_row_replaces_one_row_if_it_is_accepted(dtype, accept):
 @pytest.mark.parametrize("storage", [floats(None), SCALED], ids=lambda s: s.name)
 def test_rows_are_split_by_leaf_and_joined_again(storage):
     params = tree_of(jnp.float32)
-    rows = empty_window(params, storage, 3, None, False)
+    rows = empty_window(params, storage, 3, ManualAxes(), False)
     joined = storages.join(storage, jax.tree.structure(params), storages.split(storage, rows))
     assert jax.tree.structure(joined) == jax.tree.structure(rows)
     assert jax.tree.structure(storages.first_tree(storage, rows)) == jax.tree.structure(params)
@@ -195,7 +196,7 @@ def test_a_storage_that_is_none_is_refused(storage):
 
 def test_a_tree_that_does_not_fit_the_window_has_no_plan():
     params = tree_of(jnp.float32)
-    rows: Any = empty_window(params, SCALED, 3, None, False)
+    rows: Any = empty_window(params, SCALED, 3, ManualAxes(), False)
     with pytest.raises(ValueError, match=r"must have the shapes .* leaf \['b'\] is \(4,\) and was \(\)"):
         plan_of({**params, "b": jnp.ones(4)}, rows, SCALED)
     with pytest.raises(ValueError, match=r"must have the tree .* leaf \['c'\] is only in one of the two"):

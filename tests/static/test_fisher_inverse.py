@@ -198,3 +198,32 @@ def test_bad_vectors_and_indices_are_refused():
         fisher.entry(0, 5)
     with pytest.raises(TypeError, match="sequence of ints"):
         fisher.submatrix([0.5])
+
+
+@pytest.mark.parametrize("blocks", [None, "leaf", np.int64(4)])
+def test_leaves_without_entries_change_nothing(blocks):
+    grads: Any = {"a": jnp.asarray(uniform(3, 6), jnp.float32)}
+    alone: Any = FisherInverse.from_gradients(grads, 1e-2, blocks=blocks)
+    with_empty: Any = {**grads, "none": None, "empty": jnp.zeros((3, 0, 2))}
+    fisher: Any = FisherInverse.from_gradients(with_empty, 1e-2, blocks=blocks)
+    x: Any = {"a": jnp.arange(6.0), "none": None, "empty": jnp.zeros((0, 2))}
+    products = fisher.ihvp(x)
+    np.testing.assert_array_equal(products["a"], alone.ihvp({"a": x["a"]})["a"])
+    assert jax.tree.map(jnp.shape, products) == jax.tree.map(jnp.shape, x)
+    assert fisher.diagonal()["empty"].shape == (0, 2)
+    np.testing.assert_array_equal(fisher.submatrix([5, 0]), alone.submatrix([5, 0]))
+    assert fisher.submatrix([]).shape == (0, 0)
+
+
+@pytest.mark.parametrize("indices", [[[1], [1, 2]], "ab", None, [10**30]])
+def test_what_is_no_sequence_of_ints_is_refused(indices):
+    fisher: Any = FisherInverse.from_gradients(jnp.ones((2, 3)), 1.0)
+    with pytest.raises(TypeError, match="indices must be a sequence of ints that are known before tracing"):
+        fisher.submatrix(indices)
+    with pytest.raises(TypeError, match="known before tracing"):
+        jax.jit(fisher.submatrix)(jnp.arange(2))
+
+
+def test_numpy_gradients_in_float64_are_taken_without_a_warning():
+    fisher: Any = FisherInverse.from_gradients(np.eye(3), 1.0)
+    np.testing.assert_allclose(fisher.ihvp(np.ones(3)), 0.75)

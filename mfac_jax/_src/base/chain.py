@@ -4,10 +4,64 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from mfac_jax._src.base import checks, numerics
+from mfac_jax._src.base import checks, numerics, schedules
 from mfac_jax._src.base.accept import select
+from mfac_jax._src.base.fields import CURE, check_field
+
+
+def chained(
+    preconditioner: optax.GradientTransformation,
+    *,
+    before: Sequence[optax.GradientTransformation] = (),
+    after: Sequence[optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.chain`, but a state that another chain has made is refused.
+
+    The preconditioner checks its own. Of the others only nodes are checked where `params` are not given,
+    since their arrays have the dtypes of the parameters.
+    """
+    parts = (*before, preconditioner, *after)
+
+    def init(params):
+        return tuple(part.init(params) for part in parts)
+
+    def update(updates, state, params=None, **extra_args):
+        if not isinstance(state, tuple) or len(state) != len(parts):
+            length = f" of {len(state)}" if isinstance(state, tuple) else ""
+            raise TypeError(
+                f"state must be a tuple of {len(parts)}, one for each part of the chain, got "
+                f"{type(state).__name__}{length}. Pass a momentum and a weight_decay where the state was "
+                f"made with them. {CURE}"
+            )
+        states = []
+        for number, (part, own) in enumerate(zip(parts, state, strict=True)):
+            if part is not preconditioner:
+                expected = jax.eval_shape(part.init, updates if params is None else params)
+                check_field(f"state[{number}]", own, expected, arrays=params is not None)
+            updates, own = optax.with_extra_args_support(part).update(updates, own, params, **extra_args)
+            states.append(own)
+        return updates, tuple(states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scaled_by(learning_rate: optax.ScalarOrSchedule, example: str) -> optax.GradientTransformation:
+    """Minus the learning rate times the updates, in their dtypes.
+
+    Raises for anything but a schedule or a number >= 0.
+    """
+    if not callable(learning_rate):
+        checks.check_not_negative("learning_rate", learning_rate, example)
+    inner = _promoting(optax.scale_by_learning_rate(learning_rate))
+
+    def update(updates, state, params=None):
+        scaled, state = inner.update(updates, state, params)
+        return jax.tree.map(lambda x, u: x.astype(u.dtype), scaled, updates), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def momentum_of_updates(
@@ -15,7 +69,7 @@ def momentum_of_updates(
 ) -> list[optax.GradientTransformation]:
     """An average of updates, if there is to be one."""
     check_momentum(momentum)
-    return [] if momentum is None else [_skip_not_finite(optax.ema(momentum), axis_name)]
+    return [] if momentum is None else [_skip_not_finite(_promoting(optax.ema(momentum)), axis_name)]
 
 
 def check_momentum(momentum: float | None) -> None:
@@ -33,7 +87,20 @@ def weight_decay(weight_decay: float | None, mask: optax.MaskOrFn) -> list[optax
             )
         return []
     checks.check_not_negative("weight_decay", weight_decay, "1e-4")
-    return [optax.add_decayed_weights(weight_decay, mask)]
+    checks.check_mask(mask)
+    # A number of NumPy has a dtype, which float32 updates would take on under x64.
+    number = float(weight_decay) if isinstance(weight_decay, np.number) else weight_decay
+    return [_promoting(optax.add_decayed_weights(number, mask))]
+
+
+def _promoting(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, which promotes dtypes and axes, for users whose flags forbid it."""
+
+    def update(updates, state, params=None):
+        with schedules.ordinary_promotion():
+            return inner.update(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _skip_not_finite(

@@ -11,12 +11,18 @@ import numpy as np
 from jax.core import Tracer
 
 
+def static_hint(name: str, value: Any) -> str:
+    """What a message adds where a number was expected by nobody: optax.inject_hyperparams makes arrays."""
+    is_array = isinstance(value, jax.Array)
+    return f" Under optax.inject_hyperparams pass static_args=('{name}',)." if is_array else ""
+
+
 def check_size(name: str, value: int, example: str) -> int:
     """A Python int from any integer >= 1 that is known before tracing."""
     if isinstance(value, jax.Array):
         raise TypeError(
-            f"{name} is the size of an array and must be a Python int, got {value!r}. Under "
-            f"optax.inject_hyperparams pass static_args=('{name}',)."
+            f"{name} is the size of an array and must be a Python int, got {value!r}."
+            f"{static_hint(name, value)}"
         )
     return check_count(name, value, example)
 
@@ -68,6 +74,22 @@ def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> N
         raise ValueError(message)
 
 
+def check_mask(mask: Any) -> None:
+    """Raise for anything but a function or a tree of bools.
+
+    A bool alone would be of no use. It is what optax.inject_hyperparams makes of a function, which it takes
+    for a schedule: then weight decay would act everywhere, or nowhere.
+    """
+    leaves = [] if callable(mask) else jax.tree.leaves(mask)
+    wrong = [x for x in leaves if mask is x or not isinstance(x, (bool, np.bool_))]
+    if wrong:
+        raise TypeError(
+            "mask must be a tree of bools like the parameters, or a function from them to one, got "
+            f"{wrong[0]!r}. Pass e.g. lambda params: jax.tree.map(lambda p: p.ndim > 1, params). Under "
+            "optax.inject_hyperparams pass static_args=('mask',)."
+        )
+
+
 def check_step_adaptation(value) -> None:
     """Raise for anything but a schedule or a number in [0, 1]."""
     if not callable(value):
@@ -77,14 +99,15 @@ def check_step_adaptation(value) -> None:
 def check_bool(name: str, value) -> None:
     """Raise for anything but True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
+        raise TypeError(f"{name} must be True or False, got {value!r}.{static_hint(name, value)}")
 
 
-def check_choice(name: str, value, allowed: Sequence[str | None], otherwise: str = "") -> None:
+def check_choice(name: str, value, allowed: Sequence[str | None], otherwise: str = "", cure="") -> None:
     """Raise for a value that is not one of the names (or None) in `allowed`."""
     if not (value is None or isinstance(value, str)) or value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
-        raise ValueError(f"{name} must be one of {options}{otherwise}, got {value!r}.")
+        cure = cure or static_hint(name, value)
+        raise ValueError(f"{name} must be one of {options}{otherwise}, got {value!r}.{cure}")
 
 
 def check_own_name(argument: str, name: str, taken: Collection[str]) -> None:

@@ -1,5 +1,7 @@
 """Numbers that may be schedules."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +21,17 @@ def damping_at(damping: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.A
 
 def at(number_or_schedule: optax.ScalarOrSchedule, step: jax.Array, dtype) -> jax.Array:
     """The number, or the schedule's value at the step."""
-    return jnp.asarray(
-        number_or_schedule(step) if callable(number_or_schedule) else number_or_schedule, dtype
-    )
+    if not callable(number_or_schedule):
+        return jnp.asarray(number_or_schedule, dtype)
+    with ordinary_promotion():
+        return jnp.asarray(number_or_schedule(step), dtype)
+
+
+@contextlib.contextmanager
+def ordinary_promotion():
+    """Promote dtypes and axes, whatever the user's flags say: optax and its schedules rely on it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def resting_while_rising(

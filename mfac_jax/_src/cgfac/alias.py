@@ -53,9 +53,9 @@ def cgfac(
       The chain; its state holds a `ScaleByCGFACState`.
 
     Raises:
-      TypeError: as `scale_by_cgfac`; `momentum` or `weight_decay` has a wrong type.
-      ValueError: as `scale_by_cgfac`; `momentum` or `weight_decay` is out of range; `mask` comes without
-        `weight_decay`; `update` with weight decay gets no `params`.
+      TypeError: as `scale_by_cgfac`; a number or `mask` has a wrong type.
+      ValueError: as `scale_by_cgfac`; `learning_rate`, `momentum` or `weight_decay` is out of range; `mask`
+        comes without `weight_decay`; `update` with weight decay gets no `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
@@ -74,6 +74,7 @@ def cgfac(
       Yingshi Chen, `An iterative K-FAC algorithm for Deep Learning <https://arxiv.org/abs/2101.00218>`_,
       2021.
     """
+    rate = chain.scaled_by(learning_rate, "0.1")
     preconditioner = scale_by_cgfac(
         damping,
         tolerance=tolerance,
@@ -82,9 +83,5 @@ def cgfac(
         num_batches=num_batches,
         factors=factors,
     )
-    return optax.chain(
-        preconditioner,
-        *chain.momentum_of_updates(momentum, None),
-        *chain.weight_decay(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    rest = [*chain.momentum_of_updates(momentum, None), *chain.weight_decay(weight_decay, mask)]
+    return chain.chained(preconditioner, after=[*rest, rate])

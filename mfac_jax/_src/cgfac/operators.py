@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import numerics, stacks, trees
@@ -53,7 +54,8 @@ def gauss_newton(
     the loss by the outputs. For softmax cross-entropy and squared error this is the Fisher matrix.
 
     The call makes one forward pass. Each product then takes one forward and one backward pass through the
-    linearized model.
+    linearized model. Outside of jit, pass a plain function, or one that was jitted once: what is jitted
+    anew at each step, and loops in a plain function, are compiled anew.
 
     Args:
       model: from parameters to the outputs for a batch, which it holds.
@@ -83,7 +85,7 @@ def gauss_newton(
     backward = jax.linear_transpose(forward, params)
 
     def product(v: optax.Params) -> optax.Params:
-        v = jax.tree.map(lambda x, p: x.astype(p.dtype), v, params)
+        v = jax.tree.map(lambda x, p: x.astype(jnp.result_type(p)), v, params)
         _, curved = jax.jvp(jax.grad(loss), (outputs,), (forward(v),))
         return backward(curved)[0]
 

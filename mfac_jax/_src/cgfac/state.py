@@ -1,13 +1,13 @@
 """The state of `scale_by_cgfac`: what it holds, its first value, and for which transform it was made."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import numerics
-from mfac_jax._src.cgfac.window import Window, num_batches_in
+from mfac_jax._src.cgfac.window import Window, check_kept
 from mfac_jax._src.rows import mesh
 
 
@@ -40,29 +40,49 @@ class ScaleByCGFACState(NamedTuple):
 def first_state(params: optax.Params, window: Window) -> ScaleByCGFACState:
     """The state before the first gradient."""
     dtype, zeros = numerics.accumulation_dtype(params), mesh.zeros_like_params(params)
-    leaves = (len(jax.tree.leaves(params)),)
-    return ScaleByCGFACState(
-        grads_seen=zeros((), jnp.int32),
-        grads_rejected=zeros((), jnp.int32),
-        window=window,
-        mean_squares=zeros(leaves, dtype),
-        residuals=zeros(leaves, dtype),
-        iterations=zeros(leaves, jnp.int32),
-        indefinite=zeros(leaves, jnp.bool_),
-    )
+    kinds = _kinds(len(jax.tree.leaves(params)), dtype)
+    return ScaleByCGFACState(**{name: zeros(*kind) for name, kind in kinds.items()}, window=window)
 
 
-def check_state(state: ScaleByCGFACState, updates: optax.Updates, num_batches: int) -> None:
-    """Raise if the state was made with another `num_batches`, or for another number of leaves."""
-    kept = num_batches_in(state.window)
-    if kept != num_batches:
-        raise ValueError(
-            f"state must be that of a transform with num_batches={num_batches}, got num_batches={kept}. "
-            "After changing it call init again."
+def _kinds(leaves: int, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of every field but the window."""
+    of_leaves = {
+        "mean_squares": dtype,
+        "residuals": dtype,
+        "iterations": jnp.int32,
+        "indefinite": jnp.bool_,
+    }
+    counts = dict.fromkeys(("grads_seen", "grads_rejected"), ((), jnp.int32))
+    return {**counts, **{name: ((leaves,), dtype) for name, dtype in of_leaves.items()}}
+
+
+def check_state(state: Any, updates: optax.Updates, num_batches: int) -> None:
+    """Raise for anything but a state for these updates, of a transform with this `num_batches`."""
+    if not isinstance(state, ScaleByCGFACState):
+        raise TypeError(
+            f"state must be a ScaleByCGFACState, as init returns it, got {type(state).__name__}. Restore a "
+            "checkpoint into a state that init returned."
         )
-    found, made = len(jax.tree.leaves(updates)), len(state.mean_squares)
-    if found != made:
+    leaves, mean_squares = len(jax.tree.leaves(updates)), state.mean_squares
+    if getattr(mean_squares, "ndim", 0) == 1 and len(mean_squares) != leaves:
         raise ValueError(
-            f"updates must have the tree of the parameters given to init, but have {found} leaves, and the "
-            f"state was made for {made}. Call init again with the parameters that are trained now."
+            f"updates must have the tree of the parameters given to init, but have {leaves} leaves, and "
+            f"the state was made for {len(mean_squares)}. Call init again with the parameters that are "
+            "trained now."
+        )
+    has_doubles = getattr(mean_squares, "dtype", None) == jnp.float64
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64) if has_doubles else jnp.dtype(jnp.float32)
+    for name, kind in _kinds(leaves, dtype).items():
+        _check_field(name, getattr(state, name), *kind)
+    check_kept(state.window, num_batches)
+
+
+def _check_field(name: str, found: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise unless the field is an array of this shape and dtype, of JAX or NumPy."""
+    kind = getattr(found, "shape", None), getattr(found, "dtype", None)
+    if kind != (shape, dtype):
+        got = repr(found) if kind[1] is None else f"{kind[0]} of {kind[1]}"
+        raise ValueError(
+            f"state.{name} must be an array {shape} of {jnp.dtype(dtype)}, got {got}. Restore the whole "
+            "state that was saved, or call init again."
         )

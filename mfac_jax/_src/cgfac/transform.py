@@ -9,6 +9,7 @@ import optax
 
 from mfac_jax._src.base import checks, numerics, schedules, trees
 from mfac_jax._src.base.accept import accept_or_refuse
+from mfac_jax._src.base.forward_mode import forward_only
 from mfac_jax._src.cgfac import curvature_checks, solve
 from mfac_jax._src.cgfac.layers import Factors
 from mfac_jax._src.cgfac.state import ScaleByCGFACState, check_state, first_state
@@ -47,7 +48,9 @@ def scale_by_cgfac(
 
     A gradient with a NaN or an Inf comes back unchanged; factors with one give updates of zeros. Either
     changes only `grads_rejected` in the state. In `jax.shard_map` and `jax.pmap`, first average the
-    gradient and gather the factors (`jax.lax.all_gather` with `tiled=True`).
+    gradient and gather the factors (`jax.lax.all_gather` with `tiled=True`). Updates have derivatives in
+    forward mode (`jax.jvp`, `jax.jacfwd`). Outside of jit, functions may be made anew at each step: nothing
+    is compiled for them. A tree of arrays with a `__call__`, as modules have, is not taken for a function.
 
     Args:
       damping: lambda, > 0, a number or a schedule over accepted gradients. A larger one is closer to
@@ -65,9 +68,10 @@ def scale_by_cgfac(
       A transform with the state `ScaleByCGFACState`. It ignores `params`, and needs `curvature`.
 
     Raises:
-      TypeError: an argument, or `curvature`, has a wrong type; a leaf is not a real floating-point array.
+      TypeError: an argument, `curvature` or the state has a wrong type; a leaf is not a real floating-point
+        array; an update is differentiated in reverse mode.
       ValueError: an argument is out of range; `curvature` is missing or does not fit the parameters; the
-        state was made for another `num_batches`; `preconditioner` comes with factors.
+        state was made for another `num_batches`, or lacks a field; `preconditioner` comes with factors.
 
     Example:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -110,7 +114,8 @@ def scale_by_cgfac(
     def update(updates, state, params=None, *, curvature: Any = None, preconditioner=None, **extra_args):
         del params, extra_args
         newest = _checked_factors(state, updates, curvature, preconditioner, num_batches)
-        finite, dtype = numerics.all_finite(updates), numerics.accumulation_dtype(updates)
+        state = jax.tree.map(jnp.asarray, state)  # of NumPy's arrays, as checkpoints have them
+        finite, dtype = numerics.all_finite(updates), state.mean_squares.dtype
         accept = finite & numerics.all_finite(newest)
         gradient = jax.tree.map(lambda g: numerics.bounded(jnp.where(accept, g, 0), dtype), updates)
         newest = jax.tree.map(lambda x: jnp.where(accept, x, 0), newest)
@@ -127,14 +132,14 @@ def scale_by_cgfac(
             solved = solve.solve_layers(known, gradient, unbiased, limits, num_batches)
         else:
             solved = solve.solve_whole(curvature, preconditioner, gradient, limits)
-        solved = [solve.finite_or_zero(leaf) for leaf in solved]
+        solved = [forward_only(solve.finite_or_zero(leaf), "scale_by_cgfac") for leaf in solved]
         solution = jax.tree.unflatten(jax.tree.structure(updates), [leaf.x for leaf in solved])
         length = 1 if norm_constraint is None else _shortening(gradient, solution, norm_constraint)
         new = jax.tree.map(
             lambda g, x: jnp.where(finite, numerics.narrow(length * x, g.dtype), g), updates, solution
         )
         changed = {"grads_seen": seen, "window": window, "mean_squares": mean_squares}
-        after = state._replace(**changed, **solve.reports(solved))
+        after = state._replace(**changed, **solve.reports(solved, dtype))
         return new, accept_or_refuse(accept, state, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -146,7 +151,7 @@ def _checked_factors(
     """The factors for the updates, none if the curvature is a function; raise if anything does not fit."""
     trees.check_params(updates)
     check_state(state, updates, num_batches)
-    curvature_checks.check_curvature(curvature, preconditioner, updates, num_batches)
+    curvature_checks.check_curvature(curvature, preconditioner, num_batches)
     is_mapping = isinstance(curvature, Mapping)
     factors = curvature_checks.shown_factors(curvature, updates) if is_mapping else {}
     check_window(state.window, factors)
@@ -164,5 +169,6 @@ def _shortening(gradient: optax.Updates, solution: optax.Updates, limit) -> jax.
     # The solution x has (F + damping I) x = g, so this squared norm is g . x.
     # Multiply and sum: a dot of arrays that are split over an explicit mesh axis would need a sharding.
     products = jax.tree.map(lambda g, x: jnp.sum(g * x), gradient, solution)
-    squared = optax.tree.sum(products)
-    return jnp.where(squared > limit, jnp.sqrt(limit / squared), 1)
+    squared = jnp.asarray(optax.tree.sum(products))
+    limit, is_longer = jnp.asarray(limit, squared.dtype), squared > limit
+    return jnp.where(is_longer, jnp.sqrt(numerics.quotient(limit, jnp.where(is_longer, squared, 1))), 1)

@@ -1,20 +1,26 @@
-"""Conjugate gradients for several systems at once, in one loop: one system per block.
+"""Conjugate gradients for several systems at once, in one loop: blocks of one or more systems each.
 
-The blocks share the loop and nothing else. Each has its own step lengths, and rests once it has converged.
+The systems share the loop and nothing else. Each has its own step lengths, and rests once it has converged.
 
 `jax.scipy.sparse.linalg.cg` would take all blocks as one system. It reports neither the residual, nor the
 iterations, nor that a matrix was not positive definite.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
-Blocks = Sequence[Any]  # of trees of arrays
+from mfac_jax._src.base import numerics
+
+Blocks = list[Any]  # of trees of arrays; in a stacked block they have a first axis of independent systems
 Product = Callable[[Blocks], Blocks]
+Stacked = tuple[bool, ...]  # which blocks are
 
 
 class Limits(NamedTuple):
@@ -32,23 +38,23 @@ class Limits(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What `solve` found.
+    """What `solve` found. Numbers are lists: `()` for each block, `(systems,)` if it is stacked.
 
     Attributes:
       blocks: x, finite.
       residuals: the norm of b - A x over that of b, as the recursion has it.
-      iterations: products that the block took.
-      indefinite: whether the block stopped because A was not positive definite, or not finite.
+      iterations: products that the system took.
+      indefinite: whether the system stopped because A was not positive definite, or not finite.
     """
 
     blocks: Blocks
-    residuals: jax.Array  # (blocks,), of the dtype of the blocks
-    iterations: jax.Array  # (blocks,) int32
-    indefinite: jax.Array  # (blocks,) bool
+    residuals: list[jax.Array]  # of the dtype of the blocks
+    iterations: list[jax.Array]  # int32
+    indefinite: list[jax.Array]  # bool
 
 
 class _Loop(NamedTuple):
-    """What an iteration hands to the next one.
+    """What an iteration hands to the next one. Numbers are those of all systems, block by block.
 
     Attributes:
       x: the solution so far.
@@ -57,7 +63,7 @@ class _Loop(NamedTuple):
       rz: r times the preconditioned r.
       iterations: as in `Solution`.
       indefinite: as in `Solution`.
-      active: which blocks go on.
+      active: which systems go on.
     """
 
     x: Blocks
@@ -74,86 +80,166 @@ def solve(
     rhs: Blocks,
     limits: Limits,
     precondition: Product = lambda blocks: blocks,
+    stacked: Stacked | None = None,
 ) -> Solution:
-    """Solve (F + damping I) x = b for every block, where `product` multiplies by F >= 0.
+    """Solve (F + damping I) x = b for every system, where `product` multiplies by F >= 0.
 
     Every x on the way has a positive product with b, so a solution that stops early still descends.
 
-    A block stops at a direction without positive curvature. If that is the first direction, the block takes
-    one step along it, with the absolute value of the curvature; no step if that is not finite.
+    A system stops at a direction without positive curvature. If that is the first direction, the system
+    takes one step along it, with the absolute value of the curvature; no step if that is not finite.
 
     Args:
-      product: F times the blocks. It must not mix them.
+      product: F times the blocks. It must not mix systems.
       rhs: b, of finite entries, of one dtype.
       limits: the damping, and when to stop.
       precondition: multiplies the blocks by a positive definite matrix near (F + damping I)^-1.
+      stacked: which blocks hold several systems, along a first axis; None for no block.
     """
-    damping, tolerance, max_iterations = limits
-    scale = _largest(rhs)  # squares of tiny or huge entries would leave the range of float32
-    b = _divided(rhs, scale)
-
-    def has_converged(x, r):
-        # No eigenvalue is below the damping, so the error is at most |r| / damping. It is compared with the
-        # solution, whose norm is at least |x| minus the error.
-        return jnp.sqrt(_dot(r, r)) <= tolerance / (1 + tolerance) * damping * jnp.sqrt(_dot(x, x))
+    stacked = stacked or (False,) * len(rhs)
 
     def iterate(loop: _Loop) -> _Loop:
-        Ap = _added(product(loop.p), damping * jnp.ones_like(scale), loop.p)
-        curvature = _dot(loop.p, Ap)
-        is_positive = (curvature > 0) & jnp.isfinite(curvature)
-        is_first = loop.iterations == 0
-        length = loop.rz / jnp.abs(curvature)
-        length = jnp.where(loop.active & (is_positive | is_first) & jnp.isfinite(length), length, 0)
-        x, r = _added(loop.x, length, loop.p), _added(loop.r, -length, Ap)
-        z = precondition(r)
-        rz = _dot(r, z)
-        active = loop.active & is_positive & ~has_converged(x, r) & (rz > 0)
-        p = _added(z, jnp.where(active, rz / loop.rz, 0), loop.p)
-        iterations = loop.iterations + loop.active
-        indefinite = loop.indefinite | (loop.active & ~is_positive)
-        return _Loop(x, r, p, rz, iterations, indefinite, active & (iterations < max_iterations))
+        moved = _moved(loop, product(loop.p), limits, stacked)
+        return _turned(loop, moved, precondition(moved.r), limits, stacked)
 
-    size = jnp.sqrt(_dot(b, b))
-    zero, z = jax.tree.map(jnp.zeros_like, b), precondition(b)
-    nothing = jnp.zeros_like(scale, bool)
-    first = _Loop(zero, b, z, _dot(b, z), jnp.zeros_like(scale, jnp.int32), nothing, size > 0)
-    last = lax.while_loop(lambda loop: jnp.any(loop.active), iterate, first)
-    residuals = jnp.where(size > 0, jnp.sqrt(_dot(last.r, last.r)) / size, 0)
-    return Solution(_times(scale, last.x), residuals, last.iterations, last.indefinite)
+    scale, b = _scaled(rhs, stacked)
+    first = _first(b, precondition(b), stacked)
+    return _solution(scale, b, _repeat(iterate, first), stacked)
 
 
-def _each_block(function: Callable[[Any], jax.Array], blocks: Blocks) -> jax.Array:
-    """`(blocks,)` numbers."""
-    return jnp.stack([function(block) for block in blocks])
+def _repeat(iterate: Callable[[_Loop], _Loop], loop: _Loop) -> _Loop:
+    """Iterate until no system is active."""
+    # Outside of jit a while_loop would be compiled anew for each new function that multiplies. In Python it
+    # runs in what is compiled already.
+    while not isinstance(loop.active, Tracer):
+        if not jnp.any(loop.active):
+            return loop
+        loop = iterate(loop)
+    return lax.while_loop(lambda loop: jnp.any(loop.active), iterate, loop)
 
 
-def _dot(us: Blocks, vs: Blocks) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="stacked")
+def _scaled(rhs: Blocks, stacked: Stacked) -> tuple[jax.Array, Blocks]:
+    """The largest entry of each system, and the right-hand sides divided by it."""
+    # Squares of tiny or huge entries would leave the range of float32. The scale has no derivative: in the
+    # end the solution is multiplied with it.
+    scale = lax.stop_gradient(_largest(rhs, stacked))
+    return scale, _each(lambda c, x: x / c, scale, stacked, rhs)
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _first(b: Blocks, z: Blocks, stacked: Stacked) -> _Loop:
+    """Before the first iteration."""
+    rz = _dot(b, z, stacked)
+    nothing = jnp.zeros_like(rz, bool)
+    return _Loop(
+        jax.tree.map(jnp.zeros_like, b),
+        b,
+        z,
+        rz,
+        jnp.zeros_like(rz, jnp.int32),
+        nothing,
+        _dot(b, b, stacked) > 0,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _moved(loop: _Loop, Fp: Blocks, limits: Limits, stacked: Stacked) -> _Loop:
+    """After a step along the direction; `active` are the systems for which it was a good one."""
+    Ap = _added(Fp, limits.damping * jnp.ones_like(loop.rz), loop.p, stacked)
+    curvature = _dot(loop.p, Ap, stacked)
+    is_positive = (curvature > 0) & jnp.isfinite(curvature)
+    is_first = loop.iterations == 0
+    length = numerics.quotient(loop.rz, jnp.where(curvature == 0, 1, jnp.abs(curvature)))
+    takes_step = loop.active & (is_positive | (is_first & (curvature != 0))) & jnp.isfinite(length)
+    length = jnp.where(takes_step, length, 0)
+    return loop._replace(
+        x=_added(loop.x, length, loop.p, stacked),
+        r=_added(loop.r, -length, Ap, stacked),
+        iterations=loop.iterations + loop.active.astype(jnp.int32),
+        indefinite=loop.indefinite | (loop.active & ~is_positive),
+        active=loop.active & is_positive,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _turned(before: _Loop, moved: _Loop, z: Blocks, limits: Limits, stacked: Stacked) -> _Loop:
+    """With the next direction, from the preconditioned residual."""
+    damping, tolerance, max_iterations = limits
+    # No eigenvalue is below the damping, so the error is at most |r| / damping. It is compared with the
+    # solution, whose norm is at least |x| minus the error.
+    smallest = jnp.sqrt(_dot(moved.x, moved.x, stacked))
+    has_converged = (
+        jnp.sqrt(_dot(moved.r, moved.r, stacked)) <= tolerance / (1 + tolerance) * damping * smallest
+    )
+    rz = _dot(moved.r, z, stacked)
+    goes_on = moved.active & ~has_converged & (rz > 0)
+    ratio = jnp.where(goes_on, numerics.quotient(rz, jnp.where(goes_on, before.rz, 1)), 0)
+    active = goes_on & (moved.iterations < max_iterations)
+    return moved._replace(p=_added(z, ratio, before.p, stacked), rz=rz, active=active)
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _solution(scale: jax.Array, b: Blocks, last: _Loop, stacked: Stacked) -> Solution:
+    left, size = _dot(last.r, last.r, stacked), _dot(b, b, stacked)
+    # Nothing is left of a system that is solved exactly. The derivative of the root is not finite there.
+    residuals = jnp.where(left > 0, jnp.sqrt(jnp.where(left > 0, left, 1)), 0)
+    residuals = residuals / jnp.sqrt(jnp.where(size > 0, size, 1))
+    blocks = _each(lambda c, x: c * x, scale, stacked, last.x)
+    numbers = (_of_blocks(x, stacked, blocks) for x in (residuals, last.iterations, last.indefinite))
+    return Solution(blocks, *numbers)
+
+
+def _of_blocks(numbers: jax.Array, stacked: Stacked, blocks: Blocks) -> list[jax.Array]:
+    """The numbers of all systems as those of each block: `()`, or `(systems,)` if it is stacked."""
+    sizes = [len(jax.tree.leaves(x)[0]) if many else 1 for many, x in zip(stacked, blocks, strict=True)]
+    ends = itertools.accumulate(sizes)
+    return [
+        numbers[end - size : end] if many else numbers[end - 1]
+        for many, size, end in zip(stacked, sizes, ends, strict=True)
+    ]
+
+
+def _each(
+    function: Callable[..., jax.Array], numbers: jax.Array, stacked: Stacked, *blocks: Blocks
+) -> Blocks:
+    """The function of the systems' numbers, which broadcast, and of the arrays of the blocks."""
+
+    def of_block(c, *trees):
+        def of_leaves(*xs):
+            return function(c.reshape(c.shape + (1,) * (xs[0].ndim - c.ndim)) if c.ndim else c, *xs)
+
+        return jax.tree.map(of_leaves, *trees)
+
+    of_blocks = _of_blocks(numbers, stacked, blocks[0])
+    return [of_block(*of_one) for of_one in zip(of_blocks, *blocks, strict=True)]
+
+
+def _each_system(function: Callable[..., jax.Array], stacked: Stacked, *blocks: Blocks) -> list[jax.Array]:
+    """For each block `(leaves, systems)` numbers, from a function of arrays and of the axes of a system."""
+
+    def of_block(many, *trees):
+        def of_leaves(*xs):
+            return function(*xs, tuple(range(many, xs[0].ndim))).reshape(-1)
+
+        return jnp.stack(jax.tree.leaves(jax.tree.map(of_leaves, *trees)))
+
+    return [of_block(*of_one) for of_one in zip(stacked, *blocks, strict=True)]
+
+
+def _dot(us: Blocks, vs: Blocks, stacked: Stacked) -> jax.Array:
     # Multiply and sum: a dot of arrays that are split over an explicit mesh axis would need a sharding.
-    products = jax.tree.map(lambda u, v: jnp.sum(u * v), list(us), list(vs))
-    return _each_block(lambda block: jnp.stack(jax.tree.leaves(block)).sum(), products)
+    products = _each_system(lambda u, v, axes: jnp.sum(u * v, axes), stacked, us, vs)
+    return jnp.concatenate([of_leaves.sum(0) for of_leaves in products])
 
 
-def _largest(blocks: Blocks) -> jax.Array:
-    """The largest absolute value of each block; one if all are zero."""
-
-    def of_block(block):
-        return jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(block)]).max()
-
-    largest = _each_block(of_block, blocks)
+def _largest(blocks: Blocks, stacked: Stacked) -> jax.Array:
+    """The largest absolute value of each system; one if all are zero."""
+    of_blocks = _each_system(lambda x, axes: jnp.max(jnp.abs(x), axes, initial=0), stacked, blocks)
+    largest = jnp.concatenate([of_leaves.max(0) for of_leaves in of_blocks])
     return jnp.where(largest > 0, largest, 1)
 
 
-def _times(factors: jax.Array, blocks: Blocks) -> Blocks:
-    return [jax.tree.map(lambda x, c=c: c * x, block) for c, block in zip(factors, blocks, strict=True)]
-
-
-def _divided(blocks: Blocks, divisors: jax.Array) -> Blocks:
-    return [jax.tree.map(lambda x, c=c: x / c, block) for c, block in zip(divisors, blocks, strict=True)]
-
-
-def _added(us: Blocks, factors: jax.Array, vs: Blocks) -> Blocks:
+def _added(us: Blocks, factors: jax.Array, vs: Blocks, stacked: Stacked) -> Blocks:
     """u + factor v; u where the factor is zero, even if v is not finite."""
-    return [
-        jax.tree.map(lambda x, y, c=c: jnp.where(c == 0, x, x + c * y), u, v)
-        for u, c, v in zip(us, factors, vs, strict=True)
-    ]
+    return _each(lambda c, u, v: jnp.where(c == 0, u, u + c * v), factors, stacked, us, vs)

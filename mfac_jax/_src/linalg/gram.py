@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mfac_jax._src.base.numerics import root
+
 
 def replace_row(gram: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
     """The Gram matrices with `row` as their row and column `index`."""
-    is_new = jnp.arange(gram.shape[-1]) == index
+    is_new = jnp.arange(gram.shape[-1], dtype=index.dtype) == index
     return jnp.where(is_new[:, None], row[:, None, :], jnp.where(is_new, row[:, :, None], gram))
 
 
 def mean_square(gram: jax.Array, count: jax.Array) -> jax.Array:
-    """Mean squared norm of the `count` rows in use `(blocks,)`; one where they are too small to tell."""
-    mean = jnp.trace(gram, axis1=-2, axis2=-1) / count.astype(gram.dtype)
-    return jnp.where(mean > 2.0**-100, mean, 1)
+    """Mean squared norm of the `count` rows in use `(blocks,)`."""
+    return jnp.trace(gram, axis1=-2, axis2=-1) / count.astype(gram.dtype)
 
 
 def cosine_of(
@@ -62,13 +63,13 @@ def shrinkage(gram: jax.Array, age: jax.Array, count: jax.Array) -> jax.Array:
     def mean_and_variance(chosen):
         chosen = chosen & (squares > 0)
         number = jnp.maximum(jnp.sum(chosen), 1).astype(gram.dtype)
-        mean = jnp.sum(logarithms * chosen) / number
-        deviations = jnp.sum(jnp.square(logarithms - mean) * chosen)
+        mean = jnp.sum(logarithms, where=chosen) / number
+        deviations = jnp.sum(jnp.square(logarithms - mean), where=chosen)
         return mean, deviations / (number * jnp.maximum(number - 1, 1))
 
-    newer, newer_variance = mean_and_variance(age < count / 2)
-    older, older_variance = mean_and_variance((age >= count / 2) & (age < count))
-    standard_error = jnp.sqrt(newer_variance + older_variance)
+    newer, newer_variance = mean_and_variance(2 * age < count)
+    older, older_variance = mean_and_variance((2 * age >= count) & (age < count))
+    standard_error = root(newer_variance + older_variance)
     excess = jnp.maximum(jnp.abs(older - newer) - standard_error, 0)
     return -jnp.sign(older - newer) * jnp.expm1(-excess)
 

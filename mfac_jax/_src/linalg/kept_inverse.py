@@ -2,11 +2,15 @@
 
 P is close to (K + shift I)^-1. When a row and column of K are replaced, two corrections of rank one follow:
 the old row is eliminated, and the new one enters by its Schur complement. Rounding errors leave with the
-rows that carry them. Every solution is refined against K itself until its residual is that of rounding.
-Where it does not get there, K is near singular or the shift has moved too far. Cholesky then solves, and P
-is made anew.
+rows that carry them. Every solution is refined against K itself until each entry of its residual is that of
+rounding. Where it does not get there, K is near singular or the shift has moved too far. Cholesky then
+solves, and P is made anew.
+
+Each entry of the residual is compared with the terms that it is the sum of. So a row and column of any
+length may stand beside the others: to scale them changes neither this test nor a digit of P.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -34,48 +38,86 @@ def replace_row(kept: KeptInverse, row: jax.Array, index: jax.Array, accept: jax
 
     Unchanged where `accept` is false. The choice is part of the same operation, which saves an m x m array.
     """
+    kept, row = lax.stop_gradient((kept, row))  # a solution depends on K alone, not on what led to it
     replaced = jax.vmap(_replace_row, (0, 0, 0, None))(*kept, row, index)
     return kept._replace(matrix=jnp.where(accept, replaced, kept.matrix))
 
 
 def _replace_row(P: jax.Array, shift: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
-    is_new = jnp.arange(len(row)) == index
+    is_new = jnp.arange(len(row), dtype=index.dtype) == index
     others = jnp.where(is_new, 0, row)
     gone = P[index]
+    scaled = gone / jnp.where(gone[index] > 0, gone[index], 1)
     product = jnp.matmul(P, others, precision=lax.Precision.HIGHEST)
-    inside = jnp.where(is_new, 0, product - gone * (product[index] / gone[index]))
+    inside = jnp.where(is_new, 0, product - scaled * product[index])
     complement = row[index] + shift - jnp.sum(others * inside)
     entering = jnp.where(is_new, 1, -inside)
-    without = jnp.where(is_new[:, None] | is_new, 0, P - gone[:, None] * gone / gone[index])
-    return without + entering[:, None] * entering / complement
+    without = jnp.where(is_new[:, None] | is_new[None], 0, P - gone[:, None] * scaled[None])
+    is_positive = (gone[index] > 0) & (complement > 0)
+    added = entering[:, None] * (entering / jnp.where(is_positive, complement, 1))[None]
+    return jnp.where(is_positive, without + added, 0)
 
 
+class _Found(NamedTuple):
+    """A solution on the way.
+
+    Attributes:
+      solution: c.
+      product: K c.
+      terms: of the absolute values of K and c.
+      rest: the residual.
+      error: its largest entry, in units of its terms.
+      converges: whether that is less than half of what it was.
+    """
+
+    solution: jax.Array  # (blocks, m), like the next three
+    product: jax.Array
+    terms: jax.Array
+    rest: jax.Array
+    error: jax.Array  # (blocks,)
+    converges: jax.Array  # (blocks,)
+
+
+@jax.jit  # outside of a user's jit, the loops would be compiled at every call
 def solve(
     kept: KeptInverse, gram: jax.Array, shift: jax.Array, rhs: jax.Array
 ) -> tuple[jax.Array, KeptInverse]:
     """(K + shift I)^-1 rhs, finite for any finite Gram matrix, and the inverses, made anew where needed."""
     shift = jnp.broadcast_to(shift, rhs.shape[:1])
-    size = jnp.linalg.norm(gram, axis=(-2, -1)) + shift
+    solution, kept = _solve(*lax.stop_gradient((kept, gram, shift, rhs)))
+    return cholesky.with_derivative(solution, gram, shift[:, None], rhs), kept
 
-    def is_good(found):
-        solution, rest, _ = found
-        terms = size * jnp.linalg.norm(solution, axis=-1) + jnp.linalg.norm(rhs, axis=-1)
-        return jnp.linalg.norm(rest, axis=-1) <= jnp.finfo(gram.dtype).eps * terms
 
-    def refine(found):
-        solution, rest, _ = found
-        solution += matvec(kept.matrix, rest)
-        after = rhs - matvec(gram, solution) - shift[:, None] * solution
-        return solution, after, jnp.linalg.norm(after, axis=-1) < jnp.linalg.norm(rest, axis=-1) / 2
+def _solve(
+    kept: KeptInverse, gram: jax.Array, shift: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, KeptInverse]:
+    m, magnitudes = gram.shape[-1], jnp.abs(gram)
+    eps, tiny = float(jnp.finfo(gram.dtype).eps), float(jnp.finfo(gram.dtype).tiny)
+    # With the exact inverse the error comes down to 0.5 eps at m = 4, 1.3 at 64, 4 at 1024, 5.5 at 2048.
+    rounding = (1 + math.sqrt(m) / 8) * eps
+    smallest = m * tiny / eps  # each of the m terms loses up to `tiny` where it leaves the normal numbers
 
-    def is_worth_a_try(found):
-        good, converges = is_good(found), found[-1]
-        return ~jnp.all(good) & jnp.all(good | converges)
+    def refine(found: _Found) -> _Found:
+        solution = found.solution + matvec(kept.matrix, found.rest)
+        product, terms = matvec(gram, solution), matvec(magnitudes, jnp.abs(solution))
+        rest = rhs - product - shift[:, None] * solution
+        size = terms + shift[:, None] * jnp.abs(solution) + jnp.abs(rhs)
+        errors = jnp.where(size < jnp.inf, jnp.abs(rest) / jnp.maximum(size, smallest), jnp.inf)
+        error = jnp.max(errors, axis=-1)
+        return _Found(solution, product, terms, rest, error, error < found.error / 2)
 
-    found = refine((jnp.zeros_like(rhs), rhs, None))
-    found = lax.while_loop(is_worth_a_try, refine, found)
-    solution = found[0]
-    good = jnp.all(is_good(found)) & jnp.all(cholesky.keeps_digits(gram, rhs, solution))
+    def is_good(found: _Found) -> jax.Array:
+        return found.error <= rounding
+
+    def is_worth_a_try(found: _Found) -> jax.Array:
+        return ~jnp.all(is_good(found)) & jnp.all(is_good(found) | found.converges)
+
+    # All in the loop: what is read on both sides of its start would be computed twice.
+    zero, unknown = jnp.zeros_like(rhs), jnp.full_like(shift, jnp.inf)
+    start = _Found(zero, zero, zero, rhs, unknown, unknown > 0)
+    found = lax.while_loop(is_worth_a_try, refine, start)
+    keeps_digits = cholesky.keeps_digits(rhs * found.product, jnp.abs(rhs) * found.terms)
+    good = jnp.all(is_good(found)) & jnp.all(keeps_digits)
 
     def anew(_):
         root = cholesky.inverse_root(gram, shift[:, None])
@@ -83,4 +125,4 @@ def solve(
         return cholesky.solve(gram, shift[:, None], rhs), KeptInverse(matrix, shift), jnp.array(True)
 
     # A loop of no or one turn, where a conditional would copy the inverse.
-    return lax.while_loop(lambda carry: ~carry[-1], anew, (solution, kept, good))[:2]
+    return lax.while_loop(lambda carry: ~carry[-1], anew, (found.solution, kept, good))[:2]

@@ -5,6 +5,7 @@ rows of G through K: F^-1 G^T w = n G^T (K + n damping I)^-1 w (the push-through
 subtracted, so the digits of w survive small damping.
 """
 
+import functools
 import math
 
 import jax
@@ -26,6 +27,10 @@ def solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     When gradients repeat and the shift is small against their squared norm, Cholesky breaks down, or
     its result is rounding noise. A jitter then takes the shift's place.
     """
+    return with_derivative(_solve(*lax.stop_gradient((gram, shift, rhs))), gram, shift, rhs)
+
+
+def _solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     system, scale = _balanced(gram, shift)
     factor = _cholesky(system)
     # The solve stands outside of the conditional: inside, XLA copies the factor into both branches.
@@ -33,7 +38,8 @@ def solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     if gram.shape[-1] <= _MAX_REFINED:
         solution += _cholesky_solve(factor, scale * rhs - matvec(system, solution))
     solution *= scale
-    good = _is_sound(factor) & keeps_digits(gram, rhs, solution)
+    terms = matvec(gram, rhs) * solution
+    good = _is_sound(factor) & keeps_digits(terms, jnp.abs(terms))
 
     def with_jitter():
         jittered = scale * _cholesky_solve(_jittered_cholesky(system), scale * rhs)
@@ -42,18 +48,65 @@ def solve(gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
     return lax.cond(jnp.all(good), lambda: solution, with_jitter)
 
 
+@jax.custom_jvp
+def with_derivative(solution: jax.Array, gram: jax.Array, shift: jax.Array, rhs: jax.Array) -> jax.Array:
+    """The solution as it is, with the derivative of (K + shift I)^-1 rhs, however it was found.
+
+    Loops on the way to it have no derivative in reverse mode, and lose digits in forward mode.
+    """
+    del gram, shift, rhs
+    return solution
+
+
+@with_derivative.defjvp
+def _derivative(primals, tangents):
+    """(K + shift I)^-1 (d rhs - (dK + d shift I) c)."""
+    solution, gram, shift, _ = primals
+    _, d_gram, d_shift, d_rhs = tangents
+
+    def product(x):
+        return matvec(gram, x) + shift * x
+
+    def inverse(_, b):
+        system, scale = _balanced(*lax.stop_gradient((gram, shift)))
+        return scale * _cholesky_solve(_sound_cholesky(system), scale * b)
+
+    rest = d_rhs - matvec(d_gram, solution) - d_shift * solution
+    return solution, lax.custom_linear_solve(product, rest, inverse, symmetric=True)
+
+
+@jax.custom_jvp
 def inverse_root(gram: jax.Array, shift: jax.Array) -> jax.Array:
-    """A `(blocks, m, m)` with A^T A = (K + shift I)^-1, as finite as `solve`."""
-    system, scale = _balanced(gram, jnp.broadcast_to(shift, (len(gram), 1)))
+    """A `(blocks, m, m)` with A^T A = (K + diag(shift))^-1, as finite as `solve`.
+
+    `shift` is `(blocks, m)`, or `(blocks, 1)` if all rows have the same.
+    """
+    system, scale = _balanced(gram, shift)
+    factor = _sound_cholesky(system)
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return jax.scipy.linalg.solve_triangular(factor, identity, lower=True) * scale[..., None, :]
+
+
+@inverse_root.defjvp
+def _derivative_of_root(primals, tangents):
+    """-A (dK + d diag(shift)) A^T A / 2: of all roots near A, only A^T A counts."""
+    (gram, shift), (d_gram, d_shift) = primals, tangents
+    root = inverse_root(gram, shift)
+    d_system = d_gram + d_shift[..., None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
+    factors = (root, d_system, root.mT, root)
+    product = functools.reduce(functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST), factors)
+    return root, -product / 2
+
+
+def _sound_cholesky(system: jax.Array) -> jax.Array:
+    """Cholesky factors of matrices with their diagonal near one, with a jitter for blocks that need one."""
     factor = _cholesky(system)
     good = _is_sound(factor)
-    factor = lax.cond(
+    return lax.cond(
         jnp.all(good),
         lambda: factor,
         lambda: jnp.where(good[..., None], factor, _jittered_cholesky(system)),
     )
-    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    return jax.scipy.linalg.solve_triangular(factor, identity, lower=True) * scale[..., None, :]
 
 
 def _balanced(gram: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -65,15 +118,15 @@ def _balanced(gram: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     return system * scale[..., :, None] * scale[..., None, :], scale
 
 
-def keeps_digits(gram: jax.Array, rhs: jax.Array, solution: jax.Array) -> jax.Array:
+def keeps_digits(terms: jax.Array, magnitudes: jax.Array) -> jax.Array:
     """Whether a solution's rows do not cancel to noise, for each block, `(blocks, 1)`.
 
-    rhs^T K c is g.u / n of the update, and positive. With repeated gradients it is a small sum of large
-    terms: rounding of some 10 eps of their magnitude can turn the sign of the whole update.
+    The terms `(blocks, m)` add up to rhs^T K c, which is g.u / n of the update, and positive. With repeated
+    gradients it is a small sum of large terms: rounding of some 10 eps of their magnitudes can turn the
+    sign of the whole update.
     """
-    terms = matvec(gram, rhs) * solution
-    magnitude = jnp.sum(jnp.abs(terms), axis=-1, keepdims=True)
-    return jnp.sum(terms, axis=-1, keepdims=True) >= 50 * _eps(gram) * magnitude
+    magnitude = jnp.sum(magnitudes, axis=-1, keepdims=True)
+    return jnp.sum(terms, axis=-1, keepdims=True) >= 50 * _eps(terms) * magnitude
 
 
 def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
@@ -95,7 +148,7 @@ def _jittered_cholesky(matrix: jax.Array) -> jax.Array:
         return ~jnp.all(_is_sound(factor)) & jnp.all(jitter < 256 * m)
 
     start = jnp.full((*matrix.shape[:-2], 1, 1), max(8 * m, m**2) * _eps(matrix), matrix.dtype)
-    return lax.while_loop(is_worth_a_try, retry, (start, jnp.full_like(matrix, jnp.nan)))[1]
+    return lax.while_loop(is_worth_a_try, retry, (start, jnp.zeros_like(matrix)))[1]
 
 
 def _is_sound(factor: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ def mfac(
     solver: SolverName | Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
+    param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Train with M-FAC: natural gradient descent on the Fisher matrix of the last gradients.
@@ -59,15 +60,16 @@ def mfac(
       solver: see `scale_by_mfac`.
       storage: see `scale_by_mfac`.
       axis_name: see `scale_by_mfac`.
+      param_specs: see `scale_by_mfac`.
       host_chunk: see `scale_by_mfac`.
 
     Returns:
       The chain; its state holds a `ScaleByMFACState`.
 
     Raises:
-      TypeError: as `scale_by_mfac`; `momentum` or `weight_decay` has a wrong type.
-      ValueError: as `scale_by_mfac`; `momentum` or `weight_decay` is out of its range; `mask` comes without
-        `weight_decay`; `update` with weight decay gets no `params`.
+      TypeError: as `scale_by_mfac`; `learning_rate`, `momentum`, `weight_decay` or `mask` has a wrong type.
+      ValueError: as `scale_by_mfac`; `learning_rate`, `momentum` or `weight_decay` is out of range; `mask`
+        comes without `weight_decay`; `update` with weight decay gets no `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
@@ -84,6 +86,9 @@ def mfac(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
+    rate = chain.scaled_by(learning_rate, "3e-3")
+    if not callable(damping):
+        checks.check_positive("damping", damping, "0.2")
     chain.check_momentum(momentum)
     if not isinstance(step_adaptation, StepLength):
         checks.check_step_adaptation(step_adaptation)
@@ -101,9 +106,10 @@ def mfac(
         solver=solver,
         storage=storage,
         axis_name=axis_name,
+        param_specs=param_specs,
         host_chunk=host_chunk,
     )
-    return optax.chain(preconditioner, *decay, optax.scale_by_learning_rate(learning_rate))
+    return chain.chained(preconditioner, after=[*decay, rate])
 
 
 def mfac_published(
@@ -118,6 +124,7 @@ def mfac_published(
     solver: SolverName | Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
+    param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Train with M-FAC as its paper does, to reproduce it; `mfac` trains better.
@@ -147,6 +154,7 @@ def mfac_published(
       solver: see `scale_by_mfac`.
       storage: see `scale_by_mfac`.
       axis_name: see `scale_by_mfac`.
+      param_specs: see `scale_by_mfac`.
       host_chunk: see `scale_by_mfac`.
 
     Returns:
@@ -168,6 +176,9 @@ def mfac_published(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
+    rate = chain.scaled_by(learning_rate, "1e-3")
+    if not callable(damping):
+        checks.check_positive("damping", damping, "1e-5")
     preconditioner = scale_by_mfac(
         num_grads,
         damping,
@@ -175,11 +186,11 @@ def mfac_published(
         solver=solver,
         storage=storage,
         axis_name=axis_name,
+        param_specs=param_specs,
         host_chunk=host_chunk,
     )
-    return optax.chain(
-        *chain.weight_decay(weight_decay, mask),
+    return chain.chained(
         preconditioner,
-        *chain.momentum_of_updates(momentum, axis_name),
-        optax.scale_by_learning_rate(learning_rate),
+        before=chain.weight_decay(weight_decay, mask),
+        after=[*chain.momentum_of_updates(momentum, axis_name), rate],
     )

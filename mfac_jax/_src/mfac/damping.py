@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mfac_jax._src.linalg.gram import mean_square
 
@@ -27,7 +28,15 @@ def absolute(gram: jax.Array, damping: jax.Array) -> System:
 
 
 def relative(gram: jax.Array, damping: jax.Array, rows_used: jax.Array) -> System:
-    """Damping in units of the window: shift rho s, gain (1 + rho) s, s the mean squared norm of a row."""
-    energy = mean_square(gram, rows_used)
-    rho = jnp.minimum(damping, 2.0**126 / jnp.maximum(energy, 1))  # their product must not overflow
-    return System(rho * energy, (1 + rho) * energy)
+    """Damping in units of the window: shift rho s, gain (1 + rho) s, s the mean squared norm of a row.
+
+    Where rows are too small to tell, shift and gain are those of the limit: a lone g has g g^T = n s.
+    """
+    mean = mean_square(gram, rows_used)
+    is_known = mean > 2.0**-100
+    energy = jnp.where(is_known, mean, 1)
+    # Their product must not overflow. Of `minimum` and a quotient the derivatives would.
+    largest = 2.0**126 * lax.reciprocal(jnp.maximum(energy, 1))
+    rho = jnp.where(damping < largest, damping, largest)
+    lone = jnp.where(is_known, 0, rows_used.astype(gram.dtype))
+    return System(rho * energy + lone, (1 + rho) * energy)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mfac_jax._src.base.numerics import root
 from mfac_jax._src.linalg.spectrum import eigenvalues, noise
 from mfac_jax._src.mfac.state import ScaleByMFACState
+from mfac_jax._src.mfac.state_checks import as_state, check_fields, kind_of
 
 
 class Diagnostics(NamedTuple):
@@ -52,6 +54,9 @@ class Diagnostics(NamedTuple):
     rows_used: jax.Array  # () int32
 
 
+_READ = ("grads_seen", "grads_rejected", "next_row", "gram", "coefficients", "shift", "log_step")
+
+
 def diagnostics(state: optax.OptState) -> Diagnostics:
     r"""Measure the window of gradients and the last step, from the m x m Gram matrix alone.
 
@@ -82,7 +87,8 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
 
     Raises:
       TypeError: `state` holds no `ScaleByMFACState`.
-      ValueError: `state` holds several of them, or was made by a vmapped `init`.
+      ValueError: `state` holds several of them, was made by a vmapped `init`, or a field of it has another
+        shape or dtype.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
@@ -99,18 +105,13 @@ def diagnostics(state: optax.OptState) -> Diagnostics:
       <https://hastie.su.domains/ElemStatLearn/>`_, 2009, section 3.4.1: n (1 - damping_share) are the
       effective degrees of freedom of ridge regression.
     """
-    state = _find(state)
+    state = as_state(_find(state))
+    is_adapted = kind_of(state, "step_adaptation") == "adapted"
+    check_fields(state, (*_READ, "step_length") if is_adapted else _READ, "mfac_jax.diagnostics")
     # The nnx optimizer wraps every array of its state.
-    scalars = [jnp.asarray(x) for x in (state.grads_seen, state.grads_rejected, state.next_row)]
-    mean_cosine = optax.tree.get(state.step_length, "mean_cosine", 0.0)
-    arrays = (state.gram, state.coefficients, state.shift, mean_cosine, state.log_step)
-    gram, *others = [jnp.asarray(x) for x in arrays]
-    if gram.ndim != 3:
-        raise ValueError(
-            f"state must be that of one optimizer, with a gram of 3 axes, got {gram.shape}. After "
-            "jax.vmap(tx.init) call jax.vmap(mfac_jax.diagnostics)."
-        )
-    return _measure(*scalars, gram, *others)
+    seen, rejected, next_row, *arrays = [jnp.asarray(getattr(state, name)) for name in _READ]
+    mean_cosine = jnp.asarray(optax.tree.get(state.step_length, "mean_cosine", 0.0))
+    return _measure(seen, rejected, next_row, *arrays, mean_cosine)
 
 
 def _find(state) -> ScaleByMFACState:
@@ -133,7 +134,7 @@ def _find(state) -> ScaleByMFACState:
 
 
 @jax.jit
-def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, log_step) -> Diagnostics:
+def _measure(seen, rejected, next_row, gram, coefficients, shift, log_step, mean_cosine) -> Diagnostics:
     """The formulas of `diagnostics`."""
     m, dtype = gram.shape[-1], gram.dtype
     max_float = float(jnp.finfo(dtype).max)
@@ -150,7 +151,7 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, l
     largest = jnp.max(jnp.abs(on_unit), axis=-1, keepdims=True)
     on_unit = _ratio(on_unit, largest)
     projections = jnp.einsum("bij,bj->bi", cosines, on_unit, precision=lax.Precision.HIGHEST)
-    update_norm = jnp.sqrt(jnp.maximum(jnp.sum(on_unit * projections, axis=-1), 0))
+    update_norm = root(jnp.maximum(jnp.sum(on_unit * projections, axis=-1), 0))
     step_factor = jnp.exp(log_step)
     length = largest[:, 0] * step_factor
 
@@ -161,7 +162,9 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, l
         condition_number=_condition_number(spectrum, damping, n),
         damping_share=_damping_share(spectrum, damping, n),
         similarity=_similarity(cosines, jnp.ones_like(norms)),
-        newest_similarity=_similarity(cosines, (jnp.arange(m) == newest).astype(dtype)[None]),
+        newest_similarity=_similarity(
+            cosines, (jnp.arange(m, dtype=newest.dtype) == newest).astype(dtype)[None]
+        ),
         alignment=jnp.clip(_ratio(projections[:, newest], update_norm), -1, 1),
         gradient_norm=norms[:, newest],
         step_norm=jnp.minimum(length * update_norm, max_float),
@@ -177,7 +180,7 @@ def _measure(seen, rejected, next_row, gram, coefficients, shift, mean_cosine, l
 def _norms_and_cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Norms of the gradients `(blocks, m)`, and their cosines, zero with a zero gradient."""
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    norms = jnp.where(squares >= jnp.finfo(gram.dtype).tiny, jnp.sqrt(squares), 0)
+    norms = root(jnp.where(squares >= jnp.finfo(gram.dtype).tiny, squares, 0))
     cosines = _ratio(_ratio(gram, norms[..., :, None]), norms[..., None, :])
     return norms, jnp.clip(cosines, -1, 1)
 
@@ -198,14 +201,14 @@ def _condition_number(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> 
 def _damping_share(spectrum: jax.Array, damping: jax.Array, n: jax.Array) -> jax.Array:
     """The mean of damping / (s + damping) over the n rows in use."""
     shares = _ratio(damping[:, None], spectrum + damping[:, None])
-    in_use = jnp.arange(spectrum.shape[-1]) < n
+    in_use = jnp.arange(spectrum.shape[-1], dtype=n.dtype) < n
     return jnp.sum(jnp.where(in_use, shares, 0), axis=-1) / n.astype(spectrum.dtype)
 
 
 def _similarity(cosines: jax.Array, chosen: jax.Array) -> jax.Array:
     """Mean cosine of the gradients `chosen` `(blocks, m)` and the other ones, without zero gradients."""
     in_use = jnp.diagonal(cosines, axis1=-2, axis2=-1)  # one, or zero for a zero gradient
-    others = in_use[:, None, :] * (1 - jnp.eye(cosines.shape[-1], dtype=cosines.dtype))
+    others = in_use[:, None, :] * (1 - jnp.eye(cosines.shape[-1], dtype=cosines.dtype))[None]
     pairs = (chosen * in_use)[..., None] * others
     return _ratio(jnp.sum(pairs * cosines, axis=(-2, -1)), jnp.sum(pairs, axis=(-2, -1)))
 
@@ -213,7 +216,7 @@ def _similarity(cosines: jax.Array, chosen: jax.Array) -> jax.Array:
 def _root_mean_square(x: jax.Array, n: jax.Array) -> jax.Array:
     """sqrt(sum x^2 / n) along the last axis; the squares neither overflow nor vanish."""
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    return largest[:, 0] * jnp.sqrt(jnp.sum(jnp.square(_ratio(x, largest)), axis=-1) / n.astype(x.dtype))
+    return largest[:, 0] * root(jnp.sum(jnp.square(_ratio(x, largest)), axis=-1) / n.astype(x.dtype))
 
 
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,15 +1,23 @@
 """Products of the inverse Fisher matrix that an optimizer's state holds with any vector."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from mfac_jax._src.base import checks, numerics, schedules
 from mfac_jax._src.linalg.solve import solve
-from mfac_jax._src.mfac.state import ScaleByMFACState, storage_of
+from mfac_jax._src.mfac.state import ScaleByMFACState
+from mfac_jax._src.mfac.state_checks import Holder, as_state, check_fields, on_device, storage_of
 from mfac_jax._src.mfac.transform import DAMPING
+from mfac_jax._src.rows.manual_axes import AxisName, ManualAxes, check_named, check_param_specs, shards
 from mfac_jax._src.rows.storages import Storage
 from mfac_jax._src.rows.window import make_plan
+
+_READ = ("grads_seen", "window", "gram", "block_of_leaf")
 
 
 def ihvp(
@@ -18,6 +26,8 @@ def ihvp(
     damping: float | jax.Array = DAMPING,
     *,
     storage: Storage | None = None,
+    axis_name: AxisName = None,
+    param_specs: Any = None,
 ) -> optax.Params:
     r"""Multiply any vector with the inverse Fisher matrix that an optimizer's state holds.
 
@@ -32,17 +42,20 @@ def ihvp(
 
     Args:
       state: that of `scale_by_mfac`; `optax.tree.get(state, 'ScaleByMFACState')` finds it in a chain's.
-      tree: x, shaped like the parameters. Its products with the gradients, and x / lambda, must not
-        overflow: scale it down if they do.
-      damping: lambda, > 0, a number.
+      tree: x, shaped like the parameters, of any size. Entries of the product that its dtype cannot hold
+        become its largest number.
+      damping: lambda, > 0, a number of any size.
       storage: only for a state whose window is in a `Storage` of your own: that storage.
+      axis_name: in `jax.shard_map` and `jax.pmap`: as in `scale_by_mfac`.
+      param_specs: as in `scale_by_mfac`.
 
     Returns:
       :math:`F^{-1} x`, with the tree, shapes and dtypes of `tree`.
 
     Raises:
       TypeError: `state` is not a `ScaleByMFACState`; a leaf is not a real floating-point array.
-      ValueError: `damping` is out of its range; `tree` does not fit the window; `storage` is another.
+      ValueError: `damping` is out of its range; `tree` does not fit the window; `storage` is another;
+        it is not declared which parameters are shards.
 
     Example:
       >>> import jax.numpy as jnp, mfac_jax
@@ -56,23 +69,49 @@ def ihvp(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
-    if not isinstance(state, ScaleByMFACState):
-        raise TypeError(
-            f"state must be a ScaleByMFACState, got {type(state).__name__}. In the state of a chain, "
-            "optax.tree.get(state, 'ScaleByMFACState') finds it."
-        )
     checks.check_positive("damping", damping, str(DAMPING))
+    checks.check_axis_name(axis_name)
+    axes = ManualAxes(axis_name, param_specs)
+    check_param_specs(axes)
+    storage = storage_of(as_state(state), storage)
+    check_fields(state, _READ, "mfac_jax.ihvp", Holder(storage, tree))
+    state = on_device(state)
     leaves, gram = len(jax.tree.leaves(tree)), state.gram
     # A block for each leaf here, and sums over them: the state's own blocks may be traced.
-    plan = make_plan("tree", tree, state.window, storage_of(state, storage), range(leaves))
-    damping = schedules.damping_at(damping, state.grads_seen, gram.dtype)
-    x = plan.own_parts(tree, state.window)
+    plan = make_plan("tree", tree, state.window, storage, range(leaves), axes)
+    check_named("tree", tree, gram, axis_name)
+    parts = numerics.parts(damping, gram.dtype)
+    x, exponents = _near_one(tree, state.block_of_leaf, gram, shards("tree", tree, axes))
+    own = plan.own_parts(x, state.window)
     like = jnp.zeros((max(1, leaves), gram.shape[1]), gram.dtype)
     blocks = state.block_of_leaf
-    products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, x, like)[0])
-    shift = jnp.full((len(gram), 1), gram.shape[1] * damping)
-    coefficients = -solve(gram, shift, products) / damping
+    products = jnp.zeros_like(gram[:, 0]).at[blocks].add(plan.dots(state.window, own, like)[0])
+    # The Gram matrix holds no product below the smallest number of its dtype: neither need the shift.
+    shift = gram.shape[1] * schedules.damping_at(parts.number, state.grads_seen, gram.dtype)
+    coefficients = solve(gram, jnp.full((len(gram), 1), shift), products)
     inside = plan.whole(plan.combine(coefficients[blocks], state.window), tree)
-    return jax.tree.map(
-        lambda x, y: numerics.narrow(x.astype(y.dtype) / damping + y, x.dtype), tree, inside
-    )
+
+    def product(given, x, y, exponent):
+        whole = numerics.within_range((x - y) / parts.mantissa, exponent - parts.exponent)
+        return numerics.narrow(whole, given.dtype)
+
+    return jax.tree.map(product, tree, x, inside, jax.tree.unflatten(jax.tree.structure(tree), exponents))
+
+
+def _near_one(
+    tree: optax.Params, blocks: jax.Array, gram: jax.Array, spread: Sequence[tuple[str, ...]]
+) -> tuple[optax.Params, Sequence[jax.Array]]:
+    """The tree with each block over a power of two that brings it near one, and that of each leaf.
+
+    `spread` are the manual axes that each leaf is a shard along: all its shards have one power.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    leaves = [x.astype(gram.dtype) for x in leaves]
+    if not leaves:
+        return tree, []
+    largest = [jnp.max(jnp.abs(x), initial=0) for x in leaves]
+    largest = [lax.pmax(x, axes) if axes else x for x, axes in zip(largest, spread, strict=True)]
+    of_blocks = jnp.zeros_like(gram[:, 0, 0]).at[blocks].max(jnp.stack(largest))
+    exponents = numerics.exponent_of(of_blocks)[blocks]
+    scaled = [numerics.times_power(x, -e) for x, e in zip(leaves, exponents, strict=True)]
+    return structure.unflatten(scaled), list(exponents)

@@ -104,7 +104,7 @@ def _update_diagonal(
 
     def inverse_root(v):
         correction = -jnp.expm1(count.astype(v.dtype) * jnp.log(jnp.asarray(_DECAY, v.dtype)))
-        return jax.lax.rsqrt(jnp.sqrt(v / correction) + _EPS)
+        return jax.lax.rsqrt(numerics.root(v / correction) + _EPS)
 
     second_moment = jax.tree.map(mean, state.second_moment, gradients)
     scale = jax.tree.map(inverse_root, second_moment)

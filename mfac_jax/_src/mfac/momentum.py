@@ -13,7 +13,7 @@ def weights_by_age(
     decayed = momentum ** age.astype(dtype)  # one for the newest row, also where the momentum is 0
     weights = jnp.where(age < jnp.maximum(seen, 1), decayed, 0)
     weights /= jnp.sum(weights)
-    return momentum * weights + (1 - momentum) * (age == 0) if nesterov else weights
+    return momentum * weights + jnp.where(age == 0, 1 - momentum, 0) if nesterov else weights
 
 
 def ages(newest: jax.Array, num_grads: int) -> jax.Array:

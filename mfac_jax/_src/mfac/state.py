@@ -1,4 +1,4 @@
-"""What M-FAC's state holds, how it starts, and which states a transform refuses."""
+"""What M-FAC's state holds, how it starts, and what a refused gradient leaves."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,17 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from mfac_jax._src.base import numerics
 from mfac_jax._src.base.accept import accept_or_refuse
 from mfac_jax._src.mfac.metrics import Metric
 from mfac_jax._src.mfac.solvers import Solver
 from mfac_jax._src.mfac.step_length import StepLength
-from mfac_jax._src.rows import memory, storages, zeros
+from mfac_jax._src.rows import memory, zeros
 from mfac_jax._src.rows import mesh as _mesh
 from mfac_jax._src.rows.blocks import number_of_blocks
-from mfac_jax._src.rows.manual_axes import AxisName
+from mfac_jax._src.rows.manual_axes import ManualAxes
 from mfac_jax._src.rows.storages import Storage
 
 
@@ -80,7 +79,7 @@ def first_state(
     kinds: Kinds,
     blocks: Sequence[int],
     num_grads: int,
-    axis_name: AxisName,
+    axes: ManualAxes,
     on_host: bool,
 ) -> ScaleByMFACState:
     """The state before the first gradient."""
@@ -90,83 +89,28 @@ def first_state(
         return zeros_on_mesh(shape, dtype)
 
     num_blocks = number_of_blocks(blocks)
-    with memory.enough_for_window(params, num_grads, kinds.storage, axis_name, on_host):
-        window = zeros.empty_window(params, kinds.storage, num_grads, axis_name, on_host)
+    with memory.enough_for_window(params, num_grads, kinds.storage, axes, on_host):
+        window = zeros.empty_window(params, kinds.storage, num_grads, axes, on_host)
     return ScaleByMFACState(
         made_with=kinds.names(),
         grads_seen=zeros_on_mesh((), jnp.int32),
         grads_rejected=zeros_on_mesh((), jnp.int32),
         next_row=zeros_on_mesh((), jnp.int32),
         window=window,
-        metric=kinds.metric.init(lambda: zeros.empty_row(params, dtype, axis_name)),
+        metric=kinds.metric.init(lambda: zeros.empty_row(params, dtype, axes)),
         gram=new((num_blocks, num_grads, num_grads)),
         solver=kinds.solver.init(new, num_blocks, num_grads),
         coefficients=new((num_blocks, num_grads)),
         shift=new((num_blocks,)),
         step_length=kinds.step_adaptation.init(new),
         log_step=new(()),
-        block_of_leaf=zeros_on_mesh((max(1, len(blocks)),), jnp.int32) + _labels(blocks),
+        block_of_leaf=zeros_on_mesh((max(1, len(blocks)),), jnp.int32) + labels(blocks),
     )
 
 
-def _labels(blocks: Sequence[int]) -> np.ndarray:
+def labels(blocks: Sequence[int]) -> np.ndarray:
     """At least one: checkpoint libraries refuse arrays without entries."""
     return np.asarray([*blocks] or [0], np.int32)
-
-
-def check_made_with(state: ScaleByMFACState, kinds: Kinds) -> None:
-    """Raise for a state that was made with other kinds, by a message with both."""
-    made, expected = set(state.made_with), set(kinds.names())
-    if made != expected:
-        raise ValueError(
-            f"state must be that of a transform with {', '.join(sorted(expected - made))}, got "
-            f"{', '.join(sorted(made - expected))}. Pass what the state was made with, or call init again."
-        )
-
-
-def check_sizes(state: ScaleByMFACState, blocks: Sequence[int], num_grads: int) -> None:
-    """Raise for a state with another window or another number of blocks."""
-    expected, found = (number_of_blocks(blocks), num_grads), state.gram.shape[:2]
-    if found != expected:
-        raise ValueError(
-            f"state must be that of a transform with num_grads={num_grads} and {expected[0]} block(s), got "
-            f"num_grads={found[1]} and {found[0]} block(s). After changing them call init again."
-        )
-
-
-def has_blocks(state: ScaleByMFACState, updates: optax.Updates, blocks: Sequence[int]) -> Any:
-    """Whether the state has these blocks. Raises if not; an array if the state's labels are traced."""
-    expected = _labels(blocks)
-    if isinstance(state.block_of_leaf, Tracer):
-        return jnp.all(state.block_of_leaf == expected)
-    found = np.asarray(state.block_of_leaf)
-    different = np.flatnonzero(found != expected)
-    if len(different):
-        path, _ = jax.tree_util.tree_leaves_with_path(updates)[different[0]]
-        raise ValueError(
-            f"state must have the blocks of the transform, but leaf {jax.tree_util.keystr(path)} was in "
-            f"block {found[different[0]]}, and is in block {expected[different[0]]} by blocks. Pass the "
-            "blocks that the state was made with, or call init again."
-        )
-    return True
-
-
-def kind_of(state: ScaleByMFACState, argument: str) -> str:
-    """The name of the component that the state was made with."""
-    prefix = f"{argument}="
-    return next(kind for kind in state.made_with if kind.startswith(prefix)).removeprefix(prefix)
-
-
-def storage_of(state: ScaleByMFACState, storage: Storage | None) -> Storage:
-    """The storage of the state's window, if it is the package's; else the one that is given."""
-    name = kind_of(state, "storage")
-    found = storage or storages.by_name(name)
-    if found is None or found.name != name:
-        raise ValueError(
-            f"storage must be the one that the state was made with, {name!r}, got "
-            f"{storage and storage.name!r}. Pass the Storage that scale_by_mfac was given."
-        )
-    return found
 
 
 # Fields that a step leaves as they were where the gradient is refused. To choose once more between old and

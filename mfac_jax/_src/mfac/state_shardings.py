@@ -44,7 +44,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
       A tree of `NamedSharding` with the structure of `tx.init(params)`.
 
     Raises:
-      TypeError: a sharding is neither.
+      TypeError: a sharding is neither; `tx` is no transform.
       ValueError: no mesh is set for a `PartitionSpec`; the trees differ; a spec has more entries than its
         parameter has axes; the mesh axes of an entry do not divide the parameter's; shardings are on
         different meshes.
@@ -58,6 +58,10 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
       >>> shardings = mfac_jax.state_shardings(tx, params, {'w': NamedSharding(mesh, P())})
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
+    if not callable(getattr(tx, "init", None)):
+        raise TypeError(
+            f"tx must be an optax.GradientTransformation, got {tx!r}. Pass e.g. mfac_jax.mfac(1e-3)."
+        )
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
     param_shardings, mesh = _checked(params, param_shardings)
     jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(params)

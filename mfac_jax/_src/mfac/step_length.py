@@ -84,7 +84,7 @@ class AdaptedStepState(NamedTuple):
 
 # The update as it is.
 NAMES = ("none", "adapted")
-NONE = StepLength("none", lambda zeros: (), lambda state, view: (state, view.log_step))
+NONE = StepLength("none", lambda zeros: (), lambda state, view: (state, jnp.zeros_like(view.log_step)))
 
 
 def adapted(rate: optax.ScalarOrSchedule) -> StepLength:

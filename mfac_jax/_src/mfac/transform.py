@@ -13,19 +13,26 @@ from mfac_jax._src.mfac import step_length
 from mfac_jax._src.mfac.metrics import METRICS, Metric, MetricName
 from mfac_jax._src.mfac.momentum import weights_by_age
 from mfac_jax._src.mfac.solvers import SOLVERS, Solver, SolverName
-from mfac_jax._src.mfac.state import (
-    Kinds,
-    ScaleByMFACState,
+from mfac_jax._src.mfac.state import Kinds, ScaleByMFACState, first_state, settled
+from mfac_jax._src.mfac.state_checks import (
+    Holder,
+    as_state,
+    check_fields,
     check_made_with,
     check_sizes,
-    first_state,
     has_blocks,
-    settled,
+    on_device,
 )
 from mfac_jax._src.mfac.step_length import StepLength, StepView
 from mfac_jax._src.rows import host_memory, storages
 from mfac_jax._src.rows.blocks import Blocks, block_of_leaf
-from mfac_jax._src.rows.manual_axes import AxisName, check_named
+from mfac_jax._src.rows.manual_axes import (
+    AxisName,
+    ManualAxes,
+    bound_axes,
+    check_named,
+    check_param_specs,
+)
 from mfac_jax._src.rows.window import Plan, make_plan, write_row
 
 NUM_GRADS = 64
@@ -45,6 +52,7 @@ def scale_by_mfac(
     solver: SolverName | Solver = "cholesky",
     storage: Any = None,
     axis_name: AxisName = None,
+    param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Precondition gradients with the inverse Fisher matrix of the last gradients (M-FAC).
@@ -81,11 +89,15 @@ def scale_by_mfac(
       storage: `jnp.float32`, `jnp.bfloat16`, None for the parameters' dtype, or a `components.Storage`.
       axis_name: in `jax.shard_map` and `jax.pmap`, the mesh axes that parameters or window are spread over.
         Under `jax.jit` alone leave it out: `state_shardings` says where the window lies.
+      param_specs: how the parameters are spread, as `PartitionSpec`s in a tree like them or a prefix of
+        one: what `in_specs` has for them. `jax.pmap`, and `jax.shard_map` with `check_vma=False`, need it:
+        `PartitionSpec()` if every device holds all of every parameter. Elsewhere types tell.
       host_chunk: None for a window in memory of the device. An int keeps it in pinned memory of the host,
         and brings that many rows of a leaf to the device at a time. Not for `jax.pmap`.
 
     Returns:
-      A transform whose state is a `ScaleByMFACState`. It ignores `params` and extra arguments.
+      A transform whose state is a `ScaleByMFACState`. `update` also takes a state of NumPy arrays. Of
+      `params`, if they are given, it reads shapes and dtypes alone: the state has to fit them.
 
     Raises:
       TypeError: an argument, a parameter or an update has a wrong type; a size is traced.
@@ -113,8 +125,14 @@ def scale_by_mfac(
     checks.check_bool("relative_damping", relative_damping)
     checks.check_bool("nesterov", nesterov)
     checks.check_axis_name(axis_name)
+    axes = ManualAxes(axis_name, param_specs)
+    check_param_specs(axes)
     if not callable(blocks):
-        checks.check_choice("blocks", blocks, (None, "leaf"), ", or a function of a leaf's key path")
+        # Under inject_hyperparams a function is taken for a schedule: what it returns comes here.
+        cure = " Under optax.inject_hyperparams pass static_args=('blocks',)."
+        checks.check_choice(
+            "blocks", blocks, (None, "leaf"), ", or a function of a leaf's key path", cure=cure
+        )
     kinds = Kinds(
         metric=checks.check_component("metric", metric, METRICS, Metric),
         solver=checks.check_component("solver", solver, SOLVERS, Solver),
@@ -130,18 +148,19 @@ def scale_by_mfac(
         nesterov=nesterov,
         blocks=blocks,
         kinds=kinds,
-        axis_name=axis_name,
+        axes=axes,
         host_chunk=None if host_chunk is None else checks.check_size("host_chunk", host_chunk, "8"),
     )
 
     def init(params: optax.Params) -> ScaleByMFACState:
         trees.check_params(params)
         labels = block_of_leaf(params, blocks)
-        return first_state(params, kinds, labels, settings.num_grads, axis_name, host_chunk is not None)
+        return first_state(params, kinds, labels, settings.num_grads, axes, host_chunk is not None)
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        return _step(settings, updates, state)
+        del extra_args
+        plan, is_known = _plan_of(settings, updates, state, params)
+        return _step(settings, plan, is_known, updates, on_device(state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -156,15 +175,14 @@ class _Settings(NamedTuple):
     nesterov: bool
     blocks: Blocks
     kinds: Kinds
-    axis_name: AxisName
+    axes: ManualAxes
     host_chunk: int | None
 
 
 def _step(
-    settings: _Settings, updates: optax.Updates, state: ScaleByMFACState
+    settings: _Settings, plan: Plan, has_blocks: Any, updates: optax.Updates, state: ScaleByMFACState
 ) -> tuple[optax.Updates, ScaleByMFACState]:
-    """The update and the state after a gradient."""
-    plan, has_blocks = _plan_of(settings, updates, state)
+    """The update and the state after a gradient; `has_blocks` tells whether the state's are the plan's."""
     metric, solver, _, step_adaptation = settings.kinds
     newest, seen = state.next_row, jnp.asarray(optax.safe_increment(state.grads_seen))
 
@@ -175,7 +193,7 @@ def _step(
     metric_state, coordinates = metric.update(state.metric, gradient, seen)
     row = plan.encode(coordinates.into(gradient), state.window)
     inner, square = plan.dots(state.window, plan.decode(row), state.coefficients)
-    is_newest = jnp.arange(settings.num_grads)[None] == newest
+    is_newest = jnp.arange(settings.num_grads, dtype=newest.dtype)[None] == newest
     products = jnp.where(is_newest, square[:, None], inner)
     accept = jnp.all(jnp.isfinite(products)) & has_blocks
     window = write_row(state.window, row, newest, accept)
@@ -210,13 +228,19 @@ def _step(
     return _chosen(accept, has_blocks, updates, preconditioned), settled(accept, state, after)
 
 
-def _plan_of(settings: _Settings, updates: optax.Updates, state: ScaleByMFACState) -> tuple[Plan, Any]:
+def _plan_of(
+    settings: _Settings, updates: optax.Updates, state: Any, params: optax.Params | None
+) -> tuple[Plan, Any]:
     """The plan of a step, and whether the state has its blocks; raises for what does not fit."""
-    check_made_with(state, settings.kinds)
+    kinds = settings.kinds
+    check_made_with(as_state(state), kinds)
+    is_local = bool(bound_axes(settings.axes.names))
+    holder = Holder(kinds.storage, updates, params, kinds, is_local)
+    check_fields(state, state._fields[1:], "tx.update", holder)
     blocks = block_of_leaf(updates, settings.blocks)
-    place = (settings.axis_name, settings.host_chunk)
-    plan = make_plan("updates", updates, state.window, settings.kinds.storage, blocks, *place)
-    check_named(updates, state.gram, settings.axis_name)
+    place = (settings.axes, settings.host_chunk)
+    plan = make_plan("updates", updates, state.window, kinds.storage, blocks, *place)
+    check_named("updates", updates, state.gram, settings.axes.names)
     host_memory.check_memory(state.window, settings.host_chunk)
     check_sizes(state, blocks, settings.num_grads)
     return plan, has_blocks(state, updates, blocks)
@@ -244,7 +268,8 @@ def _chosen(accept: jax.Array, has_blocks: Any, updates: optax.Updates, precondi
     """
 
     def choose(x, u):
-        return jnp.where(accept, numerics.narrow(u, x.dtype), jnp.where(has_blocks, x, jnp.nan))
+        refused = x if has_blocks is True else jnp.where(has_blocks, x, jnp.nan)
+        return jnp.where(accept, numerics.narrow(u, x.dtype), refused)
 
     return jax.tree.map(choose, updates, preconditioned)
 

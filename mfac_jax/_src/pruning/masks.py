@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from mfac_jax._src.base.trees import check_structure, key_names, leaf_name
+from mfac_jax._src.base.trees import NamedLeaf, check_structure, leaf_name, named_leaves
 from mfac_jax._src.rows.mesh import named_sharding
 
 _NOT_KERNELS = {"bias", "biases", "scale", "scales", "embed", "embedding", "embeddings"}
@@ -44,12 +44,13 @@ def kernel_masks(params: optax.Params) -> Any:
       {'bias': None, 'kernel': Array([[ True,  True]], dtype=bool)}
     """
 
-    def mask(path, leaf):
-        if is_absent(leaf) or not _is_kernel(path, leaf):
+    def mask(named: NamedLeaf):
+        if is_absent(named.leaf) or not _is_kernel(named):
             return None
-        return jnp.ones(leaf.shape, bool, device=named_sharding(leaf))
+        return jnp.ones(named.leaf.shape, bool, device=named_sharding(named.leaf))
 
-    masks = jax.tree_util.tree_map_with_path(mask, params, is_leaf=is_absent)
+    structure = jax.tree.structure(params, is_leaf=is_absent)
+    masks = jax.tree.unflatten(structure, [mask(named) for named in named_leaves(params, is_absent)])
     if not jax.tree.leaves(masks):
         names = ", ".join(leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)[:10])
         raise ValueError(
@@ -60,10 +61,10 @@ def kernel_masks(params: optax.Params) -> Any:
     return masks
 
 
-def _is_kernel(path, leaf) -> bool:
-    words = re.split(r"[^a-z]+", key_names(path)[-1].lower()) if path else []
-    is_floating = jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating)
-    return is_floating and leaf.ndim >= 2 and _NOT_KERNELS.isdisjoint(words)
+def _is_kernel(named: NamedLeaf) -> bool:
+    words = re.split(r"[^a-z]+", named.names[-1].lower()) if named.names else []
+    is_floating = jnp.issubdtype(getattr(named.leaf, "dtype", bool), jnp.floating)
+    return is_floating and named.leaf.ndim >= 2 and _NOT_KERNELS.isdisjoint(words)
 
 
 def check_masks(params: optax.Params, masks: Any) -> Any:

@@ -10,7 +10,6 @@ import re
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mfac_jax._src.rows.mesh import explicit_sharding, replicated
@@ -73,25 +72,26 @@ def parse(pattern: str | None) -> Pattern:
     return Pattern(size, choices)
 
 
-def groups(leaf: jax.Array, size: int) -> jax.Array:
-    """The entries of a leaf as groups `(groups, size)`, consecutive along the inputs of a kernel.
+def groups(leaf: jax.Array, size: int, inputs: tuple[int, ...]) -> jax.Array:
+    """The entries of a leaf as groups `(groups, size)`, consecutive along its input axes taken as one.
 
-    The inputs are the last axis but one, or the only axis. Groups of one entry are in the order of `ravel`.
+    Groups of one entry are in the order of `ravel`.
     """
     explicit = explicit_sharding(leaf)
     if explicit is not None:
         # An array that is sharded in its type cannot be made flat. The ranking needs all entries anyway.
         leaf = jax.reshard(leaf, replicated(explicit.mesh, leaf.ndim))
-    return _inputs_last(leaf, size).reshape(-1, size)
+    return leaf.transpose(_inputs_last(leaf.ndim, size, inputs)).reshape(-1, size)
 
 
-def ungroup(grouped: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def ungroup(grouped: jax.Array, shape: tuple[int, ...], inputs: tuple[int, ...]) -> jax.Array:
     """The leaf with this shape whose `groups` these are."""
-    size = grouped.shape[1]
-    exchanged = shape[:-2] + shape[:-3:-1] if size > 1 else shape  # the last two axes, as in `_inputs_last`
-    return _inputs_last(grouped.reshape(exchanged), size)
+    order = _inputs_last(len(shape), grouped.shape[1], inputs)
+    return grouped.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
-def _inputs_last(leaf: jax.Array, size: int) -> jax.Array:
-    """The leaf with its last two axes exchanged, if groups have several entries."""
-    return jnp.swapaxes(leaf, -2, -1) if size > 1 and leaf.ndim > 1 else leaf
+def _inputs_last(ndim: int, size: int, inputs: tuple[int, ...]) -> list[int]:
+    """The order of the axes, the inputs at the end if groups have several entries."""
+    if size == 1:
+        return list(range(ndim))
+    return [*(axis for axis in range(ndim) if axis not in inputs), *inputs]

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.tree_util import Partial
 
 from mfac_jax._src.base import checks
 from mfac_jax._src.base.trees import check_params, check_structure, leaf_name
 from mfac_jax._src.pruning import obs, patterns
+from mfac_jax._src.pruning.inputs import InputAxes
+from mfac_jax._src.pruning.inputs import input_axes as input_axes_of
 from mfac_jax._src.pruning.masks import check_masks, is_absent, kernel_masks, placed, zero_pruned
 from mfac_jax._src.pruning.obs import Update
 from mfac_jax._src.pruning.report import sparsity as sparsity_of
@@ -40,6 +43,7 @@ def prune(
     damping: float | jax.Array = _DAMPING,
     masks: Any = None,
     pattern: str | None = None,
+    input_axes: InputAxes | None = None,
     update: Update = "joint",
     gradient_term: float | jax.Array | None = None,
     step_limit: float | jax.Array | None = None,
@@ -69,7 +73,10 @@ def prune(
       masks: which weights are kept, a tree like `params`: bool arrays or arrays of 0 and 1, None at leaves
         that take no part. Pruned weights stay pruned. Default: `kernel_masks(params)`.
       pattern: None: single weights. `'N:M'`, e.g. `'2:4'`: at most N of M consecutive weights along the
-        inputs (axis -2) stay. `'block:B'`: B consecutive weights along the inputs go together.
+        inputs stay. `'block:B'`: B consecutive weights along the inputs go together.
+      input_axes: with a pattern, a function from a key path to the axes that are inputs, taken as one; or
+        None, to read it from names and biases: axis -2 of (in, out) and of convolutions, `in` of (in,
+        heads, d), `heads` and `d` of (heads, d, out). Needed where these do not tell.
       update: `'joint'`: the survivors move to the minimum of q where Q is zero, :math:`\delta_S = G_S^\top
         (G_S G_S^\top + m \lambda I)^{-1} (G_Q w_Q - \eta 1)` with gradients as rows of G. `'independent'`:
         each weight moves them as if it went alone, :math:`-F^{-1} (v + \eta g)`, as published, with
@@ -105,20 +112,28 @@ def prune(
       E. Frantar, E. Kurtic, D. Alistarh, `M-FAC: Efficient Matrix-Free Approximations of Second-Order
       Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021 (the update `'independent'`).
     """
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, grads_or_fn, masks, sparsity))):
+        raise TypeError(
+            "prune needs params, gradients, masks and sparsity that are not traced, since its choices "
+            "depend on them. Call it outside of jax.jit; obs_scores and obs_update can be traced."
+        )
     found = patterns.parse(pattern)
+    grads_fn = _as_function(grads_or_fn, params)
     if gradient_term is None:
-        gradient_term = _GRADIENT_TERM if callable(grads_or_fn) else 0.0
+        gradient_term = 0.0 if grads_fn is None else _GRADIENT_TERM
     if step_limit is None:
-        step_limit = _STEP_LIMIT if callable(grads_or_fn) else math.inf
+        step_limit = math.inf if grads_fn is None else _STEP_LIMIT
     _check_options(damping, update, gradient_term, step_limit)
     params, masks = _checked(params, masks)
-    check_request(masks, sparsity, found)
-    steps = _check_steps(num_steps, callable(grads_or_fn))
+    inputs = _inputs(params, masks, found, input_axes)
+    check_request(masks, sparsity, found, inputs)
+    steps = _check_steps(num_steps, grads_fn is not None)
     for target in _targets(sparsity_of(masks), float(sparsity), steps):
-        grads = grads_or_fn(params) if callable(grads_or_fn) else grads_or_fn
+        grads: Any = grads_or_fn if grads_fn is None else grads_fn(params)
         model = obs.quadratic_model(params, grads, damping, masks)
-        costs = jax.tree.unflatten(jax.tree.structure(masks), obs.costs(model, found.size, found.choices))
-        before, masks = masks, select(costs, masks, target, found)
+        costs = obs.costs(model, found.size, found.choices, inputs)
+        costs = jax.tree.unflatten(jax.tree.structure(masks), costs)
+        before, masks = masks, select(costs, masks, target, found, inputs)
         if sparsity_of(masks) > sparsity_of(before):  # else there is nothing to make up for
             params = _moved(params, model, masks, update, gradient_term, step_limit)
     return params, masks
@@ -151,12 +166,10 @@ def obs_scores(
     """
     checks.check_positive("damping", damping, str(_DAMPING))
     params, masks = _checked(params, masks)
-    single = patterns.parse(None)
-    scores = obs.costs(obs.quadratic_model(params, grads, damping, masks), single.size, single.choices)
+    scores = obs.scores(obs.quadratic_model(params, grads, damping, masks))
     leaves, structure = jax.tree.flatten(masks)
     return structure.unflatten(
-        placed(patterns.ungroup(score, mask.shape), mask)
-        for score, mask in zip(scores, leaves, strict=True)
+        placed(score.reshape(mask.shape), mask) for score, mask in zip(scores, leaves, strict=True)
     )
 
 
@@ -218,6 +231,37 @@ def _checked(params: optax.Params, masks: Any) -> tuple[optax.Params, Any]:
         return w if is_absent(mask) else placed(zero_pruned(mask, w), w)
 
     return jax.tree.map(without_pruned, masks, params, is_leaf=is_absent), masks
+
+
+def _as_function(grads_or_fn: Any, params: optax.Params) -> Callable[..., Any] | None:
+    """The function from parameters to gradients; None for gradients.
+
+    Gradients may have `__call__`, as modules of equinox do, and a function may hold arrays, as a Partial
+    does. So a tree of arrays is one of gradients if it has the shapes of the parameters, or their type.
+    The structures do not tell: JAX takes those of different dataclasses for equal.
+    """
+    if not callable(grads_or_fn):
+        return None
+    leaves = jax.tree.leaves(grads_or_fn)
+    if jax.tree_util.all_leaves([grads_or_fn]) or not leaves:
+        return grads_or_fn
+    has_shapes = [np.shape(g)[1:] for g in leaves] == [np.shape(w) for w in jax.tree.leaves(params)]
+    has_type = type(grads_or_fn) is type(params) and not isinstance(params, Partial)
+    return None if has_shapes or has_type else grads_or_fn
+
+
+def _inputs(
+    params: optax.Params, masks: Any, pattern: patterns.Pattern, given: InputAxes | None
+) -> list[tuple[int, ...]]:
+    """The input axes of each mask, which only groups of several entries ask for."""
+    if given is not None and (pattern.size == 1 or not callable(given)):
+        raise ValueError(
+            "input_axes must be None, or with a pattern a function from a key path to axes, got "
+            f"{given!r} with groups of {pattern.size}. Pass e.g. input_axes=lambda path: -2."
+        )
+    if pattern.size == 1:
+        return [()] * len(jax.tree.leaves(masks))
+    return input_axes_of(params, masks, given)
 
 
 def _placed_masks(params: optax.Params, masks: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mfac_jax._src.base.trees import joined_path
-from mfac_jax._src.pruning.masks import as_masks
+from mfac_jax._src.base.trees import named_leaves, unique_paths
+from mfac_jax._src.pruning.masks import as_masks, is_absent
 
 
 def sparsity(masks: Any) -> float:
@@ -38,7 +38,8 @@ def sparsity_by_leaf(masks: Any) -> dict[str, float]:
       masks: as in `sparsity`.
 
     Returns:
-      A dict from the path of a leaf, its keys joined by slashes, to a number in [0, 1].
+      A dict from the path of a leaf, its keys joined by slashes, to a number in [0, 1]. Leaves whose joined
+      keys are the same, such as `{'a/b': ..}` and `{'a': {'b': ..}}`, have theirs as JAX writes it.
 
     Raises:
       TypeError: as in `sparsity`.
@@ -100,11 +101,13 @@ class _Count(NamedTuple):
 
 def _counts(masks: Any) -> list[_Count]:
     """The count of each leaf that takes part."""
-    leaves = jax.tree_util.tree_leaves_with_path(as_masks(masks))
-    kept = jax.device_get([jnp.count_nonzero(mask) for _, mask in leaves])  # one wait for all
+    leaves = named_leaves(as_masks(masks), is_absent)
+    named = zip(unique_paths(leaves), leaves, strict=True)
+    taking_part = [(path or "()", leaf.leaf) for path, leaf in named if not is_absent(leaf.leaf)]
+    kept = jax.device_get([jnp.count_nonzero(mask) for _, mask in taking_part])  # one wait for all
     return [
-        _Count(joined_path(path) or "()", mask.shape, mask.size, int(count))
-        for (path, mask), count in zip(leaves, kept, strict=True)
+        _Count(path, mask.shape, mask.size, int(count))
+        for (path, mask), count in zip(taking_part, kept, strict=True)
     ]
 
 

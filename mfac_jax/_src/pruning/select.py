@@ -1,5 +1,7 @@
 """Which weights are pruned: the cheapest choices of a pattern, up to a sparsity."""
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +15,18 @@ from mfac_jax._src.pruning.masks import placed
 from mfac_jax._src.pruning.patterns import Pattern, groups, ungroup
 
 
-def check_request(masks: Any, sparsity: float | jax.Array, pattern: Pattern) -> None:
-    """Raise if the masks do not suit the pattern, or the sparsity cannot be reached from them."""
+def check_request(
+    masks: Any, sparsity: float | jax.Array, pattern: Pattern, inputs: Sequence[tuple[int, ...]]
+) -> None:
+    """Raise if the masks do not suit the pattern, or the sparsity cannot be reached from them.
+
+    `inputs` are the input axes of each mask.
+    """
     checks.check_decay("sparsity", sparsity, "0.9")
-    for path, mask in jax.tree_util.tree_leaves_with_path(masks):
-        _check_divides(leaf_name(path), mask, pattern)
+    for (path, mask), axes in zip(jax.tree_util.tree_leaves_with_path(masks), inputs, strict=True):
+        _check_divides(leaf_name(path), mask, pattern, axes)
         if pattern.is_whole and pattern.size > 1:
-            _check_whole_blocks(leaf_name(path), mask, pattern)
+            _check_whole_blocks(leaf_name(path), mask, pattern, axes)
     count = _count(sparsity, masks, pattern)
     if count.target > count.most:
         raise ValueError(
@@ -35,21 +42,21 @@ def check_request(masks: Any, sparsity: float | jax.Array, pattern: Pattern) -> 
         )
 
 
-def _check_divides(name: str, mask: jax.Array, pattern: Pattern) -> None:
-    """Raise if the groups of the pattern do not divide the input axis of a leaf."""
-    axis = max(0, mask.ndim - 2)
-    length = mask.shape[axis] if mask.ndim else 1
+def _check_divides(name: str, mask: jax.Array, pattern: Pattern, inputs: tuple[int, ...]) -> None:
+    """Raise if the groups of the pattern do not divide the inputs of a leaf."""
+    length = math.prod(mask.shape[axis] for axis in inputs)
     if length % pattern.size:
+        which = f"axis {inputs[0]}" if len(inputs) == 1 else f"axes {inputs}"
         raise ValueError(
-            f"pattern has groups of {pattern.size}, which must divide the input axis of each leaf, but "
-            f"axis {axis} of {name}, {mask.shape}, is {length} long. Pass masks with None there, or "
-            "another pattern."
+            f"pattern has groups of {pattern.size}, which must divide the inputs of each leaf, but {which} "
+            f"of {name}, {mask.shape}, has {length} entries. Pass masks with None there, or another "
+            "pattern."
         )
 
 
-def _check_whole_blocks(name: str, mask: jax.Array, pattern: Pattern) -> None:
+def _check_whole_blocks(name: str, mask: jax.Array, pattern: Pattern, inputs: tuple[int, ...]) -> None:
     """Raise if a block of the mask is pruned in part, as another pattern does."""
-    blocks = groups(mask, pattern.size)
+    blocks = groups(mask, pattern.size, inputs)
     if jnp.any(jnp.any(blocks, axis=1) & ~jnp.all(blocks, axis=1)):
         raise ValueError(
             f"masks must prune whole blocks of {pattern.size} with this pattern, but {name} has one that "
@@ -73,7 +80,9 @@ def _count(sparsity: float | jax.Array, masks: Any, pattern: Pattern) -> _Count:
     return _Count(entries, pruned, target, most)
 
 
-def select(scores: Any, masks: Any, sparsity: float, pattern: Pattern) -> Any:
+def select(
+    scores: Any, masks: Any, sparsity: float, pattern: Pattern, inputs: Sequence[tuple[int, ...]]
+) -> Any:
     """Prune the cheapest choices, until the masks have the sparsity.
 
     Every group can be pruned once, by its cheapest choice among those that contain what is pruned in it
@@ -87,6 +96,7 @@ def select(scores: Any, masks: Any, sparsity: float, pattern: Pattern) -> Any:
       masks: from `check_masks`; what they prune stays pruned.
       sparsity: of all entries that take part.
       pattern: from `parse`; `check_request` must have accepted it with these masks and this sparsity.
+      inputs: the input axes of each mask.
 
     Returns:
       Masks like `masks`.
@@ -95,11 +105,14 @@ def select(scores: Any, masks: Any, sparsity: float, pattern: Pattern) -> Any:
     needed = None if count.target == count.most else max(0, count.target - count.pruned)
     leaves, structure = jax.tree.flatten(masks)
     choices = jnp.asarray(pattern.choices)
-    found = [_cheapest(s, mask, choices) for s, mask in zip(jax.tree.leaves(scores), leaves, strict=True)]
+    found = [
+        _cheapest(s, mask, choices, axes)
+        for s, mask, axes in zip(jax.tree.leaves(scores), leaves, inputs, strict=True)
+    ]
     chosen = _first([choice.cost for choice in found], [choice.number for choice in found], needed)
     new = [
-        placed(_without(mask, goes, choice.entries), mask)
-        for mask, goes, choice in zip(leaves, chosen, found, strict=True)
+        placed(_without(mask, goes, choice.entries, axes), mask)
+        for mask, goes, choice, axes in zip(leaves, chosen, found, inputs, strict=True)
     ]
     return structure.unflatten(new)
 
@@ -118,10 +131,10 @@ class _Cheapest(NamedTuple):
     entries: jax.Array
 
 
-@jax.jit
-def _cheapest(scores: jax.Array, mask: jax.Array, choices: jax.Array) -> _Cheapest:
+@functools.partial(jax.jit, static_argnames="inputs")
+def _cheapest(scores: jax.Array, mask: jax.Array, choices: jax.Array, inputs: tuple[int, ...]) -> _Cheapest:
     """The cheapest choices that contain what is pruned already; a group without one removes nothing."""
-    kept = groups(mask, choices.shape[1])
+    kept = groups(mask, choices.shape[1], inputs)
     # A product counts, for each group and choice, the pruned entries that the choice leaves out.
     contains_pruned = (~kept).astype(jnp.float32) @ (~choices.T).astype(jnp.float32) == 0
     cost = jnp.min(jnp.where(contains_pruned, scores, jnp.inf), axis=1)
@@ -145,7 +158,7 @@ def _first(costs: Sequence[jax.Array], numbers: Sequence[jax.Array], needed: int
     return jnp.split(goes, np.cumsum([len(leaf) for leaf in costs])[:-1])
 
 
-@jax.jit
-def _without(mask: jax.Array, goes: jax.Array, entries: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="inputs")
+def _without(mask: jax.Array, goes: jax.Array, entries: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
     """The mask after the groups that go have lost these entries."""
-    return ungroup(groups(mask, entries.shape[1]) & ~(goes[:, None] & entries), mask.shape)
+    return ungroup(groups(mask, entries.shape[1], inputs) & ~(goes[:, None] & entries), mask.shape, inputs)

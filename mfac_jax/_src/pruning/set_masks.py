@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mfac_jax._src.base.fields import CURE
 from mfac_jax._src.base.trees import leaf_name
+from mfac_jax._src.mfac import step_length
 from mfac_jax._src.mfac.metrics import METRICS
-from mfac_jax._src.mfac.state import ScaleByMFACState, kind_of, storage_of
+from mfac_jax._src.mfac.solvers import CHOLESKY, SOLVERS
+from mfac_jax._src.mfac.state import Kinds, ScaleByMFACState
+from mfac_jax._src.mfac.state_checks import Holder, as_state, check_fields, kind_of, storage_of
 from mfac_jax._src.pruning.keep_pruned import KeepPrunedState, mask_of_state
 from mfac_jax._src.pruning.masks import as_masks, check_masks, is_absent, placed, zero_pruned
 from mfac_jax._src.rows import host_memory, storages
@@ -60,7 +64,7 @@ def set_masks(
       [ True False] 9.0
     """
     masks = as_masks(masks)
-    _check_state(opt_state, masks)
+    _check_state(opt_state, masks, storage)
 
     def forgotten(leaf, mask):
         fits = not is_absent(leaf) and not is_absent(mask)
@@ -72,7 +76,10 @@ def set_masks(
         return leaf if is_absent(leaf) or is_absent(mask) else mask
 
     # The state with masks in the places of the arrays that have one.
-    masks_of = optax.tree.map_params(tx, mask_of, opt_state, masks, is_leaf=is_absent)
+    try:
+        masks_of = optax.tree.map_params(tx, mask_of, opt_state, masks, is_leaf=is_absent)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"opt_state must be that of tx: {error} {CURE}") from None
     zeroed = optax.tree.map_params(tx, forgotten, opt_state, masks, is_leaf=is_absent)
 
     def settled(node, before, masks_of):
@@ -137,7 +144,7 @@ def _states(opt_state: optax.OptState, kind: type) -> list[Any]:
     return found
 
 
-def _check_state(opt_state: optax.OptState, masks: Any) -> None:
+def _check_state(opt_state: optax.OptState, masks: Any, storage: Storage | None) -> None:
     """Raise if the state cannot take these masks."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise ValueError(
@@ -151,19 +158,33 @@ def _check_state(opt_state: optax.OptState, masks: Any) -> None:
             "tx = keep_pruned(inner, masks)."
         )
     for state in _states(opt_state, ScaleByMFACState):
-        metric = kind_of(state, "metric")
+        metric = kind_of(as_state(state), "metric")
         if metric not in METRICS:
             raise ValueError(
                 f"opt_state must hold M-FAC's window in a metric of {', '.join(map(repr, METRICS))}, got "
                 f"{metric!r}: in another one, an entry of a row may not belong to one weight. Start anew "
                 "with keep_pruned(inner, masks).init(params)."
             )
+        _check_fields(state, storage_of(state, storage))
         if host_memory.is_on_host(state.window):
             raise ValueError(
                 "opt_state must hold M-FAC's window in device memory, got one in host memory. Use "
                 "host_chunk=None, or start anew with keep_pruned(inner, masks).init(params)."
             )
     _check_leaves([keeper.masks for keeper in keepers], masks)
+
+
+def _check_fields(state: ScaleByMFACState, storage: Storage) -> None:
+    """Raise for a field that `init` would have made otherwise, as far as the state alone tells."""
+    solver, fields = kind_of(state, "solver"), [*state._fields[1:]]
+    if kind_of(state, "step_adaptation") != "adapted":
+        fields.remove("step_length")
+    if solver not in SOLVERS:
+        fields.remove("solver")
+    metric, known = METRICS[kind_of(state, "metric")], SOLVERS.get(solver, CHOLESKY)
+    kinds = Kinds(metric, known, storage, step_length.adapted(0.0))
+    tree = storages.first_tree(storage, state.window)
+    check_fields(state, fields, "a function that calls set_masks", Holder(storage, tree, kinds=kinds))
 
 
 def _check_leaves(olds: list[Any], masks: Any) -> None:

@@ -34,7 +34,7 @@ def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return _dot_general(rows.astype(dtype), x.astype(dtype), contracted_axes, PartitionSpec(None))
 
     def summed(rows, x):
-        return jnp.sum(rows.astype(dtype) * x.astype(dtype), axis=axes)
+        return jnp.sum(rows.astype(dtype) * x.astype(dtype)[None], axis=axes)
 
     alone, is_long = jax.device_count() == 1, x.size > _MAX_DOT_COLUMNS
     default = summed if is_long else contracted

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from mfac_jax._src.base.trees import leaf_name
 from mfac_jax._src.rows.mesh import (
     Split,
+    axes_of,
     explicit_sharding,
     names_in,
     split,
@@ -20,6 +22,18 @@ from mfac_jax._src.rows.mesh import (
 )
 
 AxisName = str | Sequence[str] | None
+
+
+class ManualAxes(NamedTuple):
+    """What the caller says about the shard_map or pmap around a step.
+
+    Attributes:
+      names: of the mesh axes that parameters or window are spread over.
+      param_specs: how the parameters are spread, as PartitionSpecs; None where types tell.
+    """
+
+    names: AxisName = None
+    param_specs: Any = None
 
 
 class Layout(NamedTuple):
@@ -39,9 +53,14 @@ class Layout(NamedTuple):
         return Layout(((),) * ndim, ())
 
 
+def names_of(axis_name: AxisName) -> tuple[str, ...]:
+    """The names, if any."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+
+
 def bound_axes(axis_name: AxisName) -> dict[str, int]:
     """The names with their sizes, where they are manual axes of a shard_map or pmap; empty outside."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    names = names_of(axis_name)
     manual = jax.sharding.get_abstract_mesh().manual_axes
     bound = {name: lax.axis_size(name) for name in names if name in manual}
     if bound and len(bound) < len(names):
@@ -67,26 +86,113 @@ def varying(x) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def _knows_varying(axes: Mapping[str, int]) -> bool:
-    """Whether values carry the axes that they vary along: shard_map's check_vma."""
-    return any(name in varying(lax.axis_index(name)) for name in axes)
+def silent_axes() -> tuple[str, ...]:
+    """The manual axes of two devices or more whose types do not tell what differs along them.
+
+    So it is in pmap, and in shard_map with check_vma=False.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(n for n in manual if lax.axis_size(n) > 1 and n not in varying(lax.axis_index(n)))
 
 
-def layouts(updates: optax.Updates, rows: Sequence[tuple[int, ...]], axis_name: AxisName) -> list[Layout]:
-    """The layout of every leaf of the window, whose rows have these shapes on a device."""
-    axes = bound_axes(axis_name)
-    leaves = jax.tree_util.tree_leaves_with_path(updates)
-    found = [_layout_of(path, x, row, axes) for (path, x), row in zip(leaves, rows, strict=True)]
-    if not _knows_varying(axes):
-        _check_replicated(leaves, found, axes)
+def shards(name: str, tree: optax.Params, axes: ManualAxes) -> list[tuple[str, ...]]:
+    """The named mesh axes along which each leaf is a shard, by its type, or by what the caller declared."""
+    bound, silent = bound_axes(axes.names), silent_axes()
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if axes.param_specs is None:
+        return [tuple(axis for axis in bound if axis in varying(x)) for _, x in leaves]
+    found = []
+    for (path, x), names in zip(leaves, _declared(name, leaves, axes.param_specs), strict=True):
+        told = {axis: axis in varying(x) for axis in bound if axis not in silent and bound[axis] > 1}
+        wrong = tuple(axis for axis in told if told[axis] != (axis in names))
+        if wrong:
+            differs = "varies" if told[wrong[0]] else "does not vary"
+            raise ValueError(
+                f"param_specs must be right about {name}, but the type of {leaf_name(path)} {differs} "
+                f"along {wrong}. Average what should be equal (jax.lax.pmean), or leave param_specs out: "
+                "with check_vma=True types tell."
+            )
+        # Types tell of axes with one device too.
+        found.append(tuple(axis for axis in bound if axis in names or axis in varying(x)))
     return found
 
 
-def _layout_of(path, x: jax.Array, row: tuple[int, ...], axes: Mapping[str, int]) -> Layout:
+def _declared(name: str, leaves: Sequence[tuple[Any, Any]], specs: Any) -> list[set[str]]:
+    """The mesh axes in the spec of each leaf; specs are a tree like the leaves', or a prefix of one."""
+    given = dict(jax.tree_util.tree_leaves_with_path(specs))
+    found = []
+    for path, _ in leaves:
+        own = [given[path[:depth]] for depth in range(len(path) + 1) if path[:depth] in given]
+        if not own:
+            raise ValueError(
+                f"param_specs must be a tree like {name}, or a prefix of one, but there is none for "
+                f"{leaf_name(path)}. Pass PartitionSpec() for what is equal on all devices."
+            )
+        found.append({axis for entry in own[0] for axis in axes_of(entry)})
+    return found
+
+
+def check_declared(
+    name: str, tree: optax.Params, axes: ManualAxes, splits: Sequence[Split] | None = None
+) -> None:
+    """Raise where a leaf may be a shard or equal on all devices, and nothing tells which.
+
+    A leaf whose window is split over all axes is equal on all devices: the window of a shard never is.
+    """
+    silent = silent_axes() if axes.param_specs is None else ()
+    leaves = jax.tree_util.tree_leaves_with_path(tree) if silent else []
+    for number, (path, x) in enumerate(leaves):
+        if x.size and not (splits and set(silent) <= set(names_in(splits[number]))):
+            raise ValueError(
+                f"param_specs must say what {name} holds: {leaf_name(path)} may be a shard or "
+                f"replicated along {silent}, which in jax.pmap, and with check_vma=False, types do not "
+                "tell. Pass param_specs=PartitionSpec() where every device holds all of every parameter; "
+                "for shards axis_name, and as param_specs what in_specs has for the parameters. Or use "
+                "jax.shard_map with check_vma=True, its default."
+            )
+
+
+def check_param_specs(axes: ManualAxes) -> None:
+    """Raise for anything but PartitionSpecs over named axes."""
+    names = names_of(axes.names)
+    for path, spec in jax.tree_util.tree_leaves_with_path(axes.param_specs):
+        if not isinstance(spec, PartitionSpec):
+            raise TypeError(
+                "param_specs must be None, or PartitionSpecs in a tree like the parameters or a prefix of "
+                f"one, got {spec!r} at {leaf_name(path)}. Pass what in_specs of jax.shard_map has for them."
+            )
+        unnamed = tuple(axis for entry in spec for axis in axes_of(entry) if axis not in names)
+        if unnamed:
+            raise ValueError(
+                f"axis_name must name the mesh axes in param_specs, got {axes.names!r} and {spec} at "
+                f"{leaf_name(path)}. Pass axis_name={tuple(dict.fromkeys((*names, *unnamed)))!r}."
+            )
+
+
+def layouts(
+    name: str, tree: optax.Updates, rows: Sequence[tuple[int, ...]], axes: ManualAxes
+) -> list[Layout]:
+    """The layout of every leaf of the window, whose rows have these shapes on a device."""
+    bound, along = bound_axes(axes.names), shards(name, tree, axes)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = [
+        _layout_of(path, x, row, bound, sharded)
+        for (path, x), row, sharded in zip(leaves, rows, along, strict=True)
+    ]
+    check_declared(name, tree, axes, [layout.split for layout in found])
+    return found
+
+
+def beyond(shape: Sequence[int], axes: Mapping[str, int], sharded: Sequence[str]) -> Split:
+    """How the window of a leaf is split further, which is a shard of this shape along some of the axes."""
+    return split(shape, {name: size for name, size in axes.items() if name not in sharded})
+
+
+def _layout_of(
+    path, x: jax.Array, row: tuple[int, ...], axes: Mapping[str, int], sharded: tuple[str, ...]
+) -> Layout:
     """The layout of a leaf whose window has rows of this shape on a device."""
-    # The parameter's own shards are given; only axes that it does not use can split its window further.
-    sharded = tuple(name for name in axes if name in varying(x))
-    planned = split(x.shape, {name: size for name, size in axes.items() if name not in sharded})
+    planned = beyond(x.shape, axes, sharded)
     if names_in(planned) and row == local_shape(planned, x.shape):
         used = (*names_in(planned), *sharded)
         return Layout(planned, tuple(name for name in axes if name in used))
@@ -105,37 +211,16 @@ def _layout_of(path, x: jax.Array, row: tuple[int, ...], axes: Mapping[str, int]
     )
 
 
-def _check_replicated(
-    leaves: Sequence[tuple[Any, jax.Array]], found: Sequence[Layout], axes: Mapping[str, int]
-) -> None:
-    """Raise for what may be a shard, where types do not tell shards from replicated leaves.
-
-    A window that is split over all axes belongs to a replicated leaf. A leaf that the policy cannot split
-    like that passes beside one that it could.
-    """
-    everywhere = {name for name, size in axes.items() if size > 1}
-    is_split = [set(names_in(layout.split)) == everywhere for layout in found]
-    for (path, x), done in zip(leaves, is_split, strict=True):
-        could_be = set(names_in(split(x.shape, axes))) == everywhere
-        if x.size and not done and (could_be or not any(is_split)):
-            raise ValueError(
-                f"{leaf_name(path)} may be a shard or replicated, which in jax.pmap, and with "
-                "check_vma=False, cannot be told. For replicated parameters run init inside, with the same "
-                "axis_name, or leave axis_name out (every device then holds all of the window); for shards "
-                "use jax.shard_map with check_vma=True, its default."
-            )
-
-
-def check_named(updates: optax.Updates, gram: jax.Array, axis_name: AxisName) -> None:
+def check_named(name: str, tree: optax.Updates, gram: jax.Array, axis_name: AxisName) -> None:
     """Raise for a leaf that varies along a mesh axis that is not named, unless the state varies too."""
     known = varying(gram) | set(bound_axes(axis_name))
-    for path, x in jax.tree_util.tree_leaves_with_path(updates):
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
         unnamed = tuple(sorted(varying(x) - known))
         if unnamed:
             raise ValueError(
-                f"axis_name must name the mesh axes that updates are spread over, but {leaf_name(path)} "
-                f"varies along {unnamed} and axis_name is {axis_name!r}. Pass them to axis_name, or "
-                "average the updates over them."
+                f"axis_name must name the mesh axes of {name}, but {leaf_name(path)} varies along "
+                f"{unnamed} and axis_name is {axis_name!r}. Pass them to axis_name, or average {name} over "
+                "them."
             )
 
 

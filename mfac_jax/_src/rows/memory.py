@@ -14,9 +14,10 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
 from mfac_jax._src.rows import host_memory, zeros
-from mfac_jax._src.rows.manual_axes import AxisName, bound_axes
+from mfac_jax._src.rows.manual_axes import ManualAxes
 from mfac_jax._src.rows.storages import Storage, floats
 
+_NONE = ManualAxes()
 _MACHINE = "this machine"
 _HALF = floats(jnp.dtype(jnp.bfloat16))
 _SPARE_ROWS = 4  # float32 rows that a step needs beside the window: left free by what messages suggest
@@ -38,7 +39,7 @@ def window_bytes(
     params: optax.Params,
     num_grads: int,
     storage: Storage,
-    axis_name: AxisName = None,
+    axes: ManualAxes = _NONE,
     on_host: bool = False,
 ) -> dict[Mesh | AbstractMesh | None, Bytes]:
     """The bytes of a window on each device, by the mesh that the parameters are on; None: on no mesh.
@@ -47,15 +48,13 @@ def window_bytes(
       params: arrays, or `jax.ShapeDtypeStruct` with the shardings that count.
       num_grads: rows of the window.
       storage: of the rows.
-      axis_name: see `scale_by_mfac`.
+      axes: those of a shard_map or pmap around this.
       on_host: whether the window is kept on the host, as far as it can be.
     """
-    axes = bound_axes(axis_name)
     found: dict[Mesh | AbstractMesh | None, Bytes] = {}
-    for leaf in jax.tree.leaves(params):
-        part = zeros.part_of(leaf, axes)
+    for leaf, part in zip(jax.tree.leaves(params), zeros.parts_of(params, axes), strict=True):
         mesh = None if part.sharding is None else part.sharding.mesh
-        for row in jax.tree.leaves(storage.row(jax.ShapeDtypeStruct(part.shape, leaf.dtype))):
+        for row in jax.tree.leaves(storage.row(jax.ShapeDtypeStruct(part.shape, jnp.result_type(leaf)))):
             _, shape = zeros.placed(row, part)
             size = num_grads * math.prod(shape) * row.dtype.itemsize
             to_host = on_host and host_memory.may_be_on_host(shape)
@@ -86,7 +85,7 @@ def machine_bytes() -> int | None:
 
 @contextlib.contextmanager
 def enough_for_window(
-    params: optax.Params, num_grads: int, storage: Storage, axis_name: AxisName, on_host: bool
+    params: optax.Params, num_grads: int, storage: Storage, axes: ManualAxes, on_host: bool
 ) -> Iterator[None]:
     """Raise before a window is made that cannot fit, and where making it runs out of memory.
 
@@ -100,11 +99,11 @@ def enough_for_window(
 
     def message(place):
         asked = _Asked(num_grads, rows[place], of_rows(_HALF)[place], held[place], _limit(place))
-        may_move = not on_host and axis_name is None and place != _MACHINE
+        may_move = not on_host and axes.names is None and place != _MACHINE
         return _message(place, asked, may_move)
 
     def of_rows(storage):
-        return _of_rows(window_bytes(params, 1, storage, axis_name, on_host), probe)
+        return _of_rows(window_bytes(params, 1, storage, axes, on_host), probe)
 
     rows, held = of_rows(storage), _of_arrays(params)
     for place in rows:

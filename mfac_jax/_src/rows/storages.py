@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mfac_jax._src.base import checks, numerics
@@ -84,14 +85,17 @@ def as_storage(storage: Any) -> Storage:
             known = (floats(dtype).name for dtype in (None, *_DTYPES))
             checks.check_own_name("storage", storage.name, tuple(known))
         return storage
+    # It has a dtype too. optax.inject_hyperparams calls jnp.bfloat16 as if it were a schedule.
+    is_array = isinstance(storage, (jax.Array, np.ndarray))
     try:
         found = None if storage is None else jnp.dtype(storage)
     except TypeError:
         found = storage
-    if found is not None and found not in _DTYPES:
+    if is_array or (found is not None and found not in _DTYPES):
         raise ValueError(
             "storage must be None, jnp.float32, jnp.bfloat16 or a mfac_jax.components.Storage, got "
             f"{storage!r}. Pass jnp.bfloat16 for a window of half the size."
+            f"{checks.static_hint('storage', storage)}"
         )
     return floats(found)
 

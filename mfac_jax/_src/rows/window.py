@@ -14,7 +14,7 @@ from jax import lax
 
 from mfac_jax._src.base import numerics, trees
 from mfac_jax._src.rows import host_memory, manual_axes, storages
-from mfac_jax._src.rows.manual_axes import AxisName, Layout
+from mfac_jax._src.rows.manual_axes import Layout, ManualAxes
 from mfac_jax._src.rows.storages import Rows, Storage, main_array
 
 
@@ -107,19 +107,17 @@ def make_plan(
     window: Any,
     storage: Storage,
     blocks: Sequence[int],
-    axis_name: AxisName = None,
+    axes: ManualAxes,
     host_chunk: int | None = None,
 ) -> Plan:
     """The plan of a tree that fits the window; `name` is what errors call the tree."""
     rows = [main_array(leaf) for leaf in storages.split(storage, window)]
     structure = jax.tree.structure(tree)
     trees.check_tree(name, tree, storages.first_tree(storage, window))
-    if axis_name is None:
+    if axes.names is None:
         trees.check_shapes(name, tree, rows)
-        layouts = [Layout.local(x.ndim) for x in jax.tree.leaves(tree)]
-    else:
-        manual_axes.check_bound(axis_name)
-        layouts = manual_axes.layouts(tree, [x.shape[1:] for x in rows], axis_name)
+    manual_axes.check_bound(axes.names)
+    layouts = manual_axes.layouts(name, tree, [x.shape[1:] for x in rows], axes)
     return Plan(storage, structure, tuple(blocks), tuple(layouts), host_chunk)
 
 

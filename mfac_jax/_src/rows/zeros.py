@@ -10,16 +10,9 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from mfac_jax._src.rows import host_memory, storages
-from mfac_jax._src.rows.manual_axes import AxisName, bound_axes, local_shape, varying
-from mfac_jax._src.rows.mesh import (
-    named_sharding,
-    names_in,
-    replicated,
-    row_sharding,
-    split,
-    window_sharding,
-)
+from mfac_jax._src.rows import host_memory, manual_axes, storages
+from mfac_jax._src.rows.manual_axes import ManualAxes, local_shape, varying
+from mfac_jax._src.rows.mesh import named_sharding, names_in, replicated, row_sharding, window_sharding
 from mfac_jax._src.rows.storages import Storage
 
 
@@ -37,40 +30,46 @@ class Part(NamedTuple):
     varies_over: tuple[str, ...]
 
 
-def part_of(leaf: Any, axes: Mapping[str, int]) -> Part:
-    """The part of a leaf that a row has here, where these manual axes are bound."""
+def parts_of(params: optax.Params, axes: ManualAxes) -> list[Part]:
+    """Those of all leaves; raises where a leaf may be a shard or equal on all devices."""
+    manual_axes.check_declared("params", params, axes)
+    bound = manual_axes.bound_axes(axes.names)
+    return [
+        _part_of(leaf, bound, sharded)
+        for leaf, sharded in zip(
+            jax.tree.leaves(params), manual_axes.shards("params", params, axes), strict=True
+        )
+    ]
+
+
+def _part_of(leaf: Any, axes: Mapping[str, int], sharded: tuple[str, ...]) -> Part:
+    """Inside of shard_map the leaf is this device's shard; the other axes split it further."""
     sharding = named_sharding(leaf)
     row = None if sharding is None else row_sharding(leaf.shape, sharding)
-    # Inside of shard_map the leaf is this device's shard; the axes it does not vary along split it further.
-    sharded = tuple(name for name in axes if name in varying(leaf))
-    beyond = split(leaf.shape, {name: size for name, size in axes.items() if name not in sharded})
+    beyond = manual_axes.beyond(leaf.shape, axes, sharded)
     return Part(local_shape(beyond, leaf.shape), row, (*names_in(beyond), *sharded))
 
 
-def empty_row(params: optax.Params, dtype: Any, axis_name: AxisName) -> optax.Params:
+def empty_row(params: optax.Params, dtype: Any, axes: ManualAxes) -> optax.Params:
     """Zeros like a row of the window before it is encoded: what metrics keep for each entry."""
-    axes = bound_axes(axis_name)
-
-    def zeros(leaf):
-        part = part_of(leaf, axes)
-        return _varying_zeros(part.shape, dtype, part.sharding, part.varies_over)
-
-    return jax.tree.map(zeros, params)
+    zeros = [
+        _varying_zeros(part.shape, dtype, part.sharding, part.varies_over)
+        for part in parts_of(params, axes)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), zeros)
 
 
 def empty_window(
-    params: optax.Params, storage: Storage, num_grads: int, axis_name: AxisName, on_host: bool
+    params: optax.Params, storage: Storage, num_grads: int, axes: ManualAxes, on_host: bool
 ) -> Any:
     """A window of rows of zeros; on the host where it may be."""
-    axes = bound_axes(axis_name)
 
-    def rows_of(leaf):
-        part = part_of(leaf, axes)
-        row = storage.row(jax.ShapeDtypeStruct(part.shape, leaf.dtype))
+    def rows_of(leaf, part):
+        row = storage.row(jax.ShapeDtypeStruct(part.shape, jnp.result_type(leaf)))
         return jax.tree.map(lambda array: _empty_rows(array, leaf, part, num_grads, on_host), row)
 
     leaves, structure = jax.tree.flatten(params)
-    return storages.join(storage, structure, [rows_of(leaf) for leaf in leaves])
+    return storages.join(storage, structure, list(map(rows_of, leaves, parts_of(params, axes))))
 
 
 def placed(row: jax.ShapeDtypeStruct, part: Part) -> tuple[NamedSharding | None, tuple[int, ...]]:

@@ -1,7 +1,9 @@
 """The static algorithm: the inverse of the damped Fisher matrix of a fixed set of gradients."""
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from mfac_jax._src.base import checks, numerics
-from mfac_jax._src.base.stacks import check_stacked
+from mfac_jax._src.base.stacks import check_stacked, products_fit
 from mfac_jax._src.base.trees import check_tree
 from mfac_jax._src.rows.blocks import Blocks
-from mfac_jax._src.static.blocks import Narrow, Wide, make, places
+from mfac_jax._src.static.blocks import Coordinates, Narrow, Wide, make, places
 
 FisherBlocks = Blocks | int
+
+_PART = 128  # rows and columns of the inverse that are computed at a time
 
 
 @jax.tree_util.register_dataclass
@@ -40,9 +45,13 @@ class FisherInverse:
     Gradients may repeat. If the damping is smaller than the rounding errors of their products, the size of
     these errors takes its place. With gradients of zeros :math:`F^{-1} = I / \lambda`.
 
+    Gradients, damping and vectors may have any size: they are scaled by powers of two. What the result's
+    dtype cannot hold becomes its largest number. Subnormal entries (below 1.2e-38 in float32) of gradients
+    and vectors may count as zeros.
+
     Attributes:
-      damping: :math:`\lambda`, in the dtype of all computations: float64 if a gradient has it, else
-        float32.
+      damping_parts: mantissa and exponent of :math:`\lambda`, which may be beyond the dtype of the
+        computations: float64 if a gradient has it, else float32.
       stacks: the blocks.
       structure: the structure of the parameters.
       shapes: the shapes of their leaves.
@@ -58,10 +67,15 @@ class FisherInverse:
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
 
-    damping: jax.Array
+    damping_parts: numerics.Parts
     stacks: tuple[Narrow | Wide, ...]
     structure: Any = dataclasses.field(metadata={"static": True})
     shapes: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def damping(self) -> jax.Array:
+        r""":math:`\lambda`, or the nearest number that the dtype of the computations can hold."""
+        return self.damping_parts.number
 
     @classmethod
     def from_gradients(
@@ -85,16 +99,13 @@ class FisherInverse:
           ValueError: the leading axes differ or are empty; a gradient is not finite (by its index);
             `damping` or `blocks` is out of range; there is no leaf.
         """
-        check_stacked(grads)
+        largest = check_stacked(grads)
         checks.check_positive("damping", damping, "1e-5")
-        if isinstance(blocks, int):
-            checks.check_count("blocks", blocks, "1000")
-        elif not callable(blocks):
-            checks.check_choice("blocks", blocks, (None, "leaf"), ", an int or a function of a path")
+        blocks = _checked_blocks(blocks)
         leaves, structure = jax.tree.flatten(grads)
-        damping = jnp.asarray(damping, numerics.accumulation_dtype(grads))
-        stacks = make(leaves, damping, places(grads, blocks))
-        return cls(damping, stacks, structure, tuple(g.shape[1:] for g in leaves))
+        parts = numerics.parts(damping, numerics.accumulation_dtype(grads))
+        stacks = make(leaves, parts, places(grads, blocks), not products_fit(largest, damping))
+        return cls(parts, stacks, structure, tuple(g.shape[1:] for g in leaves))
 
     def ihvp(self, tree: optax.Params) -> optax.Params:
         r"""Compute the product :math:`F^{-1} x` with one vector, or with a batch of them.
@@ -116,14 +127,14 @@ class FisherInverse:
     def _product(self, tree: optax.Params) -> optax.Params:
         leaves = jax.tree.leaves(tree)
         products = self._of_leaves(
-            lambda stack: stack.ihvp([leaves[i] for i in stack.place.leaves], self.damping)
+            lambda stack: stack.ihvp([leaves[i] for i in stack.place.leaves], self.damping_parts)
         )
         return jax.tree.map(lambda x, y: numerics.narrow(y, x.dtype), tree, products)
 
     @jax.jit
     def diagonal(self) -> optax.Params:
         """Compute the diagonal: a tree like the parameters, with positive entries."""
-        return self._of_leaves(lambda stack: stack.diagonal(self.damping))
+        return self._of_leaves(lambda stack: stack.diagonal(self.damping_parts))
 
     def _of_leaves(self, function: Callable[[Narrow | Wide], Sequence[jax.Array]]) -> optax.Params:
         """The tree that the function gives, one stack after another."""
@@ -132,7 +143,10 @@ class FisherInverse:
             for stack in self.stacks
             for leaf, y in zip(stack.place.leaves, function(stack), strict=True)
         }
-        return jax.tree.unflatten(self.structure, [found[i] for i in range(len(found))])
+        # Leaves without entries are in no stack.
+        nothing = jnp.zeros((0,), self.damping_parts.mantissa.dtype)
+        leaves = [found[i] if i in found else nothing.reshape(shape) for i, shape in enumerate(self.shapes)]
+        return jax.tree.unflatten(self.structure, leaves)
 
     def entry(self, i: int, j: int) -> jax.Array:
         """Compute the entry in row i and column j, in O(m) operations.
@@ -159,16 +173,32 @@ class FisherInverse:
         """
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         indices = _check_indices(indices, int(ends[-1]))
-        leaf = np.searchsorted(ends, indices, side="right")
-        offset = indices - np.concatenate([[0], ends])[leaf]
-        entries = jnp.zeros((len(indices),) * 2, self.damping.dtype)
-        for stack in self.stacks:
-            positions = stack.place.positions(leaf, offset)
-            chosen = np.flatnonzero(positions >= 0)
-            if len(chosen):
-                found = stack.submatrix(positions[chosen], self.damping)
-                entries = entries.at[np.ix_(chosen, chosen)].set(found)
-        return entries
+        # A part at a time, filled up with the first entry: one program, whatever the number of indices.
+        parts = max(1, -(-len(indices) // _PART))
+        padded = np.pad(indices, (0, parts * _PART - len(indices)))
+        leaf = np.searchsorted(ends, padded, side="right")
+        offset = padded - np.concatenate([[0], ends])[leaf]
+        parts = [
+            tuple(
+                stack.place.coordinates(leaf[i : i + _PART], offset[i : i + _PART]) for stack in self.stacks
+            )
+            for i in range(0, len(padded), _PART)
+        ]
+        entries = [[self._entries(rows, columns) for columns in parts] for rows in parts]
+        count = len(indices)
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(entries)):
+            return jnp.block(entries)[:count, :count]
+        # On the device this would take a program for each number of indices, as `jnp.asarray` does.
+        return jax.device_put(np.block(entries)[:count, :count])
+
+    @jax.jit
+    def _entries(self, rows: Sequence[Coordinates], columns: Sequence[Coordinates]) -> jax.Array:
+        """The entries in these rows and columns, which are given for each stack."""
+        parts = [
+            stack.entries(of_rows, of_columns, self.damping_parts)
+            for stack, of_rows, of_columns in zip(self.stacks, rows, columns, strict=True)
+        ]
+        return functools.reduce(operator.add, parts)
 
     def _check_vectors(self, tree: optax.Params) -> bool:
         """Whether the tree is a batch; raises if it is neither that nor a vector."""
@@ -188,11 +218,28 @@ class FisherInverse:
         return True
 
 
+def _checked_blocks(blocks: Any) -> Any:
+    """The blocks, a number of them as a Python int; raises for anything else."""
+    if hasattr(blocks, "__index__"):
+        return checks.check_count("blocks", blocks, "1000")
+    if not callable(blocks):
+        checks.check_choice("blocks", blocks, (None, "leaf"), ", an int or a function of a path")
+    return blocks
+
+
 def _check_indices(indices: Sequence[int] | np.ndarray, entries: int) -> np.ndarray:
     """The indices as an array; raises if one is out of range."""
-    array = np.asarray(indices)
+    try:
+        array = np.asarray(indices)
+    except (ValueError, jax.errors.TracerArrayConversionError):  # of different lengths, or traced
+        array = np.asarray(None)
+    if not array.size:  # NumPy makes an empty list one of floats
+        array = array.astype(int)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"indices must be a sequence of ints, got {indices!r}.")
+        raise TypeError(
+            f"indices must be a sequence of ints that are known before tracing, got {indices!r}. Pass e.g. "
+            "[0, 5]."
+        )
     if np.any((array < 0) | (array >= entries)):
         raise IndexError(
             f"indices must be at least 0 and below {entries}, the number of parameters, got {indices!r}."

@@ -1,0 +1,237 @@
+"""What is a shard and what every device holds: told by types or declared, and never guessed."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+from mfac_jax import ihvp, mfac, scale_by_mfac, state_shardings
+from tests.mfac.on_mesh import P, make_mesh
+from tests.training_runs import relative_error
+
+slow = pytest.mark.slow
+NUM_GRADS, STEPS, DEVICES = 3, 5, 8
+SHAPES: dict[str, tuple[int, ...]] = {"kernel": (16, 3), "table": (3, 24), "odd": (3,)}
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "replicated": {"kernel": P(), "table": P(), "odd": P()},
+    "sharded": {"kernel": P("x"), "table": P(None, "x")},
+    "mixed": {"kernel": P("x"), "table": P(), "odd": P()},
+}
+MODES = ("types", "no types", "pmap")
+
+
+def gradients(specs) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(3)
+    return [
+        {name: rng.standard_normal(SHAPES[name]).astype(np.float32) for name in specs} for _ in range(STEPS)
+    ]
+
+
+@functools.cache
+def on_one_device(placement: str):
+    tx = mfac(0.1, NUM_GRADS)
+    grads = gradients(PLACEMENTS[placement])
+    state, step, updates = tx.init(grads[0]), jax.jit(tx.update), []
+    for g in grads:
+        u, state = step(g, state, g)
+        updates.append(u)
+    vector = grads[0]
+    return updates, ihvp(optax.tree.get(state, "ScaleByMFACState"), vector, 0.1)
+
+
+def stacked(x, spec, rows: int = 0):
+    """As pmap has it: a part for each device in front; `rows` axes of a window stay whole."""
+    if "x" not in spec:
+        return np.broadcast_to(x, (DEVICES, *x.shape))
+    return np.stack(np.split(x, DEVICES, axis=rows + tuple(spec).index("x")))
+
+
+def unstacked(x, spec):
+    return np.concatenate(x, axis=tuple(spec).index("x")) if "x" in spec else np.asarray(x[5])
+
+
+class OnDevices:
+    """One optimizer on eight devices, in one of the modes."""
+
+    def __init__(self, mode: str, specs: dict[str, Any], **options):
+        self.mode, self.specs = mode, specs
+        self.tx: Any = mfac(0.1, NUM_GRADS, axis_name="x", **options)
+        self.mesh = make_mesh(AxisType.Auto, ("x",), (DEVICES,))
+        params = {name: np.ones(SHAPES[name], np.float32) for name in specs}
+        shardings = {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}
+        self.params = params
+        self.state_specs = jax.tree.map(lambda s: s.spec, state_shardings(self.tx, params, shardings))
+
+    def mapped(self, function, in_specs, out_specs):
+        if self.mode == "pmap":
+            return jax.pmap(function, axis_name="x")
+        options = {"mesh": self.mesh, "check_vma": self.mode == "types"}
+        return jax.jit(jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **options))
+
+    def placed(self, tree):
+        return jax.tree.map(stacked, tree, self.specs) if self.mode == "pmap" else tree
+
+    def init(self, inside: bool):
+        if inside:
+            return self.mapped(self.tx.init, (self.specs,), self.state_specs)(self.placed(self.params))
+        state = self.tx.init(self.params)
+        if self.mode != "pmap":
+            return state
+        preconditioner = state[0]
+        parts = jax.tree.map(lambda x: stacked(x, P()), preconditioner)._replace(
+            window=jax.tree.map(lambda x, s: stacked(x, s, 1), preconditioner.window, self.specs),
+            metric=jax.tree.map(
+                stacked, preconditioner.metric, preconditioner.metric._replace(second_moment=self.specs)
+            ),
+        )
+        return (parts, *jax.tree.map(lambda x: stacked(x, P()), state[1:]))
+
+    def updates(self, state):
+        specs = (self.specs, self.state_specs)
+        step = self.mapped(self.tx.update, (*specs, self.specs), specs)
+        for g in gradients(self.specs):
+            g = self.placed(g)
+            u, state = step(g, state, g)
+            u = jax.device_get(u)
+            yield jax.tree.map(unstacked, u, self.specs) if self.mode == "pmap" else u
+        self.state = state
+
+    def product(self, tree):
+        def product(state, tree):
+            return ihvp(state, tree, 0.1, axis_name="x", param_specs=self.specs)
+
+        mapped = self.mapped(product, (self.state_specs[0], self.specs), self.specs)
+        found = jax.device_get(mapped(self.state[0], self.placed(tree)))
+        return jax.tree.map(unstacked, found, self.specs) if self.mode == "pmap" else found
+
+
+QUICK = [("no types", "mixed", True)]
+CASES = [
+    (mode, placement, inside) for mode in MODES for placement in PLACEMENTS for inside in (True, False)
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "placement", "inside"),
+    [pytest.param(*case, marks=[] if case in QUICK else slow) for case in CASES],
+)
+def test_declared_shards_give_the_updates_of_one_device(mode, placement, inside):
+    run = OnDevices(mode, PLACEMENTS[placement], param_specs=PLACEMENTS[placement])
+    expected, product = on_one_device(placement)
+    for found, wanted in zip(run.updates(run.init(inside)), expected, strict=True):
+        assert relative_error(found, wanted) < 1e-5
+    assert relative_error(run.product(gradients(run.specs)[0]), product) < 1e-4
+
+
+@slow
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_where_types_tell_nothing_has_to_be_declared(placement, inside):
+    run = OnDevices("types", PLACEMENTS[placement])
+    for found, wanted in zip(run.updates(run.init(inside)), on_one_device(placement)[0], strict=True):
+        assert relative_error(found, wanted) < 1e-5
+
+
+REFUSED = "param_specs must say what (params|updates|tree) holds: leaf .* may be a shard or replicated"
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["init inside", "init outside"])
+@pytest.mark.parametrize(
+    "placement", [pytest.param(name, marks=[] if name == "mixed" else slow) for name in PLACEMENTS]
+)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_where_types_do_not_tell_and_nobody_declares_it_is_refused(mode, placement, inside):
+    run = OnDevices(mode, PLACEMENTS[placement])
+    with pytest.raises(ValueError, match=REFUSED):
+        next(run.updates(run.init(inside)))
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_without_axis_name_it_is_refused_too(mode):
+    """Each device would take its shard for all parameters."""
+    specs = {"kernel": P("x")}
+    run = OnDevices(mode, specs)
+    run.tx = mfac(0.1, NUM_GRADS)
+    with pytest.raises(ValueError, match=REFUSED):
+        run.init(inside=True)
+    with pytest.raises(ValueError, match=REFUSED):
+        next(run.updates(run.init(inside=False)))
+
+
+@slow
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_every_device_may_hold_a_whole_window(mode):
+    run = OnDevices(mode, PLACEMENTS["replicated"])
+    run.tx = mfac(0.1, NUM_GRADS, param_specs=P())
+    run.state_specs = jax.tree.map(lambda spec: P(), run.state_specs)
+    for found, wanted in zip(run.updates(run.init(True)), on_one_device("replicated")[0], strict=True):
+        assert relative_error(found, wanted) < 1e-5
+
+
+def test_a_window_that_is_split_over_all_devices_says_that_its_leaf_is_replicated():
+    specs = {"kernel": P(), "table": P()}  # each splits over eight devices
+    run = OnDevices("no types", specs)
+    jax.eval_shape(lambda state: next(run.updates(state)), run.init(inside=False))
+
+
+def test_ihvp_refuses_what_it_cannot_know():
+    run = OnDevices("no types", {"kernel": P("x")}, param_specs=P("x"))
+    specs = (run.state_specs[0], run.specs)
+    state = run.init(inside=True)[0]
+    with pytest.raises(ValueError, match=REFUSED):
+        run.mapped(ihvp, specs, run.specs)(state, run.params)
+    run.mode = "types"
+    with pytest.raises(ValueError, match="axis_name must name the mesh axes of tree"):
+        run.mapped(ihvp, specs, run.specs)(state, run.params)
+
+
+@pytest.mark.parametrize(("declared", "really"), [(P(), P("x")), (P("x"), P())])
+def test_a_declaration_that_types_contradict_is_refused(declared, really):
+    run = OnDevices("types", {"kernel": really}, param_specs=declared)
+    message = r"param_specs must be right about .* leaf \['kernel'\] (varies|does not vary) along \('x',\)"
+    with pytest.raises(ValueError, match=message):
+        run.init(inside=True)
+    with pytest.raises(ValueError, match=message):
+        next(run.updates(run.init(inside=False)))
+
+
+def product_of_nothing(**options):
+    return ihvp(scale_by_mfac(1).init(jnp.ones(2)), jnp.ones(2), **options)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("specs", "error", "message"),
+    [
+        ("x", TypeError, "param_specs must be None, or PartitionSpecs .* got 'x'"),
+        ({"w": True}, TypeError, r"got True at leaf \['w'\]"),
+        (P("y"), ValueError, r"axis_name must name .* got 'x' and .*'y'.* Pass axis_name=\('x', 'y'\)"),
+    ],
+)
+@pytest.mark.parametrize("make", [scale_by_mfac, mfac, product_of_nothing])
+def test_what_is_no_declaration_is_refused(make, specs, error, message):
+    with pytest.raises(error, match=message):
+        make(axis_name="x", param_specs=specs)
+
+
+def test_a_declaration_that_leaves_out_a_leaf_is_refused():
+    tx = mfac(axis_name="x", param_specs={"kernel": P()})
+    with pytest.raises(ValueError, match=r"param_specs must be a tree like params.* leaf \['odd'\]"):
+        tx.init({"kernel": jnp.ones(8), "odd": jnp.ones(3)})
+
+
+def test_a_declaration_may_stand_at_a_node_and_for_leaves_that_are_masked_out():
+    specs = {"inner": P(), "hidden": {"deep": P("x")}}
+    tx: Any = optax.masked(
+        scale_by_mfac(2, axis_name="x", param_specs=specs), {"inner": True, "hidden": False}
+    )
+    params = {
+        "inner": {"a": jnp.ones((8, 16)), "b": jnp.ones((8, 3))},
+        "hidden": {"deep": jnp.ones((8, 2))},
+    }
+    state = jax.pmap(tx.init, axis_name="x")(params)
+    assert jax.tree.map(jnp.shape, state.inner_state.window["inner"]) == {"a": (8, 2, 2), "b": (8, 2, 3)}
