@@ -26,8 +26,8 @@ def injected(factory, **kwargs):
     )
 
 
-# Twice as many rows, so that the same float32 temporaries are the same part of the window. Gram matrices are
-# four times as large then, and so are the leaves.
+# Twice as many rows: the same float32 temporaries are then the same part of the window. Gram matrices are
+# four times as large, and so are the leaves.
 HALF: dict[str, Any] = {"num_grads": 2 * NUM_GRADS, "storage": jnp.bfloat16}
 
 

@@ -44,7 +44,7 @@ def limits(monkeypatch):
 def test_the_bytes_of_a_window_are_those_of_its_arrays_on_each_device(axis_type, dtype, host_chunk):
     params = params_on_mesh(axis_type)
     tx = scale_by_mfac(6, storage=dtype, host_chunk=host_chunk)
-    window: Any = tx.init(params).window
+    window = optax.tree.get(tx.init(params), "window")
     (found,) = memory.window_bytes(params, 6, floats(dtype), on_host=host_chunk is not None).values()
     expected = {"device": 0, "pinned_host": 0}
     for leaf in jax.tree.leaves(window):
@@ -66,7 +66,7 @@ def test_shapes_without_arrays_and_rows_of_two_arrays_are_counted():
         dots=lambda rows, x, dtype: x,
         combine=lambda c, rows: c,
     )
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+    shapes: Any = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
     entries = sum(int(np.prod(shape)) for shape in SHAPES.values())
     assert memory.window_bytes(shapes, 10, scaled) == {None: memory.Bytes(10 * (entries + 4 * 4), 0)}
     assert memory.window_bytes({}, 10, scaled) == {}

@@ -17,8 +17,8 @@ from mfac_jax._src.rows import host_memory, zeros
 from mfac_jax._src.rows.manual_axes import ManualAxes
 from mfac_jax._src.rows.storages import Storage, floats
 
+_NONE = ManualAxes()
 _MACHINE = "this machine"
-_HERE = ManualAxes()
 _HALF = floats(jnp.dtype(jnp.bfloat16))
 _SPARE_ROWS = 4  # float32 rows that a step needs beside the window: left free by what messages suggest
 
@@ -39,7 +39,7 @@ def window_bytes(
     params: optax.Params,
     num_grads: int,
     storage: Storage,
-    axes: ManualAxes = _HERE,
+    axes: ManualAxes = _NONE,
     on_host: bool = False,
 ) -> dict[Mesh | AbstractMesh | None, Bytes]:
     """The bytes of a window on each device, by the mesh that the parameters are on; None: on no mesh.
@@ -48,7 +48,7 @@ def window_bytes(
       params: arrays, or `jax.ShapeDtypeStruct` with the shardings that count.
       num_grads: rows of the window.
       storage: of the rows.
-      axes: the manual axes that it is made on, see `scale_by_mfac`.
+      axes: those of a shard_map or pmap around this.
       on_host: whether the window is kept on the host, as far as it can be.
     """
     found: dict[Mesh | AbstractMesh | None, Bytes] = {}
