@@ -31,6 +31,10 @@ class Counter:
         if event in EVENTS:
             self.names.append(f"{event.split('/')[-1]} of {kwargs.get('fun_name')}")
 
+    def compiled(self) -> list[str]:
+        """Without traces: the shapes of a new chain's state are traced, and compiled never."""
+        return [name for name in self.names if "compile" in name]
+
 
 @pytest.fixture
 def counter() -> Iterator[Counter]:
@@ -159,13 +163,13 @@ def test_calls_outside_of_jit_compile_nothing_after_the_second(counter, name):
     counter.names.clear()
     for i in range(2, 12):
         jax.block_until_ready(call(i))
-    assert not counter.names
+    assert not counter.compiled()
 
 
 def test_the_counter_sees_a_loop_outside_of_jit(counter):
     for bound in range(3):
         jax.lax.while_loop(lambda x, bound=bound: x < bound, lambda x: x + 1, jnp.asarray(0))
-    assert len([name for name in counter.names if "compile" in name]) >= 3
+    assert len(counter.compiled()) >= 3
 
 
 def resident_memory() -> int:
@@ -186,7 +190,7 @@ def compiled_and_grown(name: str, counter: Counter, calls: int) -> tuple[list[st
     for i in range(500, calls):
         call(i)
     gc.collect()
-    return counter.names, resident_memory() - memory, len(jax.live_arrays()) - arrays
+    return counter.compiled(), resident_memory() - memory, len(jax.live_arrays()) - arrays
 
 
 @slow
