@@ -87,12 +87,11 @@ def trained_by_layers(run: Run, tx, p=None):
     p = params() if p is None else p
     evaluate = run(mfac_jax.value_and_grad_with_factors(loss))
     state, update = run(tx.init)(p), run(lambda g, s, p, f: tx.update(g, s, p, curvature=f))
-    for _ in range(3):
-        _, grads, factors = evaluate(p)
+    first = evaluate(p)[1:]
+    for grads, factors in (first, first, jax.tree.map(jnp.zeros_like, first)):
         updates, state = update(grads, state, p, factors)
         p = optax.apply_updates(p, updates)
-    zeros = jax.tree.map(jnp.zeros_like, (grads, factors))
-    return p, update(zeros[0], state, p, zeros[1])
+    return p, state
 
 
 def trained_by_layer(run: Run, layer):
@@ -104,8 +103,8 @@ def experts(run: Run):
     """Two layers in one kernel."""
     grads, tx = stacked(params(), 2)["dense"]["kernel"], mfac_jax.scale_by_cgfac(1.0)
     layout = mfac_jax.KernelLayout((2, 4, 3), (0,), (1,), (2,))
-    rows = (jnp.stack([jnp.asarray(x), -jnp.asarray(x)]) for x in (X, Y))
-    layer = mfac_jax.LayerFactors(*rows, layout=layout)
+    inputs, output_grads = (jnp.stack([jnp.asarray(x), -jnp.asarray(x)]) for x in (X, Y))
+    layer = mfac_jax.LayerFactors(inputs, output_grads, layout=layout)
     return run(lambda g, layer: tx.update(g, tx.init(g), curvature={"": layer}))(grads, layer)
 
 
@@ -236,7 +235,7 @@ def kept():
     return pruning.obs_update(params(), stacked(params()), masks(), 1e-3)
 
 
-def numbers(make):
+def numbers(make) -> Any:
     """Learning rate, rows, damping, momentum and weight decay, as numbers of one kind."""
     return make(0.1), ROWS, make(0.2), make(0.9), make(1e-3)
 
@@ -276,21 +275,10 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         ),
         "repeats": lambda run: trained(run, mfac_jax.scale_by_mfac(ROWS, 1e-12)),
         "repeats, inverse": lambda run: trained(run, mfac_jax.scale_by_mfac(ROWS, 1e-12, solver="inverse")),
-        "numbers of JAX": lambda run: trained(
-            run,
-            mfac_jax.mfac(*numbers(jnp.asarray)),
-        ),
+        "numbers of JAX": lambda run: trained(run, mfac_jax.mfac(*numbers(jnp.asarray))),
         "on the host": lambda run: seen(run, host_chunk=2),
         "one row": lambda run: trained(run, mfac_jax.scale_by_mfac(1, 0.1, step_adaptation=0.3)),
-        "numbers of NumPy": lambda run: trained(
-            run,
-            mfac_jax.mfac(
-                *(
-                    np.float64(x) if i != 1 else np.int64(ROWS)
-                    for i, x in enumerate((0.1, 0, 0.2, 0.9, 1e-3))
-                )
-            ),
-        ),
+        "numbers of NumPy": lambda run: trained(run, mfac_jax.mfac(*numbers(np.float64))),
     },
     "components": {
         "": lambda run: seen(

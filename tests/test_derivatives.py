@@ -134,3 +134,28 @@ def test_both_modes_equal_finite_differences(x64, name):
 def test_figures_of_a_state_have_derivatives_too(x64, name, of_state):
     for kind in ("new", "repeats", "zeros", "a zero entry"):
         check(name, kind, of_state)
+
+
+def of_fisher_inverse(grads, damping, blocks) -> Any:
+    """A number from all methods."""
+    inverse = mfac_jax.FisherInverse.from_gradients(grads, damping, blocks=blocks)
+    ones = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+    found = (inverse.ihvp(ones), inverse.diagonal(), inverse.submatrix([0, 3, 9])[0], inverse.entry(1, 2))
+    return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(found))
+
+
+@slow
+@pytest.mark.parametrize("blocks", [None, "leaf", 3])
+def test_the_static_inverse_has_derivatives_too(x64, blocks):
+    for kind in ("new", "repeats", "zeros", "a zero entry"):
+        grads, moves, _ = stream(kind)
+
+        @jax.jit
+        def f(t, grads=grads, moves=moves):
+            moved = jax.tree.map(lambda g, v: jnp.asarray(g) + t * v, grads, moves)
+            return of_fisher_inverse(moved, 0.5 + 0.1 * t, blocks)
+
+        zero, step = jnp.zeros(()), 1e-5
+        forward = jax.jvp(f, (zero,), (zero + 1,))[1]
+        np.testing.assert_allclose(forward, (f(step) - f(-step)) / (2 * step), rtol=1e-6)
+        np.testing.assert_allclose(jax.grad(f)(zero), forward, rtol=1e-9)

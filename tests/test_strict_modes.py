@@ -1,6 +1,7 @@
 """Strict users: every public name works under each flag by which JAX refuses what it else lets pass."""
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def stepped(tx, as_array, **extra):
     return updates, state
 
 
-def trees(as_array):
+def trees(as_array) -> tuple[Any, Any]:
     """Parameters and stacked gradients."""
     return jax.tree.map(as_array, (params(), stacked(params())))
 

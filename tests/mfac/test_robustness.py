@@ -283,7 +283,7 @@ def test_products_with_vectors_and_dampings_of_any_size_keep_their_digits(blocks
     params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((4, 3)), "none": None}
     draw = lambda x: jnp.asarray(random.standard_normal(x.shape), jnp.float32)  # noqa: E731
     tx = scale_by_mfac(num_grads=3, blocks=blocks)
-    state = tx.init(params)
+    state: Any = tx.init(params)
     for _ in range(4):
         _, state = tx.update(jax.tree.map(draw, params), state)
     x = jax.tree.map(draw, params)
@@ -293,7 +293,7 @@ def test_products_with_vectors_and_dampings_of_any_size_keep_their_digits(blocks
         jax.tree.map(
             lambda a, b, e=exponent: np.testing.assert_array_equal(a, np.ldexp(b, e)), found, expected
         )
-    nothing = tx.init(params)  # F is the damping alone
+    nothing: Any = tx.init(params)  # F is the damping alone
     small = jax.tree.map(lambda v: v * 1e-10, x)
     for product in (ihvp, jax.jit(ihvp)):
         found = product(nothing, small, jnp.float32(1e-40))
@@ -305,6 +305,7 @@ def test_products_with_vectors_and_dampings_of_any_size_keep_their_digits(blocks
 def test_float64_updates_of_float32_parameters_are_clipped_and_not_refused(x64, magnitude):
     tx = scale_by_mfac(3, 1.0)
     state: Any = tx.init(jnp.zeros(3, jnp.float32))
+    after: Any
     updates, after = tx.update(jnp.array([magnitude, 1.0, -magnitude], jnp.float64), state)
     clipped, expected = tx.update(jnp.array([2.0**46, 1.0, -(2.0**46)], jnp.float64), state)
     jax.tree.map(np.testing.assert_array_equal, (updates, after), (clipped, expected))

@@ -88,6 +88,8 @@ def test_relative_damping_keeps_a_lone_gradient_and_knows_no_units():
     grads = stream(6).astype(np.float32)
     updates, _ = run_four(as_tree(grads), 0.2, relative=True)
     np.testing.assert_allclose(as_flat(updates)[0], grads[0], rtol=8 * EPS)
+    tiny, _ = run_four(as_tree(grads * np.float32(2.0**-60)), 0.2, relative=True)
+    np.testing.assert_allclose(as_flat(tiny)[0], grads[0] * 2.0**-60, rtol=8 * EPS)
     for unit in (2.0**-40, 2.0**40):
         scaled, _ = run_four(as_tree(grads * np.float32(unit)), 0.2, relative=True)
         assert worst_error(as_flat(scaled), unit * as_flat(updates)) < 64 * EPS

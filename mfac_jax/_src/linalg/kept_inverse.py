@@ -33,6 +33,7 @@ class KeptInverse(NamedTuple):
     shift: jax.Array  # (blocks,)
 
 
+@jax.jit  # outside of a user's jit, a vmap fills a cache at every call
 def replace_row(kept: KeptInverse, row: jax.Array, index: jax.Array, accept: jax.Array) -> KeptInverse:
     """The inverses after `row` `(blocks, m)` has become row and column `index` of the Gram matrices.
 
