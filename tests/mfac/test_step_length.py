@@ -46,7 +46,7 @@ def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float, nu
         share = max(0.05, 1 / min(step, num_grads))
         mean += share * (newest - mean)
         window = grads[max(0, step + 1 - num_grads) : step + 1]
-        pairs = [cosine(window[i], window[j]) for i in range(len(window)) for j in range(i)] or [0.0]
+        pairs = [cosine(window[i], window[j]) for i in range(len(window)) for j in range(i)] or [1.0]
         noise = np.sqrt(np.mean(np.square(pairs)) * share / (2 - share))
         significant = np.sign(mean) * max(abs(mean) - 2 * noise, 0)
         beyond = min(significant + 0.06 * shrinkage(window) - 0.005, newest + 2 * np.std(pairs))
@@ -113,18 +113,20 @@ def test_the_step_factor_stays_in_its_band(sign, factor):
 
 @slow
 @pytest.mark.parametrize("num_grads", [1, 2])
-def test_the_step_factor_of_a_short_window_stays_in_its_band(num_grads):
+def test_one_or_two_rows_are_too_few_to_lengthen_steps_beyond_five(num_grads):
     g, tx = stream(1)[0].astype(np.float32), scale_by_mfac(num_grads, 0.05, step_adaptation=1.0)
-    for sign, factor in ((1, 30), (-1, 1 / 30)):
+    for sign, least, largest in ((1, 5, 15), (-1, 1 / 30.1, 1 / 29.9)):
         grads = np.stack([g * sign**step for step in range(200)])
         _, state = jitted_run(tx, as_tree(grads))
-        np.testing.assert_allclose(np.exp(state.log_step), factor, rtol=1e-5)
+        assert least < np.exp(state.log_step) < largest
 
 
 @slow
 def test_the_step_factor_grows_while_gradients_shrink():
     shrinking = noise("spread", 64) * np.exp(-np.arange(2000) / 50, dtype=np.float32)[:, None]
-    np.testing.assert_allclose(np.exp(log_steps_of(64, shrinking)[999]), 30, rtol=1e-5)
+    factors = np.exp(log_steps_of(64, shrinking)[:1000])
+    np.testing.assert_allclose(factors.max(), 30, rtol=1e-5)
+    assert factors[-100:].min() > 25
 
 
 WINDOWS = [m if m == 4 else pytest.param(m, marks=slow) for m in closed_loops.WINDOWS]
@@ -138,9 +140,10 @@ def test_training_ends_no_worse_than_without_the_step_factor(num_grads):
     worst = np.where(["batches of" in problem for problem in closed_loops.CLOSED], 3, 1.1)
     np.testing.assert_array_less(adapted[:closed], worst[:, None] * fixed[:closed] + 1e-6)
     largest = dict(zip(closed_loops.PROBLEMS, factors.max(axis=(1, 2)), strict=True))
-    assert max(largest.values()) < 31
+    assert max(largest.values()) < 30.01
     # Noise has nothing to teach, at any scale; alternating gradients ask for shorter steps.
-    assert max(largest["noise"], largest["growing noise"], largest["alternating"]) < 15
+    assert max(largest["noise"], largest["growing noise"]) < 8
+    assert largest["alternating"] < 1.01
 
 
 @slow

@@ -96,6 +96,44 @@ def test_long_leaves_have_the_same_dots_as_short_ones(devices, monkeypatch):
         assert jnp.all(jnp.isnan(bad))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=slow)])
+def test_any_number_of_rows_of_16_bits_is_contracted_exactly(dtype, devices, monkeypatch):
+    """They are added eight at a time, and float16 rows of one device are multiplied one by one."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    dots, combine = (inspect.unwrap(f) for f in (contractions.dots, contractions.combine))
+
+    @jax.jit
+    def contract(rows, x, c):
+        return [(dots(rows[:m], x, FLOAT32), combine(c[:m], rows[:m])) for m in numbers]
+
+    numbers = (1, 2, 7, 8, 9, 16, 23, 24)
+    rows, x, c = normal((24, 3, 5), dtype), normal((3, 5), FLOAT32), normal((24,), FLOAT32)
+    exact = exactly(rows, x, c)
+    for m, (products, combined) in zip(numbers, contract(rows, x, c), strict=True):
+        assert_close(products, np.einsum("mab,ab->m", exact[0][:m], exact[1]), FLOAT32)
+        assert_close(combined, np.einsum("m,mab->ab", exact[2][:m], exact[0][:m]), FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_contractions_of_16_bits_have_their_derivatives_by_the_rows(dtype, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rows, step, x, c = (normal(shape, FLOAT32) for shape in [(9, 4), (9, 4), (4,), (9,)])
+
+    @jax.jit
+    def derivatives(rows, step):
+        def both(rows):
+            half = rows.astype(dtype)
+            return inspect.unwrap(contractions.dots)(half, x, FLOAT32), contractions.combine(c, half)
+
+        return jax.jvp(both, (rows,), (step,))[1]
+
+    along_dots, along_combined = derivatives(rows, step)
+    (rounded,) = exactly(step.astype(dtype))
+    assert_close(along_dots, rounded @ np.asarray(x, np.float64), FLOAT32)
+    assert_close(along_combined, np.asarray(c, np.float64) @ rounded, FLOAT32)
+
+
 @pytest.mark.parametrize("length", [1, 3, 7, 9])
 def test_rows_in_chunks_are_contracted_as_all_at_once(length):
     """Chunks of three overlap at the end of seven rows; nine are more than there are."""

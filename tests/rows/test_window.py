@@ -148,6 +148,20 @@ def test_a_bad_entry_makes_all_products_nan(bad):
 
 
 @DTYPES
+def test_write_row_has_its_derivatives(dtype):
+    rows, x = jnp.ones((3, 2, 2), dtype), jnp.ones((2, 2), dtype)
+
+    @jax.jit
+    def derivative(rows, x):
+        write = lambda rows, x: window.write_row(rows, x, jnp.asarray(1), jnp.asarray(True))  # noqa: E731
+        return jax.jvp(write, (rows, x), (2 * rows, 3 * x))[1]
+
+    np.testing.assert_array_equal(
+        derivative(rows, x), np.array([2, 3, 2])[:, None, None] * np.ones((3, 2, 2))
+    )
+
+
+@DTYPES
 @pytest.mark.parametrize("accept", [True, False])
 def test_write_row_replaces_one_row_if_it_is_accepted(dtype, accept):
     rows, row = tree_of(dtype, (4,)), jax.tree.map(jnp.ones_like, tree_of(dtype))

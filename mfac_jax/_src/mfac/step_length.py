@@ -10,6 +10,7 @@ import optax
 
 from mfac_jax._src.base import schedules
 from mfac_jax._src.base.accept import select
+from mfac_jax._src.base.numerics import root
 from mfac_jax._src.linalg.gram import cosines_of_rows, shrinkage
 from mfac_jax._src.mfac.momentum import ages
 
@@ -124,15 +125,15 @@ class _Statistics(NamedTuple):
 
     Attributes:
       cosine: of the two.
-      mean_of_rows: of two gradients of the window.
-      mean_square_of_rows: the same, squared.
+      mean_square: of the cosines of two gradients of the window.
+      variance: of the same.
       shrinkage: how much smaller the newer gradients of the window are, in [-1, 1].
       remembered: gradients before this one that the window can hold.
     """
 
     cosine: jax.Array
-    mean_of_rows: jax.Array
-    mean_square_of_rows: jax.Array
+    mean_square: jax.Array
+    variance: jax.Array
     shrinkage: jax.Array
     remembered: jax.Array
 
@@ -143,17 +144,11 @@ def _moved(
     """The running mean of the cosines, and the logarithm of the factor, after a new gradient."""
     share = jnp.maximum(1 - _MEMORY, 1 / statistics.remembered.astype(log_step.dtype))
     mean = mean_cosine + share * (statistics.cosine - mean_cosine)
-    standard_error = _root(statistics.mean_square_of_rows) * jnp.sqrt(share / (2 - share))
+    standard_error = root(statistics.mean_square) * jnp.sqrt(share / (2 - share))
     significant = jnp.sign(mean) * jnp.maximum(jnp.abs(mean) - _STANDARD_ERRORS * standard_error, 0)
-    spread = _root(statistics.mean_square_of_rows - statistics.mean_of_rows**2)
     beyond = jnp.minimum(
         significant + _DRIFT * statistics.shrinkage - _RETURN,
-        statistics.cosine + _STANDARD_ERRORS * spread,
+        statistics.cosine + _STANDARD_ERRORS * root(statistics.variance),
     )
     moved = log_step + speed * jnp.where(log_step < _FREE_UP_TO, statistics.cosine + _DRIFT, beyond)
     return mean, jnp.clip(moved, -_LARGEST, _LARGEST)
-
-
-def _root(x: jax.Array) -> jax.Array:
-    """The square root of `x`, with a derivative of 0 from 0 down."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
