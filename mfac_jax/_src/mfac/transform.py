@@ -101,8 +101,8 @@ def scale_by_mfac(
 
     Raises:
       TypeError: an argument, a parameter or an update has a wrong type; a size is traced.
-      ValueError: an argument is out of its range; updates or the state do not fit the transform. From `init`
-        outside of jit: the window does not fit into memory.
+      ValueError: an argument is out of its range; updates or the state do not fit the transform. From
+        `init` outside of jit: the window does not fit into memory.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, mfac_jax
