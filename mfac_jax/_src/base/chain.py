@@ -24,9 +24,7 @@ def chained(
     since their arrays have the dtypes of the parameters.
     """
     parts = (*before, preconditioner, *after)
-
-    def init(params):
-        return tuple(part.init(params) for part in parts)
+    chain = optax.chain(*parts)
 
     def update(updates, state, params=None, **extra_args):
         if not isinstance(state, tuple) or len(state) != len(parts):
@@ -36,16 +34,13 @@ def chained(
                 f"{type(state).__name__}{length}. Pass a momentum and a weight_decay where the state was "
                 f"made with them. {CURE}"
             )
-        states = []
         for number, (part, own) in enumerate(zip(parts, state, strict=True)):
             if part is not preconditioner:
                 expected = jax.eval_shape(part.init, updates if params is None else params)
                 check_field(f"state[{number}]", own, expected, arrays=params is not None)
-            updates, own = optax.with_extra_args_support(part).update(updates, own, params, **extra_args)
-            states.append(own)
-        return updates, tuple(states)
+        return chain.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 def scaled_by(learning_rate: optax.ScalarOrSchedule, example: str) -> optax.GradientTransformation:
