@@ -24,6 +24,14 @@ from tests.examples.scripts import ENVIRONMENT, SCRIPTS, error_of, is_png
 SMALL = ["--seeds", "1", "--epochs", "1", "--evaluations", "2", "--optimizers", "mfac"]
 
 
+@pytest.fixture(autouse=True)
+def interrupts_count():
+    """Children do not inherit that Ctrl-C is ignored, as it is where a shell starts the tests with `&`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def python(code: str, *arguments: object, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],

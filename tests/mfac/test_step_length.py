@@ -50,13 +50,15 @@ def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float, nu
         noise = np.sqrt(np.mean(np.square(pairs)) * share / (2 - share))
         significant = np.sign(mean) * max(abs(mean) - 2 * noise, 0)
         beyond = min(significant + 0.06 * shrinkage(window) - 0.005, newest + 2 * np.std(pairs))
-        move = newest + 0.06 if log_steps[-1] < np.log(5) else beyond
-        log_steps.append(np.clip(log_steps[-1] + rate * move, -np.log(30), np.log(30)))
+        lost = 0.7 * np.clip(2 - num_grads / 32, 0, 1) * np.clip(log_steps[-1] / np.log(5), 0, 1)
+        move = newest + 0.06 * (1 - lost) if log_steps[-1] < np.log(5) else beyond
+        largest = np.log(min(num_grads**2 / 8, 30))
+        log_steps.append(np.clip(log_steps[-1] + rate * move, -np.log(30), largest))
     return np.array(log_steps)
 
 
 @ONE_BLOCKING
-@pytest.mark.parametrize("num_grads", [40, 3, *(pytest.param(m, marks=slow) for m in (1, 2, 8))])
+@pytest.mark.parametrize("num_grads", [64, 7, *(pytest.param(m, marks=slow) for m in (8, 48))])
 def test_the_step_factor_follows_the_cosine_of_gradient_and_last_update(x64, blocks, num_grads):
     signs = np.where(np.arange(40) < 8, 1, (-1) ** np.arange(40))  # along the updates, then against them
     grads = stream(40) / 3 + signs[:, None] * stream(1, seed=1)
@@ -95,7 +97,7 @@ def log_steps_of(num_grads, grads):
 
 @pytest.mark.parametrize(
     ("num_grads", "dimensions"),
-    [(4, 64), *(pytest.param(*case, marks=slow) for case in [(4, 2), (64, 2), (64, 64)])],
+    [(8, 64), *(pytest.param(*case, marks=slow) for case in [(8, 2), (64, 2), (64, 64)])],
 )
 @pytest.mark.parametrize("norms", ["equal", "spread", "outliers", "waves"])
 def test_the_step_factor_does_not_grow_on_noise(norms, num_grads, dimensions):
@@ -108,17 +110,17 @@ def test_the_step_factor_does_not_grow_on_noise(norms, num_grads, dimensions):
 def test_the_step_factor_stays_in_its_band(sign, factor):
     """Equal gradients point along every update; alternating ones against every other."""
     grads = noise("equal", 64)[:1] * np.float32(sign) ** np.arange(2000, dtype=np.float32)[:, None]
-    np.testing.assert_allclose(np.exp(log_steps_of(4, grads)[-1]), factor, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(log_steps_of(16, grads)[-1]), factor, rtol=1e-5)
 
 
 @slow
-@pytest.mark.parametrize("num_grads", [1, 2])
-def test_one_or_two_rows_are_too_few_to_lengthen_steps_beyond_five(num_grads):
+@pytest.mark.parametrize(("num_grads", "smallest", "largest"), [(1, 1, 1), (3, 1, 1), (4, 1 / 30, 2)])
+def test_few_rows_change_the_length_by_little(num_grads, smallest, largest):
     g, tx = stream(1)[0].astype(np.float32), scale_by_mfac(num_grads, 0.05, step_adaptation=1.0)
-    for sign, least, largest in ((1, 5, 15), (-1, 1 / 30.1, 1 / 29.9)):
+    for sign, factor in ((1, largest), (-1, smallest)):
         grads = np.stack([g * sign**step for step in range(200)])
         _, state = jitted_run(tx, as_tree(grads))
-        assert least < np.exp(state.log_step) < largest
+        np.testing.assert_allclose(np.exp(state.log_step), factor, rtol=1e-5)
 
 
 @slow
@@ -129,18 +131,16 @@ def test_the_step_factor_grows_while_gradients_shrink():
     assert factors[-100:].min() > 25
 
 
-WINDOWS = [m if m == 4 else pytest.param(m, marks=slow) for m in closed_loops.WINDOWS]
-
-
-@pytest.mark.parametrize("num_grads", WINDOWS)
+@slow
+@pytest.mark.parametrize("num_grads", closed_loops.WINDOWS)
 def test_training_ends_no_worse_than_without_the_step_factor(num_grads):
-    adapted, fixed, factors = closed_loops.results(num_grads)
-    closed = len(closed_loops.CLOSED)
+    result = closed_loops.results(num_grads)
     # Losses at the end of minibatches fluctuate by a few times.
     worst = np.where(["batches of" in problem for problem in closed_loops.CLOSED], 3, 1.1)
-    np.testing.assert_array_less(adapted[:closed], worst[:, None] * fixed[:closed] + 1e-6)
-    largest = dict(zip(closed_loops.PROBLEMS, factors.max(axis=(1, 2)), strict=True))
-    assert max(largest.values()) < 30.01
+    ratios = result.ratios()[: len(closed_loops.CLOSED)]
+    assert np.all(ratios < worst[:, None]), ratios
+    largest = dict(zip(closed_loops.PROBLEMS, result.factors.max(axis=(1, 2, 3)), strict=True))
+    assert max(largest.values()) < 1.01 * min(num_grads**2 / 8, 30) or set(largest.values()) == {1.0}
     # Noise has nothing to teach, at any scale; alternating gradients ask for shorter steps.
     assert max(largest["noise"], largest["growing noise"]) < 8
     assert largest["alternating"] < 1.01

@@ -2,15 +2,15 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from tests.recorded import streams
 
 FIGURES = json.loads(streams.FIGURES.read_text())
-# Of the largest entry. Recorded with jax 0.10.2; with 0.12 the old revision itself moves by 4.7e-4.
-TOLERANCE = 1e-5 if jax.__version__.startswith("0.10.") else 1e-3
+# Of the largest entry. Recorded with jax 0.10.2 on one CPU. With jax 0.12 the old revision itself moves by
+# 4.7e-4, on another CPU, whose vectors have another width, by 2.1e-4 (`mfac_published`, damping 1e-6).
+TOLERANCE = 1e-3
 
 
 @pytest.mark.slow
