@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 import mfac_jax
@@ -31,6 +32,7 @@ def test_the_table_of_pruning_has_means_and_deviations_and_is_drawn(tmp_path, ca
         assert image.size[0] > 500
 
 
+@pytest.mark.slow
 def test_published_pruning_moves_kernels_alone():
     kernel, bias = np.ones((3, 3, 3, 2), np.float32), np.ones(2, np.float32)
     params: Any = {"Conv_0": {"kernel": kernel}, "Dense_0": {"bias": bias}}

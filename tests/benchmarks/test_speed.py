@@ -23,6 +23,7 @@ from benchmarks.parameter_trees import RESNET20, count
 from examples.common import json_lines
 
 
+@pytest.mark.slow
 def test_what_a_device_holds_moves_and_sends_does_not_grow_with_the_devices():
     runs = [weak_scaling.prepare("jit", devices, num_grads=8, rows=4) for devices in (2, 8)]
     few, many = (run.row for run in runs)
@@ -119,6 +120,7 @@ def test_the_static_algorithm_is_checked_and_timed_and_what_is_missing_is_named(
     assert {"revision", "versions", "machine", "cores"} <= set(row)
 
 
+@pytest.mark.slow
 def test_what_is_not_the_inverse_is_not_timed(monkeypatch):
     wrong = static_algorithm.in_jax(1e-5, 40)._replace(diagonal=lambda groups: jax.numpy.ones(300))
     monkeypatch.setattr(static_algorithm, "in_jax", lambda damping, length: wrong)

@@ -217,7 +217,7 @@ def test_custom_rules_and_random_numbers_stay():
     np.testing.assert_allclose(X.T @ found[2]["w"].output_grads / 6, found[1]["w"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_in_shard_map_the_factors_are_those_of_the_shard(check_vma):
     x = jax.random.normal(jax.random.key(0), (16, 4))
 

@@ -132,6 +132,7 @@ def test_a_linear_network_with_squared_error_has_the_natural_gradient_of_gauss_n
         assert relative_error(updates[number], expected) < 1e-9
 
 
+@pytest.mark.slow
 def test_blocks_do_not_wait_for_each_other_in_what_they_return():
     """A layer in a hard system's company has the solution and the count that it has alone."""
     layers = layer((6, 5), 1, (40,), False), layer((7, 4), 1, (9,), False, seed=1)

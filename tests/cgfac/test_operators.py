@@ -40,7 +40,7 @@ def dense(product, params) -> np.ndarray:
     return np.stack([flat(product(unravel(e))) for e in jnp.eye(len(vector), dtype=vector.dtype)], axis=1)
 
 
-@pytest.mark.parametrize("kind", ["cross-entropy", pytest.param("squared error", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param("cross-entropy", marks=pytest.mark.slow), "squared error"])
 def test_gauss_newton_is_that_of_the_jacobian_and_the_hessian(x64, kind):
     params = jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
     x = X.astype(jnp.float64)

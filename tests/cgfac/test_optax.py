@@ -32,7 +32,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("default", marks=pytest.mark.slow), "window"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
 def test_training_under_jit_with_a_donated_state_is_that_without(name):
     tx = cgfac(0.3, weight_decay=1e-3, **OPTIONS[name])
 

@@ -80,14 +80,14 @@ TRANSFORMS = {
 }
 SLOW = (
     "a preconditioner",
-    "factors",
+    "Gauss-Newton",
     "a function of jit",
     "a function",
     "a Partial",
     "Gauss-Newton of a loop",
     "empirical Fisher",
 )
-NAMES = ("Gauss-Newton", *SLOW)
+NAMES = ("factors", *SLOW)
 CASES = [
     *(pytest.param("cgfac", name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES),
     pytest.param("inject_hyperparams", "a function", marks=pytest.mark.slow),

@@ -100,6 +100,7 @@ def nobody_reads(monkeypatch):
         file.close()
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_reads_writes_its_files(tmp_path, nobody_reads):
     train_digits.main([*SMALL, "--out", str(tmp_path)])
     for name in ("curves", "diagnostics", "fisher"):

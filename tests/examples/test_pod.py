@@ -164,6 +164,7 @@ def test_flags_that_do_not_fit_are_refused_before_anything_is_compiled(
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_reported_again_and_not_continued_with_other_settings(text, tmp_path, capsys):
     argv = arguments(text, tmp_path, "--steps", "2", "--save-every", "1")
     train_pod.main(argv)

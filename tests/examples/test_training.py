@@ -113,7 +113,7 @@ def tiny_workload(name: str):
     ("name", "optimizer"),
     [
         ("mlp", "mfac"),
-        ("mlp", "nadamw"),
+        pytest.param("mlp", "nadamw", marks=pytest.mark.slow),
         pytest.param("cnn", "sgd", marks=pytest.mark.slow),
         pytest.param("text", "muon", marks=pytest.mark.slow),
         pytest.param("cifar10", "mfac", marks=pytest.mark.slow),
@@ -158,6 +158,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, optimizer, tmp_pat
         assert mine | {"seconds": 0} == theirs | {"seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_checkpoints_that_resume(tmp_path, monkeypatch):
     options = ["--epochs", "1", "--seeds", "1", "--optimizers", "mfac", "--evaluations", "11"]
     checkpoints = ["--checkpoint-dir", str(tmp_path / "checkpoints")]
@@ -264,6 +265,7 @@ def test_the_optimizer_gets_the_loss_of_its_step_as_value():
     assert history.losses[-1] < history.losses[0]
 
 
+@pytest.mark.slow
 def test_every_optimizer_warms_up_and_ends_at_zero():
     params = jnp.ones(())
     for name in OPTIMIZERS:

@@ -140,10 +140,10 @@ def test_updates_that_do_not_fit_are_refused(updates, error, message):
 def test_step_adaptation_rests_while_the_learning_rate_rises():
     grads = np.repeat(gradients(1).astype(np.float32), 12, axis=0)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 0.01, 6, 12)
-    _, states = states_and_updates(mfac(schedule, 4), grads)
+    _, states = states_and_updates(mfac(schedule, 8), grads)
     assert optax.tree.get(states[5], "log_step") == 0
     assert optax.tree.get(states[-1], "log_step") > 1
-    _, state = run(MFAC, grads[:6])
+    _, state = run(mfac(0.01, 8), grads[:6])
     assert optax.tree.get(state, "log_step") > 1
 
 

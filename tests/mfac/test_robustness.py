@@ -199,7 +199,7 @@ def identifier(config: Config) -> str:
 
 configs = pytest.mark.parametrize(
     "config",
-    [pytest.param(c, marks=[slow] if c in CONFIGS[2:] else [], id=identifier(c)) for c in CONFIGS],
+    [pytest.param(c, marks=[slow] if c in CONFIGS[1:] else [], id=identifier(c)) for c in CONFIGS],
 )
 
 

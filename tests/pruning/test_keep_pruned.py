@@ -222,6 +222,8 @@ def test_the_schedules_of_optax_are_those_of_the_field(power):
 def test_masks_that_do_not_fit_the_parameters_are_refused():
     with pytest.raises(ValueError, match=r"must have the shapes.*\['kernel'\]"):
         keep_pruned(mfac(), {**MASKS, "kernel": np.ones((3, 4))}).init(PARAMS)
+    with pytest.raises(TypeError, match="inner must be a transform of optax, got None"):
+        keep_pruned(None, MASKS)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="no values but 0"):
         keep_pruned(mfac(), {**MASKS, "kernel": 2 * np.ones((4, 3))})
     with pytest.raises(ValueError, match="only in one of the two"):

@@ -74,9 +74,8 @@ def updates_on_one_device():
     return jax.device_get(update(PARAMS, set_masks(tx, state, MASKS), PARAMS)[0])
 
 
-@pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_masks_lie_as_the_parameters(axis_type):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
     specs = {"bias": (None,), "kernel": ("x", None), "other": (None, "x")}

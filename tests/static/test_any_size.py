@@ -42,7 +42,7 @@ def results(fisher, vector) -> tuple:
 @pytest.mark.parametrize(
     "blocks", ["leaf", *(pytest.param(kind, marks=pytest.mark.slow) for kind in BLOCKS if kind != "leaf")]
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(-100, 50), st.integers(-90, 90))
 def test_powers_of_two_pass_through_bit_for_bit(blocks, size, of_vector):
     """F^-1 of 2^k g and 4^k damping is 4^-k F^-1, whatever a float32 would make of 4^k."""

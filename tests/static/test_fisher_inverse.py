@@ -114,8 +114,8 @@ def by_kind(path) -> str:
 
 @pytest.mark.parametrize(
     "blocks",
-    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, "leaf")), by_kind, 50],
-    ids=["one", "leaf", "label", "50"],
+    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, "leaf", 50)), by_kind],
+    ids=["one", "leaf", "50", "label"],
 )
 def test_trees_of_leaves_are_one_matrix(blocks):
     grads = network_gradients(24)

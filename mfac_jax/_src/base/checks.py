@@ -2,6 +2,7 @@
 
 import math
 import operator
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,9 @@ def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> N
     is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     if not is_real or np.shape(value) != ():
         raise TypeError(message)
-    if not isinstance(value, Tracer) and not is_allowed(float(value)):
+    # Whole numbers of Python can be larger than any float.
+    is_huge = isinstance(value, int) and abs(value) > sys.float_info.max
+    if not isinstance(value, Tracer) and (is_huge or not is_allowed(float(value))):
         raise ValueError(message)
 
 

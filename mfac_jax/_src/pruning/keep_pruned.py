@@ -53,7 +53,7 @@ def keep_pruned(inner: optax.GradientTransformation, masks: Any) -> optax.Gradie
       arguments on.
 
     Raises:
-      TypeError: a mask is no array of numbers or bools.
+      TypeError: `inner` is no transform; a mask is no array of numbers or bools.
       ValueError: a value is neither 0 nor 1; no leaf has a mask; masks do not fit the parameters given to
         `init`, or the updates; `update` gets no `params`.
 
@@ -82,6 +82,8 @@ def keep_pruned(inner: optax.GradientTransformation, masks: Any) -> optax.Gradie
       Michael Zhu, Suyog Gupta, `To prune, or not to prune: exploring the efficacy of pruning for model
       compression <https://arxiv.org/abs/1710.01878>`_, 2017.
     """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"inner must be a transform of optax, got {inner!r}. Pass e.g. mfac_jax.mfac().")
     inner = optax.with_extra_args_support(inner)
     masks = as_masks(masks)
 
