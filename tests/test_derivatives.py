@@ -107,7 +107,7 @@ CONFIGS = {
     ),
     "masked": optax.masked(mfac_jax.mfac(0.1, NUM_GRADS), {"bias": False, "kernel": True}),
 }
-QUICK = "mfac"
+QUICK = "relative"
 # The cosine with a gradient that passes zero jumps: there is no derivative.
 ADAPTED = ("step adaptation", "mfac", "mfac, kept inverse", "inject_hyperparams", "masked")
 
