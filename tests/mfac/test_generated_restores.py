@@ -279,7 +279,8 @@ def check_restored(way: str, made: Setup, other: Setup) -> None:
     leaves = [np.asarray(x, np.float32) for x in jax.tree.leaves(found)]
     if not same and all(np.isnan(x).any() for x in leaves):
         return  # labels of blocks, which are numbers under jit: nobody overlooks this
-    tolerance = 2e-2 if jnp.bfloat16 in (other.dtype, other.storage) else 1e-4
+    # Rows of gradients that had few digits keep few.
+    tolerance = 2e-2 if jnp.bfloat16 in (made.dtype, other.dtype, other.storage) else 1e-4
     if is_known_from_gradients(made, other):
         assert relative_error(found, next_update(other, saved(other))) < tolerance
     else:
