@@ -45,3 +45,16 @@ def x64():
     """Python's floats are float64 on the device."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch):
+    """The functions that are chosen for CUDA run on the CPU that is here."""
+
+    def chosen(*operands, default, cuda=None, **of_other_platforms):
+        return (cuda or default)(*operands)
+
+    jax.clear_caches()
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    yield
+    jax.clear_caches()

@@ -80,7 +80,14 @@ def test_nearly_parallel_gradients_are_solved_by_cholesky():
     assert jnp.all(anew.matrix != kept.matrix)
 
 
-def test_a_shift_that_moves_is_met_by_refinement_and_then_by_a_new_inverse():
+@pytest.fixture(params=["here", "on a GPU"])
+def place(request):
+    """Run what runs on that platform."""
+    if request.param == "on a GPU":
+        request.getfixturevalue("as_on_gpu")
+
+
+def test_a_shift_that_moves_is_met_by_refinement_and_then_by_a_new_inverse(place):
     G = gradients(M)
     K, newest = jnp.matmul(G, G.T, precision="highest")[None], jnp.eye(M)[:1]
     _, kept = solve(kept_inverse.KeptInverse(0 * K, jnp.zeros(1)), K, jnp.full(1, 0.1), newest)
@@ -108,7 +115,7 @@ OPTIONS: dict[str, Any] = {
 @pytest.mark.parametrize(
     "kind", ["blocks", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("absolute", "mfac"))]
 )
-def test_updates_are_those_of_cholesky(kind):
+def test_updates_are_those_of_cholesky(place, kind):
     options = OPTIONS[kind]
     shapes = {"w": (9, 5), "b": (5,)}
     stream = correlated_gradients(shapes, 40, refused="w")

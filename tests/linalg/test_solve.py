@@ -10,6 +10,13 @@ from mfac_jax._src.linalg.gram import replace_row
 from tests.dense_reference import relative_error
 
 inverse_root = jax.jit(_solve.inverse_root)
+SOLVES = {"solve": _solve.solve, "solve_twice": jax.jit(_solve.solve_twice)}
+
+
+@pytest.fixture(params=SOLVES)
+def solve(request):
+    """What runs here, and what runs on a GPU."""
+    return SOLVES[request.param]
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +46,12 @@ def test_replace_row_sets_one_row_and_column_of_every_block(x64):
 @pytest.mark.parametrize(
     ("m", "d"), [(1, 4), (6, 20), pytest.param(20, 6, marks=pytest.mark.slow)], ids=str
 )
-def test_solve_and_inverse_root_invert_the_damped_gram_matrix(x64, m, d):
+def test_solve_and_inverse_root_invert_the_damped_gram_matrix(x64, solve, m, d):
     random = np.random.default_rng(m)
     window, w = random.standard_normal((3, m, d)), random.standard_normal((3, m))
     gram, shift = window @ window.mT, 0.8
     expected = np.linalg.inv(gram + shift * np.eye(m))
-    solved = _solve.solve(jnp.asarray(gram), as_shift(shift, 3, jnp.float64), jnp.asarray(w))
+    solved = solve(jnp.asarray(gram), as_shift(shift, 3, jnp.float64), jnp.asarray(w))
     np.testing.assert_allclose(solved, np.einsum("bij,bj->bi", expected, w), rtol=1e-10, atol=1e-10)
     root = np.asarray(inverse_root(jnp.asarray(gram), as_shift(shift, 3, jnp.float64)))
     np.testing.assert_allclose(root.mT @ root, expected, rtol=1e-10, atol=1e-10)
@@ -74,31 +81,31 @@ SHIFTS = [float(jnp.finfo(jnp.float32).tiny), 1e-30, 1e-8, 1e-6, 1e3]
 
 
 @pytest.mark.parametrize("m", [1, 8, *(pytest.param(m, marks=pytest.mark.slow) for m in (2, 64))])
-def test_solutions_are_finite_for_any_gram_matrix(m):
+def test_solutions_are_finite_for_any_gram_matrix(solve, m):
     for kind, matrix in hard_grams(m).items():
         gram = jnp.asarray(matrix[None], jnp.float32)
         for shift in SHIFTS:
-            c = _solve.solve(gram, as_shift(shift, 1), newest(m))
+            c = solve(gram, as_shift(shift, 1), newest(m))
             assert jnp.all(jnp.isfinite(c)), (kind, shift)
 
 
-def test_solutions_of_many_blocks_are_finite_together():
+def test_solutions_of_many_blocks_are_finite_together(solve):
     gram = jnp.asarray(np.stack([*hard_grams(8).values()]), jnp.float32)
     for shift in SHIFTS:
         shifts = as_shift(shift, len(gram))
-        assert jnp.all(jnp.isfinite(_solve.solve(gram, shifts, newest(8, len(gram)))))
+        assert jnp.all(jnp.isfinite(solve(gram, shifts, newest(8, len(gram)))))
         assert jnp.all(jnp.isfinite(inverse_root(gram, shifts)))
 
 
 @pytest.mark.parametrize("m", [8, *(pytest.param(m, marks=pytest.mark.slow) for m in (2, 7, 64, 512))])
-def test_repeated_gradients_keep_their_sum_where_cholesky_breaks_down(m):
+def test_repeated_gradients_keep_their_sum_where_cholesky_breaks_down(solve, m):
     """G^T c = (sum of c) g when all rows are g, and the sum is one."""
-    c = m * _solve.solve(jnp.ones((1, m, m)), as_shift(m * 1e-12, 1), newest(m))
+    c = m * solve(jnp.ones((1, m, m)), as_shift(m * 1e-12, 1), newest(m))
     assert abs(float(jnp.sum(c)) - 1) < 0.2
 
 
-def test_a_system_that_is_not_a_number_ends():
-    c = _solve.solve(jnp.ones((1, 8, 8)), as_shift(np.nan, 1), newest(8))
+def test_a_system_that_is_not_a_number_ends(solve):
+    c = solve(jnp.ones((1, 8, 8)), as_shift(np.nan, 1), newest(8))
     assert jnp.all(jnp.isnan(c))
 
 
@@ -109,20 +116,33 @@ def sound_gram(m: int) -> jax.Array:
     return jnp.asarray((matrix + matrix.T)[None], jnp.float32)
 
 
-def test_there_is_no_jitter_where_cholesky_is_sound():
+@pytest.mark.parametrize("m", [16, 301])
+def test_there_is_no_jitter_where_cholesky_is_sound(solve, m):
     """The least jitter would move the answer by 3 %, 8 eps sqrt(m) cond; rounding does by 0.1 % at most."""
-    gram = sound_gram(16)
-    c = _solve.solve(gram, as_shift(16e-12, 1), newest(16))
-    exact = np.linalg.solve(np.asarray(gram[0], np.float64) + 16e-12 * np.eye(16), newest(16)[0])
+    gram = sound_gram(m)
+    c = solve(gram, as_shift(16e-12, 1), newest(m))
+    exact = np.linalg.solve(np.asarray(gram[0], np.float64) + 16e-12 * np.eye(m), newest(m)[0])
     assert relative_error(c[0], exact) < 1e-3
 
 
-def test_a_block_that_needs_the_jitter_leaves_the_others_as_they_are():
+def test_a_block_that_needs_the_jitter_leaves_the_others_as_they_are(solve):
     sound = sound_gram(16)
-    alone = _solve.solve(sound, as_shift(16e-12, 1), newest(16))
+    alone = solve(sound, as_shift(16e-12, 1), newest(16))
     broken = jnp.ones_like(sound)
     stack = jnp.concatenate([broken, sound, broken])
-    together = _solve.solve(stack, as_shift(16e-12, 3), newest(16, 3))
+    together = solve(stack, as_shift(16e-12, 3), newest(16, 3))
     np.testing.assert_array_equal(together[1], alone[0])
-    np.testing.assert_array_equal(together[0], _solve.solve(broken, as_shift(16e-12, 1), newest(16))[0])
+    np.testing.assert_array_equal(together[0], solve(broken, as_shift(16e-12, 1), newest(16))[0])
     assert jnp.all(jnp.isfinite(together))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_on_a_gpu_nothing_waits_for_the_host(platform):
+    """Which it would do to choose a branch, or to end a loop."""
+    inputs = (sound_gram(300), as_shift(1.0, 1), newest(300))
+    steps = str(jax.make_jaxpr(_solve.solve_twice)(*inputs))
+    assert "cholesky" in steps
+    assert not [name for name in ("cond", "while", "scan") if f"{name}[" in steps]
+    program = _solve.solve.trace(*inputs).lower(lowering_platforms=(platform,)).as_text()
+    assert "solver_potrf" in program
+    assert "stablehlo.while" not in program  # which all other platforms have

@@ -26,3 +26,10 @@ def test_over_a_thousand_streams_a_kept_inverse_is_as_good_as_cholesky():
     assert worst["inverse"] < 2 * worst["cholesky"]
     assert max(result["behind"] for result in results) < 100  # 56, of an error of 5e-5
     assert np.mean([result["renewals"] for result in results]) < 0.5  # half of the schedules jump
+
+
+@pytest.mark.slow
+def test_what_a_gpu_runs_has_the_digits_too(as_on_gpu):
+    results = [measure(stream(seed)) for seed in range(300)]
+    for solver in SOLVERS:
+        assert max(result["sound"][solver] for result in results) < BOUND

@@ -125,6 +125,16 @@ def test_float32_updates_keep_their_digits(num_grads):
         assert case.error <= bound(case.cond), case
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_grads", [2, 32, 256])
+def test_what_a_gpu_runs_keeps_its_digits_too(as_on_gpu, num_grads):
+    print(f"\n{HEADER}")
+    for case in checked(num_grads, SIMILARITIES, bound):
+        assert case.error <= bound(case.cond), case
+    for case in checked(num_grads, [0.99], bound_for_near_parallel):
+        assert case.error <= bound_for_near_parallel(case.cond), case
+
+
 @SIZES
 def test_near_parallel_gradients_lose_no_more_than_the_gram_matrix_does(num_grads):
     print(f"\ncosine similarity 0.99\n{HEADER}")
