@@ -44,8 +44,8 @@ def to_memory_of(rows: jax.Array, x: jax.Array) -> jax.Array:
     return _to_memory(jax.typeof(rows).memory_space, x)
 
 
-def _to_memory(space: jax.memory.Space, x: jax.Array) -> jax.Array:
-    """`x` in that memory. The results of a jit with a `device_put` in it are committed, hence the question."""
+def _to_memory(space: Any, x: jax.Array) -> jax.Array:
+    """`x` in that memory; without need no `device_put`, which commits the results of the jit around it."""
     return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 

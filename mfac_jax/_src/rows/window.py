@@ -149,11 +149,13 @@ def write_row(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any
     arguments = (window, row, index, accept)
     if host_memory.is_on_host(window):  # XLA for TPU could carry a host buffer through the conditional
         return _write_either(*arguments)
-    return lax.platform_dependent(*arguments, cuda=_write_either, rocm=_write_either, default=_write_or_leave)
+    return lax.platform_dependent(
+        *arguments, cuda=_write_either, rocm=_write_either, default=_write_or_leave
+    )
 
 
 def _write_either(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any:
-    """Write the new row or, again, the old one: for XLA for GPU, which copies what a conditional carries."""
+    """Write the new row or, again, the old one: XLA for GPU copies what a conditional carries."""
 
     def put(rows, x):
         old = host_memory.to_device(lax.dynamic_index_in_dim(rows, index, 0))
@@ -164,7 +166,7 @@ def _write_either(window: Any, row: Any, index: jax.Array, accept: jax.Array) ->
 
 
 def _write_or_leave(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any:
-    """Write the row in a conditional: for XLA for CPU, which would copy the rows otherwise."""
+    """Write the row in a conditional: XLA for CPU copies all rows otherwise."""
 
     def write(window, row):
         return jax.tree.map(lambda rows, x: _put(rows, x, index), window, row)
