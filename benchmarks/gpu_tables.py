@@ -65,10 +65,15 @@ def predict(row: dict[str, Any]) -> Prediction:
     )
 
 
-def beside(row: dict[str, Any]) -> tuple[float, float]:
-    """How often gradients are read and written, in float32, beside the two readings of the window."""
+def beside(row: dict[str, Any]) -> list[str]:
+    """How often gradients are read and written beside the two readings of the window.
+
+    Not told where m x m matrices, which count too, are no small part of a gradient.
+    """
+    if 4 * row["num_grads"] ** 2 > 0.02 * row["gradient_bytes"]:
+        return ["", ""]
     read = row["traffic"]["read"] - 2 * row["window_bytes"]
-    return read / row["gradient_bytes"], row["traffic"]["written"] / row["gradient_bytes"]
+    return [f"{size / row['gradient_bytes']:.1f}" for size in (read, row["traffic"]["written"])]
 
 
 def _program(row: dict[str, Any]) -> str:
@@ -99,7 +104,7 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{window / 2**20:,.0f}",
                 f"{row['temporaries'] / 2**20:,.0f}",
                 *(f"{size / window:.2f}" for size in (*row["traffic"].values(), row["copied"])),
-                *(f"{passes:.1f}" for passes in beside(row)),
+                *beside(row),
                 str(counted["kernels"]),
                 f"{counted['kernels'] / row['leaves']:.1f}",
                 str(counted["graphs"]),

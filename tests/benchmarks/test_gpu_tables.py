@@ -134,5 +134,6 @@ def test_the_tables_say_what_was_compiled_and_what_is_predicted(tmp_path, capsys
     lines = capsys.readouterr().out.splitlines()
     one = "| made up, m = 64, mfac, float32, H100 | 64 | 1 | 2.05 | 0.03 | 0.00 | 3.0 | 2.0 | 20 |"
     assert f"{one} 5.0 | 2 | 1 | none |" in lines
+    assert gpu_tables.beside(compiled_row(num_grads=1024)) == ["", ""]
     assert any("8 H100, jit |" in line and "1 all-reduce, 2 KiB" in line for line in lines)
     assert any(line.startswith("Predicted, not measured") for line in lines)

@@ -148,7 +148,9 @@ def test_a_bad_entry_makes_all_products_nan(bad):
 
 
 # The second is what GPUs run.
-WAYS = pytest.mark.parametrize("write_row", [window.write_row, window._write_either], ids=lambda f: f.__name__)
+WAYS = pytest.mark.parametrize(
+    "write_row", [window.write_row, window._write_either], ids=lambda f: f.__name__
+)
 
 
 @WAYS
