@@ -182,7 +182,7 @@ def measure(case: Case) -> dict[str, Any]:
         "temporaries": memory.temp_size_in_bytes,
         "alias": memory.alias_size_in_bytes,
         "traffic": gpu_program.traffic(text)._asdict(),
-        "copied": gpu_program.copied(text, large),
+        "copied": gpu_program.copied(text, tree.num_grads, large),
         "launches": gpu_program.launches(sequence)._asdict(),
         "collectives": collectives(text),
         "compile_seconds": round(seconds, 1),

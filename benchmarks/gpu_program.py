@@ -136,13 +136,15 @@ def _read(inner: Computation, array: Instruction, in_place: Sequence[Instruction
     return min(size, array.size)
 
 
-def copied(text: str, sizes: Iterable[int]) -> int:
-    """The bytes of copies and transposes of arrays with one of these numbers of entries."""
+def copied(text: str, num_rows: int, sizes: Iterable[int]) -> int:
+    """The bytes of copies and transposes of arrays with an axis of rows and one of these sizes."""
     sizes, total = set(sizes), 0
     for computation in computations(text)[0].values():
         for each in computation.values():
             if each.operation in ("copy", "copy-start", "transpose"):
-                total += each.size if _count(_ARRAY.findall(each.type)[0][1]) in sizes else 0
+                dimensions = _ARRAY.findall(each.type)[0][1]
+                is_of_rows = str(num_rows) in dimensions.split(",") and _count(dimensions) in sizes
+                total += each.size if is_of_rows else 0
     return total
 
 
