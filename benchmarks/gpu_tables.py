@@ -34,7 +34,7 @@ ASSUMPTIONS = f"""\
 Predicted, not measured: nothing here ran on a GPU. Assumed are {BANDWIDTH:.0%} of the published bandwidth
 for the operands and results of all kernels; {KERNEL * 1e6:.0f} us for each kernel, {WAIT * 1e6:.0f} us for
 each wait of the host; {COLUMN * 1e6:.1f} us for each row of the window for the Cholesky decomposition and
-its triangular solves, none for a kept inverse; for each collective {COLLECTIVE * 1e6:.0f} us, and \
+its triangular solves; for a kept inverse once what its loops do; for each collective {COLLECTIVE * 1e6:.0f} us, and \
 {LINK / 1e9:.0f} GB/s
 for twice its bytes. Nothing overlaps.
 """
