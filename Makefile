@@ -63,6 +63,7 @@ $(VENV)/installed-tpu: $(VENV)/installed
 	touch $@
 
 # For `make slow-gpu` alone: XLA's plugin and NVIDIA's assembler, 1.5 GB, compile for GPUs that are not here.
+# Afterwards JAX says at each start that it finds no cuDNN, unless JAX_PLATFORMS=cpu is set.
 $(VENV)/installed-gpu: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gpu-compile]'
 	touch $@

@@ -31,12 +31,13 @@ COLUMN = 1.5e-6  # seconds a column of the Cholesky decomposition with its trian
 LINK, COLLECTIVE = 450e9, 10e-6  # bytes a second of NVLink one way on Hopper, and seconds to start one
 
 ASSUMPTIONS = f"""\
-Predicted, not measured: nothing here ran on a GPU. Assumed are {BANDWIDTH:.0%} of the published bandwidth
-for the operands and results of all kernels; {KERNEL * 1e6:.0f} us for each kernel, {WAIT * 1e6:.0f} us for
-each wait of the host; {COLUMN * 1e6:.1f} us for each row of the window for the Cholesky decomposition and
-its triangular solves; for a kept inverse once what its loops do; for each collective {COLLECTIVE * 1e6:.0f} us, and \
-{LINK / 1e9:.0f} GB/s
-for twice its bytes. Nothing overlaps.
+Predicted, not measured: nothing here ran on a GPU. Nothing overlaps. Assumed are
+
+- {BANDWIDTH:.0%} of the published bandwidth for the operands and results of all kernels;
+- {KERNEL * 1e6:.0f} us for each kernel, and {WAIT * 1e6:.0f} us for each wait of the host;
+- {COLUMN * 1e6:.1f} us for each row of the window for the Cholesky decomposition and its triangular solves,
+  none for a kept inverse, whose loops count once in the traffic;
+- {COLLECTIVE * 1e6:.0f} us for each collective, and {LINK / 1e9:.0f} GB/s for twice its bytes.
 """
 
 
