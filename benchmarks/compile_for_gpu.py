@@ -150,9 +150,9 @@ def _bytes(tree: Any, mode: str) -> int:
     return bytes_on_device(tree)
 
 
-def _entries(x: Any, mode: str) -> int:
-    """The entries that one device has of an array."""
-    return math.prod(x.shape[1:] if mode == "pmap" else x.sharding.shard_shape(x.shape))
+def _shape(x: Any, mode: str) -> tuple[int, ...]:
+    """The shape of one device's part of an array."""
+    return x.shape[1:] if mode == "pmap" else x.sharding.shard_shape(x.shape)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def measure(case: Case) -> dict[str, Any]:
     (compiled, sequence), seconds = timing.stopwatch(lambda: compile_and_read(lowered.update))
     text, window = compiled.as_text(), optax.tree.get(lowered.state, "window")
     # No larger than the Gram matrix, an array is not told from it.
-    sizes = [_entries(rows, case.mode) for rows in jax.tree.leaves(window)]
-    large = [size for size in sizes if size > tree.num_grads**2]
+    shapes = [_shape(rows, case.mode) for rows in jax.tree.leaves(window)]
+    large = [shape for shape in shapes if math.prod(shape) > tree.num_grads**2]
     memory = compiled.memory_analysis()
     return case._asdict() | {
         "devices": count,
@@ -182,7 +182,7 @@ def measure(case: Case) -> dict[str, Any]:
         "temporaries": memory.temp_size_in_bytes,
         "alias": memory.alias_size_in_bytes,
         "traffic": gpu_program.traffic(text)._asdict(),
-        "copied": gpu_program.copied(text, tree.num_grads, large),
+        "copied": gpu_program.copied(text, large),
         "launches": gpu_program.launches(sequence)._asdict(),
         "collectives": collectives(text),
         "compile_seconds": round(seconds, 1),

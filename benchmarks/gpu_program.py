@@ -136,16 +136,23 @@ def _read(inner: Computation, array: Instruction, in_place: Sequence[Instruction
     return min(size, array.size)
 
 
-def copied(text: str, num_rows: int, sizes: Iterable[int]) -> int:
-    """The bytes of copies and transposes of arrays with an axis of rows and one of these sizes."""
-    sizes, total = set(sizes), 0
+def copied(text: str, shapes: Iterable[Sequence[int]]) -> int:
+    """The bytes of copies and transposes of arrays of these shapes, in any order of their axes.
+
+    Axes behind the first may be merged. Other arrays may have as many entries: gradients, say.
+    """
+    matrices = [(shape[0], math.prod(shape[1:])) for shape in shapes]
+    forms, total = set(map(_form, [*shapes, *matrices])), 0
     for computation in computations(text)[0].values():
         for each in computation.values():
             if each.operation in ("copy", "copy-start", "transpose"):
-                dimensions = _ARRAY.findall(each.type)[0][1]
-                is_of_rows = str(num_rows) in dimensions.split(",") and _count(dimensions) in sizes
-                total += each.size if is_of_rows else 0
+                dimensions = _ARRAY.findall(each.type)[0][1].split(",")
+                total += each.size if _form([int(n) for n in dimensions if n]) in forms else 0
     return total
+
+
+def _form(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(n for n in shape if n != 1))
 
 
 class Launches(NamedTuple):

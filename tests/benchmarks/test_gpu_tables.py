@@ -63,8 +63,8 @@ def test_slices_and_rows_count_in_place_of_the_arrays_that_they_are_of():
 
 
 def test_copies_count_in_all_branches():
-    assert gpu_program.copied(PROGRAM, 8, [800]) == 3200
-    assert gpu_program.copied(PROGRAM, 8, [100]) == gpu_program.copied(PROGRAM, 4, [800]) == 0
+    assert gpu_program.copied(PROGRAM, [(8, 100)]) == gpu_program.copied(PROGRAM, [(8, 2, 50)]) == 3200
+    assert gpu_program.copied(PROGRAM, [(8, 50), (4, 200)]) == 0
 
 
 SEQUENCE = """\
