@@ -6,7 +6,7 @@ JOBS ?= 2
 # Few arenas: glibc would give each thread one, and a worker would take 1.6 GB in place of 1.3.
 PYTEST = MALLOC_ARENA_MAX=2 $(RUN) -m pytest
 
-.PHONY: demo test slow slow-here slow-tpu benchmark lint format clean
+.PHONY: demo test slow slow-here slow-tpu slow-gpu benchmark lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.train_digits
@@ -14,13 +14,16 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
-slow: slow-here slow-tpu
+slow: slow-here slow-tpu slow-gpu
 
 slow-here: $(VENV)/installed
-	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not tpu" $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not tpu and not gpu" $(PYTEST_ARGS)
 
 slow-tpu: $(VENV)/installed-tpu
 	$(PYTEST) -m tpu $(PYTEST_ARGS)
+
+slow-gpu: $(VENV)/installed-gpu
+	$(PYTEST) -m gpu $(PYTEST_ARGS)
 
 # Speed, an hour; ORIGINAL is a checkout of github.com/IST-DASLab/M-FAC, GIGABYTES the largest window.
 GIGABYTES ?= 4.5
@@ -57,4 +60,10 @@ $(VENV)/installed: pyproject.toml
 # For `make slow-tpu` alone: libtpu, 700 MB, compiles for TPUs that are not here.
 $(VENV)/installed-tpu: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
+	touch $@
+
+# For `make slow-gpu` alone: XLA's plugin and NVIDIA's assembler, 1.5 GB, compile for GPUs that are not here.
+# Afterwards JAX says at each start that it finds no cuDNN, unless JAX_PLATFORMS=cpu is set.
+$(VENV)/installed-gpu: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gpu-compile]'
 	touch $@

@@ -29,6 +29,22 @@ def transformer_shapes(width: int = 176, layers: int = 12, heads: int = 8, token
     return (tokens, width), (tokens, width), *layer * layers, (width,), (width,)
 
 
+def resnet50_shapes() -> Shapes:
+    """ResNet-50 for 1,000 classes: kernels, scales and biases of its convolutions, and the last layer."""
+
+    def convolution(size: int, inputs: int, outputs: int) -> Shapes:
+        return (size, size, inputs, outputs), (outputs,), (outputs,)
+
+    shapes, inputs = convolution(7, 3, 64), 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += convolution(1, inputs, width) + convolution(3, width, width)
+            shapes += convolution(1, width, 4 * width)
+            shapes += () if block else convolution(1, inputs, 4 * width)
+            inputs = 4 * width
+    return (*shapes, (inputs, 1000), (1000,))
+
+
 def count(shapes: Iterable[tuple[int, ...]]) -> int:
     """How many parameters leaves of these shapes hold."""
     return sum(map(math.prod, shapes))

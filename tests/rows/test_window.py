@@ -147,13 +147,20 @@ def test_a_bad_entry_makes_all_products_nan(bad):
     assert np.isnan(square).all()
 
 
+# The second is what GPUs run.
+WAYS = pytest.mark.parametrize(
+    "write_row", [window.write_row, window._write_either], ids=lambda f: f.__name__
+)
+
+
+@WAYS
 @DTYPES
-def test_write_row_has_its_derivatives(dtype):
+def test_write_row_has_its_derivatives(dtype, write_row):
     rows, x = jnp.ones((3, 2, 2), dtype), jnp.ones((2, 2), dtype)
 
     @jax.jit
     def derivative(rows, x):
-        write = lambda rows, x: window.write_row(rows, x, jnp.asarray(1), jnp.asarray(True))  # noqa: E731
+        write = lambda rows, x: write_row(rows, x, jnp.asarray(1), jnp.asarray(True))  # noqa: E731
         return jax.jvp(write, (rows, x), (2 * rows, 3 * x))[1]
 
     np.testing.assert_array_equal(
@@ -161,11 +168,12 @@ def test_write_row_has_its_derivatives(dtype):
     )
 
 
+@WAYS
 @DTYPES
 @pytest.mark.parametrize("accept", [True, False])
-def test_write_row_replaces_one_row_if_it_is_accepted(dtype, accept):
+def test_write_row_replaces_one_row_if_it_is_accepted(dtype, accept, write_row):
     rows, row = tree_of(dtype, (4,)), jax.tree.map(jnp.ones_like, tree_of(dtype))
-    written = window.write_row(rows, row, jnp.asarray(2), jnp.asarray(accept))
+    written = write_row(rows, row, jnp.asarray(2), jnp.asarray(accept))
     for name in rows:
         expected = np.array(rows[name])
         if accept:

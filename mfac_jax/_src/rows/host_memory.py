@@ -36,12 +36,17 @@ def may_be_on_host(shape: Sequence[int]) -> bool:
 
 def to_device(x: jax.Array) -> jax.Array:
     """`x` in memory of the device."""
-    return jax.device_put(x, jax.memory.Space.Device)
+    return _to_memory(jax.memory.Space.Device, x)
 
 
 def to_memory_of(rows: jax.Array, x: jax.Array) -> jax.Array:
     """`x` where `rows` are."""
-    return jax.device_put(x, jax.typeof(rows).memory_space)
+    return _to_memory(jax.typeof(rows).memory_space, x)
+
+
+def _to_memory(space: Any, x: jax.Array) -> jax.Array:
+    """`x` in that memory; without need no `device_put`, which commits the results of the jit around it."""
+    return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
 
 
 def zero_rows(

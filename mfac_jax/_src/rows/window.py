@@ -143,18 +143,30 @@ def write_row(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any
     """The window with `row` at `index`, or unchanged where `accept` is false.
 
     This is what keeps a donated step in place. `accept` has to come from the inner products with the window
-    as it was read for them: so the write waits for that reading, and XLA needs no copy. On the host the row
-    is read and written back instead. Then no conditional carries a host buffer: XLA for TPU could carry
-    one, and GPUs are untried.
+    as it was read for them: so the write waits for that reading, and XLA needs no copy. Which of two ways
+    does without one is up to the platform.
     """
-    if host_memory.is_on_host(window):
+    arguments = (window, row, index, accept)
+    if host_memory.is_on_host(window):  # XLA for TPU could carry a host buffer through the conditional
+        return _write_either(*arguments)
+    return lax.platform_dependent(
+        *arguments, cuda=_write_either, rocm=_write_either, default=_write_or_leave
+    )
 
-        def put_or_keep(rows, x):
-            old = host_memory.to_device(lax.dynamic_index_in_dim(rows, index, 0))
-            new = host_memory.to_memory_of(rows, jnp.where(accept, x[None], old))
-            return lax.dynamic_update_slice_in_dim(rows, new, index, 0)
 
-        return jax.tree.map(put_or_keep, window, row)
+def _write_either(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any:
+    """Write the new row or, again, the old one: XLA for GPU copies what a conditional carries."""
+
+    def put(rows, x):
+        old = host_memory.to_device(lax.dynamic_index_in_dim(rows, index, 0))
+        new = host_memory.to_memory_of(rows, jnp.where(accept, x[None], old))
+        return lax.dynamic_update_slice_in_dim(rows, new, index, 0)
+
+    return jax.tree.map(put, window, row)
+
+
+def _write_or_leave(window: Any, row: Any, index: jax.Array, accept: jax.Array) -> Any:
+    """Write the row in a conditional: XLA for CPU copies all rows otherwise."""
 
     def write(window, row):
         return jax.tree.map(lambda rows, x: _put(rows, x, index), window, row)

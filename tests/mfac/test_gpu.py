@@ -1,0 +1,95 @@
+"""What XLA for GPU makes of the update, compiled for GPUs that are not here."""
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import mfac_jax
+from benchmarks import compile_for_gpu as gpu
+from benchmarks import compiled_update, gpu_targets
+from benchmarks.parameter_trees import transformer_shapes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec(gpu.PLUGIN) is None, reason="needs pip install '.[gpu-compile]'"
+    ),
+]
+LAYER = "one layer of a transformer"
+
+
+@pytest.fixture(autouse=True)
+def short_tree(monkeypatch):
+    """In place of a deep network, which takes a minute to compile."""
+    monkeypatch.setitem(gpu.TREES, LAYER, gpu.Tree(64, transformer_shapes(256, 1, 8, 512)))
+
+
+def check_in_place(row: dict) -> None:
+    """Two readings of the window, a row written, no copy; beside them some passes over the gradient."""
+    window, gradient = row["window_bytes"], row["gradient_bytes"]
+    assert row["copied"] == 0
+    assert row["temporaries"] < 0.1 * window + 2 * (row["mode"] == "pmap") * gradient
+    assert row["alias"] >= row["state_bytes"]
+    if row["mode"] == "pmap":  # the whole gradient and update beside an eighth of the window
+        assert row["traffic"]["read"] < 2.3 * window + 3 * gradient
+        assert row["traffic"]["written"] < 0.2 * window + 3 * gradient
+    else:
+        assert row["traffic"]["read"] < 2.3 * window
+        assert row["traffic"]["written"] < 0.2 * window
+    assert row["launches"]["graphs"] >= 1
+
+
+ONE_LEAF = "272,474 in one leaf"
+
+
+@pytest.mark.parametrize(
+    ("target", "tree", "transform", "storage"),
+    [
+        ("h100", ONE_LEAF, "scale_by_mfac", "float32"),
+        ("h100", ONE_LEAF, "mfac", "bfloat16"),
+        ("a100", ONE_LEAF, "mfac", "float32"),
+        ("h100", ONE_LEAF, "mfac, inverse", "float32"),
+        ("h100", LAYER, "mfac", "float32"),
+        ("a100", LAYER, "scale_by_mfac", "bfloat16"),
+    ],
+)
+def test_on_one_gpu_a_step_reads_the_window_twice_and_writes_a_row(target, tree, transform, storage):
+    check_in_place(gpu.measure(gpu.Case(target, "one GPU", tree, transform, storage)))
+
+
+@pytest.mark.parametrize("storage", gpu.STORAGES)
+@pytest.mark.parametrize("mode", gpu.MODES[1:])
+def test_on_eight_gpus_too_and_only_sums_and_split_updates_are_sent(mode, storage):
+    row = gpu.measure(gpu.Case("h100", mode, LAYER, "mfac", storage))
+    check_in_place(row)
+    sums = row["leaves"] * (row["num_grads"] + 1) * 4
+    # The parts that are gathered are counted too.
+    gathered = row["gradient_bytes"] * (1 + 1 / gpu.SEVERAL) if mode == "pmap" else 0
+    assert set(row["collectives"]) <= {"all-reduce", "all-gather"}
+    assert sum(size for _, size in row["collectives"].values()) <= sums + gathered
+
+
+def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
+    """As on TPU, where XLA merged what such leaves share."""
+    devices = np.asarray(gpu_targets.devices("h100", 8)).reshape(2, 4)
+    mesh = Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    specs = {"query": ("fsdp", "tensor"), "key": ("fsdp", "tensor"), "out": ("tensor", "fsdp")}
+    params: Any = {name: jax.ShapeDtypeStruct((512, 512), jnp.float32) for name in specs}
+    shardings = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
+    tx = mfac_jax.mfac(3e-3, 64)
+    lowered = gpu.lower_jit(
+        tx.update,
+        params,
+        jax.eval_shape(tx.init, params),
+        shardings,
+        mfac_jax.state_shardings(tx, params, shardings),
+    )
+    sent = compiled_update.collectives(lowered.update.compile().as_text())
+    assert set(sent) == {"all-reduce"}
+    assert sent["all-reduce"][1] <= 2 * len(specs) * (64 + 1) * 4
