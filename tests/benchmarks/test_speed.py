@@ -128,6 +128,7 @@ def test_what_is_not_the_inverse_is_not_timed(monkeypatch):
         static_algorithm.main(["--num-grads", "40", "--parameters", "300"])
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_layer_is_measured_and_a_wrong_solution_refused(monkeypatch, tmp_path, capsys):
     cases = (kronecker_cost.Case("wide", (24, 20), (8,)), kronecker_cost.Case("narrow", (6, 5), (4, 9)))
     monkeypatch.setattr(kronecker_cost, "CASES", cases)

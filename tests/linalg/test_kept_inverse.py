@@ -113,7 +113,7 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "kind", ["blocks", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("absolute", "mfac"))]
+    "kind", ["absolute", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("blocks", "mfac"))]
 )
 def test_updates_are_those_of_cholesky(place, kind):
     options = OPTIONS[kind]

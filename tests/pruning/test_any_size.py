@@ -39,11 +39,10 @@ def assert_same(found, expected) -> None:
     ("update", "pattern"),
     [("independent", None), pytest.param("joint", "2:4", marks=pytest.mark.slow)],
 )
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=1, deadline=None)
 @given(st.integers(-90, 110), st.integers(-100, 100))
 @example(66, 0)  # weights of 1e20
-@example(-83, 0)  # weights of 1e-25
-@example(0, 66)  # gradients of 1e20
+@example(-83, 66)  # weights of 1e-25, gradients of 1e20
 def test_powers_of_two_pass_through_bit_for_bit(update, pattern, of_weights, of_gradients):
     """Weights 2^a w, gradients 2^b g, damping 4^b and a gradient term 2^(a+b) give 2^a times the result."""
     masks = MASKS if pattern is None else {**MASKS, "first": None}
