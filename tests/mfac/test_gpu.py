@@ -31,7 +31,10 @@ def short_tree(monkeypatch):
 
 
 def check_in_place(row: dict) -> None:
-    """Two readings of the window, a row written, no copy; beside them some passes over the gradient."""
+    """Two readings of the window, a row written, no copy; beside them some passes over the gradient.
+
+    The host waits for nothing, and with a kept inverse for one look at the result.
+    """
     window, gradient = row["window_bytes"], row["gradient_bytes"]
     assert row["copied"] == 0
     assert row["temporaries"] < 0.1 * window + 2 * (row["mode"] == "pmap") * gradient
@@ -43,6 +46,7 @@ def check_in_place(row: dict) -> None:
         assert row["traffic"]["read"] < 2.3 * window
         assert row["traffic"]["written"] < 0.2 * window
     assert row["launches"]["graphs"] >= 1
+    assert row["launches"]["waits"] == row["transform"].endswith("inverse")
 
 
 ONE_LEAF = "272,474 in one leaf"

@@ -113,8 +113,10 @@ def test_the_step_factor_stays_in_its_band(sign, factor):
     np.testing.assert_allclose(np.exp(log_steps_of(16, grads)[-1]), factor, rtol=1e-5)
 
 
-@slow
-@pytest.mark.parametrize(("num_grads", "smallest", "largest"), [(1, 1, 1), (3, 1, 1), (4, 1 / 30, 2)])
+@pytest.mark.parametrize(
+    ("num_grads", "smallest", "largest"),
+    [(4, 1 / 30, 2), (3, 1, 1), pytest.param(1, 1, 1, marks=slow)],
+)
 def test_few_rows_change_the_length_by_little(num_grads, smallest, largest):
     g, tx = stream(1)[0].astype(np.float32), scale_by_mfac(num_grads, 0.05, step_adaptation=1.0)
     for sign, factor in ((1, largest), (-1, smallest)):
@@ -140,7 +142,10 @@ def test_training_ends_no_worse_than_without_the_step_factor(num_grads):
     ratios = result.ratios()[: len(closed_loops.CLOSED)]
     assert np.all(ratios < worst[:, None]), ratios
     largest = dict(zip(closed_loops.PROBLEMS, result.factors.max(axis=(1, 2, 3)), strict=True))
-    assert max(largest.values()) < 1.01 * min(num_grads**2 / 8, 30) or set(largest.values()) == {1.0}
+    if num_grads < 4:
+        assert set(largest.values()) == {1.0}
+    else:
+        assert 1 < max(largest.values()) < 1.01 * min(num_grads**2 / 8, 30)
     # Noise has nothing to teach, at any scale; alternating gradients ask for shorter steps.
     assert max(largest["noise"], largest["growing noise"]) < 8
     assert largest["alternating"] < 1.01
