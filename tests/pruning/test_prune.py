@@ -290,7 +290,7 @@ def test_gradual_pruning_ends_with_the_sparsity_and_zeros():
     loss_fn = loss_fn_of(apply)
     params = as_tree(W.astype(np.float32))
     masks = mfac_jax.pruning.kernel_masks(params)
-    tx = mfac_jax.pruning.keep_pruned(mfac_jax.mfac(1e-2, num_grads=4, weight_decay=1e-3), masks)
+    tx = mfac_jax.pruning.keep_pruned(mfac_jax.mfac(0.1, num_grads=4, weight_decay=1e-3), masks)
     state = tx.init(params)
     schedule: Any = optax.polynomial_schedule(0.0, 0.75, 3, 30, 10)
     step = jax.jit(lambda params, state: train_step(tx, params, state, jax.grad(loss_fn)(params, x)))
