@@ -136,8 +136,67 @@ def test_updates_are_those_of_cholesky(place, kind):
     assert not jax.tree.leaves(states[0].solver)
 
 
+MANY = 1024
+
+
+def first_of(tx) -> Any:
+    return tx.init(jnp.zeros(D))
+
+
+def steps_by(tx, state: Any, stream: np.ndarray) -> tuple[Any, Any]:
+    """All updates, and the last state."""
+    update, updates = jax.jit(tx.update), []
+    for g in stream:
+        found, state = update(jnp.asarray(g), state)
+        updates.append(found)
+    return updates, state
+
+
+def default_and_cholesky():
+    return mfac_jax.scale_by_mfac(MANY, 0.1), mfac_jax.scale_by_mfac(MANY, 0.1, solver="cholesky")
+
+
+def test_windows_of_many_rows_keep_the_inverse_by_default():
+    tx, by_cholesky = default_and_cholesky()
+    fewer = first_of(mfac_jax.scale_by_mfac(MANY - 1, 0.1))
+    assert not jax.tree.leaves(fewer.solver)
+    stream = np.asarray(gradients(3))
+    found, state = steps_by(tx, first_of(tx), stream)
+    expected, _ = steps_by(by_cholesky, first_of(by_cholesky), stream)
+    assert relative_error(found, expected) < 2e-6
+    assert state.solver.shift[0] > 0
+    assert state.made_with == first_of(mfac_jax.scale_by_mfac(MANY, solver="inverse")).made_with
+
+
+@pytest.mark.slow
+def test_an_accelerator_leaves_the_default_inverse_as_it_is(as_on_gpu):
+    tx, by_cholesky = default_and_cholesky()
+    start = first_of(tx)
+    start = start._replace(solver=jax.tree.map(lambda x: x + 7, start.solver))
+    stream = np.asarray(gradients(2))
+    found, state = steps_by(tx, start, stream)
+    expected, _ = steps_by(by_cholesky, first_of(by_cholesky), stream)
+    np.testing.assert_array_equal(found, expected)
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.all(x == 7)), state.solver))
+
+
+@pytest.mark.slow
+def test_a_state_that_comes_back_from_an_accelerator_is_solved_anew():
+    tx, by_cholesky = default_and_cholesky()
+    stream = np.asarray(gradients(12))
+    _, here = steps_by(tx, first_of(tx), stream[:4])
+    _, there = steps_by(
+        by_cholesky, here._replace(solver=(), made_with=first_of(by_cholesky).made_with), stream[4:9]
+    )
+    back = there._replace(solver=here.solver, made_with=here.made_with)
+    found, after = steps_by(tx, back, stream[9:])
+    expected, _ = steps_by(by_cholesky, there, stream[9:])
+    assert relative_error(found, expected) < 2e-6
+    assert jnp.any(after.solver.matrix != here.solver.matrix)
+
+
 def test_another_solver_is_refused():
-    with pytest.raises(ValueError, match=r"solver must be one of 'cholesky', 'inverse' or .*, got 'lu'"):
+    with pytest.raises(ValueError, match=r"solver must be one of None, 'cholesky', 'inverse' or .*, got"):
         mfac_jax.mfac(solver="lu")  # pyright: ignore[reportArgumentType]
     state = mfac_jax.scale_by_mfac(4).init(jnp.zeros(3))
     with pytest.raises(ValueError, match=r"with solver=inverse, got solver=cholesky.*init again"):

@@ -51,6 +51,18 @@ def replace_row(kept: KeptInverse, row: jax.Array, index: jax.Array, accept: jax
     return kept._replace(matrix=jnp.where(accept, replaced, kept.matrix))
 
 
+@jax.jit
+def replace_row_on_cpu(
+    kept: KeptInverse, row: jax.Array, index: jax.Array, accept: jax.Array
+) -> KeptInverse:
+    """As `replace_row` where `solve_on_cpu` uses the inverses. Old ones are found out by it later."""
+
+    def unchanged(kept, *_):
+        return kept
+
+    return lax.platform_dependent(kept, row, index, accept, cpu=replace_row, default=unchanged)
+
+
 def _replace_row(P: jax.Array, shift: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
     is_new = jnp.arange(len(row), dtype=index.dtype) == index
     others = jnp.where(is_new, 0, row)
@@ -91,8 +103,29 @@ def solve(
     kept: KeptInverse, gram: jax.Array, shift: jax.Array, rhs: jax.Array
 ) -> tuple[jax.Array, KeptInverse]:
     """(K + shift I)^-1 rhs, finite for any finite Gram matrix, and the inverses, made anew where needed."""
+    return _with_derivative(_solve, kept, gram, shift, rhs)
+
+
+@jax.jit
+def solve_on_cpu(
+    kept: KeptInverse, gram: jax.Array, shift: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, KeptInverse]:
+    """As `solve`, where that is faster than Cholesky: elsewhere Cholesky, and the inverses as they were."""
+
+    def by_cholesky(kept, gram, shift, rhs):
+        return cholesky.solve(gram, shift[:, None], rhs), kept
+
+    def chosen(*operands):
+        return lax.platform_dependent(*operands, cpu=_solve, default=by_cholesky)
+
+    return _with_derivative(chosen, kept, gram, shift, rhs)
+
+
+def _with_derivative(
+    solve: Callable, kept: KeptInverse, gram: jax.Array, shift: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, KeptInverse]:
     shift = jnp.broadcast_to(shift, rhs.shape[:1])
-    solution, kept = _solve(*lax.stop_gradient((kept, gram, shift, rhs)))
+    solution, kept = solve(*lax.stop_gradient((kept, gram, shift, rhs)))
     return cholesky.with_derivative(solution, gram, shift[:, None], rhs), kept
 
 

@@ -64,5 +64,16 @@ KEPT_INVERSE = Solver(
     replace_row=kept_inverse.replace_row,
     solve=kept_inverse.solve,
 )
+# The inverse in the state, but used on CPU alone: elsewhere it stays as it is, and Cholesky solves.
+_KEPT_ON_CPU = KEPT_INVERSE._replace(
+    replace_row=kept_inverse.replace_row_on_cpu, solve=kept_inverse.solve_on_cpu
+)
+# Below, Cholesky takes less than a tenth of a step on CPU for windows of 100,000 columns and more.
+_MANY_ROWS = 1024
 SolverName = Literal["cholesky", "inverse"]
 SOLVERS = {solver.name: solver for solver in (CHOLESKY, KEPT_INVERSE)}
+
+
+def default_solver(num_grads: int) -> Solver:
+    """The solver for windows of this many rows. It is the same on all platforms, as states move."""
+    return _KEPT_ON_CPU if num_grads >= _MANY_ROWS else CHOLESKY
