@@ -77,7 +77,8 @@ def beside(row: dict[str, Any]) -> list[str]:
     return [f"{size / row['gradient_bytes']:.1f}" for size in (read, row["traffic"]["written"])]
 
 
-def _program(row: dict[str, Any]) -> str:
+def program(row: dict[str, Any]) -> str:
+    """What was compiled, in words."""
     where = row["target"].upper() if row["devices"] == 1 else f"{row['devices']} {row['target'].upper()}"
     mode = "" if row["devices"] == 1 else f", {row['mode']}"
     return f"{row['tree']}, m = {row['num_grads']}, {row['transform']}, {row['storage']}, {where}{mode}"
@@ -101,7 +102,7 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> str:
         sent = [f"{n} {name}, {-(-size // 1024)} KiB" for name, (n, size) in row["collectives"].items()]
         lines.append(
             [
-                _program(row),
+                program(row),
                 f"{window / 2**20:,.0f}",
                 f"{row['temporaries'] / 2**20:,.0f}",
                 *(f"{size / window:.2f}" for size in (*row["traffic"].values(), row["copied"])),
@@ -123,7 +124,7 @@ def predicted_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         predicted = predict(row)
         times = (*predicted, predicted.total)
-        lines.append([_program(row), *(f"{seconds * 1e3:.2f}" for seconds in times)])
+        lines.append([program(row), *(f"{seconds * 1e3:.2f}" for seconds in times)])
     return markdown.table(header, lines)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mfac_jax
 from benchmarks import compile_for_gpu as gpu
-from benchmarks import compiled_update, gpu_targets
+from benchmarks import compiled_update, gpu_cases, gpu_targets
 from benchmarks.parameter_trees import transformer_shapes
 
 pytestmark = [
@@ -27,7 +27,7 @@ LAYER = "one layer of a transformer"
 @pytest.fixture(autouse=True)
 def short_tree(monkeypatch):
     """In place of a deep network, which takes a minute to compile."""
-    monkeypatch.setitem(gpu.TREES, LAYER, gpu.Tree(64, transformer_shapes(256, 1, 8, 512)))
+    monkeypatch.setitem(gpu.TREES, LAYER, gpu_cases.Tree(64, transformer_shapes(256, 1, 8, 512)))
 
 
 def check_in_place(row: dict) -> None:
@@ -87,7 +87,7 @@ def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
     params: Any = {name: jax.ShapeDtypeStruct((512, 512), jnp.float32) for name in specs}
     shardings = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
     tx = mfac_jax.mfac(3e-3, 64)
-    lowered = gpu.lower_jit(
+    lowered = gpu_cases.lower_jit(
         tx.update,
         params,
         jax.eval_shape(tx.init, params),
