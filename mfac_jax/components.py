@@ -3,7 +3,7 @@
 Each is a NamedTuple of pure functions. The package's own are passed by name, as in `metric='diagonal'`.
 """
 
-from mfac_jax._src.mfac.metrics import Coordinates, Metric
+from mfac_jax._src.mfac.metric import Coordinates, Metric
 from mfac_jax._src.mfac.solvers import Solver
 from mfac_jax._src.mfac.step_length import StepLength, StepView
 from mfac_jax._src.rows.storages import Storage

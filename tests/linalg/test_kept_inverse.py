@@ -196,7 +196,7 @@ def test_a_state_that_comes_back_from_an_accelerator_is_solved_anew():
 
 
 def test_another_solver_is_refused():
-    with pytest.raises(ValueError, match=r"solver must be one of None, 'cholesky', 'inverse' or .*, got"):
+    with pytest.raises(ValueError, match=r"solver must be one of 'auto', 'cholesky', 'inverse' or .*, got"):
         mfac_jax.mfac(solver="lu")  # pyright: ignore[reportArgumentType]
     state = mfac_jax.scale_by_mfac(4).init(jnp.zeros(3))
     with pytest.raises(ValueError, match=r"with solver=inverse, got solver=cholesky.*init again"):

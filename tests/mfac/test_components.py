@@ -64,7 +64,7 @@ def rotated(tree, transposed):
 
 
 ROTATED = Metric(
-    name="rotated",
+    name="turned",
     init=lambda new: (),
     update=lambda state, grads, count: (
         state,
@@ -195,7 +195,7 @@ def test_components_of_ones_own_run_in_mfac_and_under_inject_hyperparams():
 @pytest.mark.parametrize(
     ("component", "message"),
     [
-        ({"metric": ROTATED}, r"metric must be elementwise with axis_name='x', got 'rotated'"),
+        ({"metric": ROTATED}, r"metric must be elementwise with axis_name='x', got 'turned'"),
         (
             {"storage": HALF},
             r"storage must have one array .*axis_name='x', got 'scaled float16'",
@@ -225,7 +225,7 @@ def test_components_need_a_name_of_their_own(component):
 def test_masks_are_refused_in_a_metric_whose_entries_meet():
     tx = pruning.keep_pruned(scale_by_mfac(2, metric=ROTATED), jnp.ones((2, 2), bool))
     state = tx.init(jnp.ones((2, 2)))
-    with pytest.raises(ValueError, match=r"a metric of 'identity', 'diagonal', got 'rotated'"):
+    with pytest.raises(ValueError, match=r"a metric of 'identity', 'diagonal', 'rotated', got 'turned'"):
         pruning.set_masks(tx, state, jnp.eye(2, dtype=bool))
 
 

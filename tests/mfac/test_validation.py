@@ -134,7 +134,10 @@ def test_a_mask_needs_weight_decay(make):
 @pytest.mark.parametrize("value", ["other", None, 3, ["diagonal"], components.StepLength])
 @pytest.mark.parametrize(
     ("name", "kind", "known"),
-    [("metric", "Metric", "'identity', 'diagonal'"), ("solver", "Solver", "'cholesky', 'inverse'")],
+    [
+        ("metric", "Metric", "'identity', 'diagonal', 'rotated'"),
+        ("solver", "Solver", "'auto', 'cholesky', 'inverse'"),
+    ],
 )
 def test_components_must_be_names_or_components(make, name, kind, known, value):
     options: dict[str, Any] = {name: value}

@@ -113,7 +113,7 @@ def check_choice(name: str, value, allowed: Sequence[str | None], otherwise: str
         raise ValueError(f"{name} must be one of {options}{otherwise}, got {value!r}.{cure}")
 
 
-def check_own_name(argument: str, name: str, taken: Collection[str | None]) -> None:
+def check_own_name(argument: str, name: str, taken: Collection[str]) -> None:
     """Raise for a user's component that is called like one of the package: states could not tell them."""
     if name in taken:
         raise ValueError(
@@ -122,7 +122,7 @@ def check_own_name(argument: str, name: str, taken: Collection[str | None]) -> N
         )
 
 
-def check_component(name: str, value: Any, known: Mapping[Any, Any], kind: type) -> Any:
+def check_component(name: str, value: Any, known: Mapping[str, Any], kind: type) -> Any:
     """The component of a name, or a user's own."""
     if isinstance(value, kind):
         if value not in known.values():

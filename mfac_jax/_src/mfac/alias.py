@@ -5,7 +5,8 @@ from typing import Any
 import optax
 
 from mfac_jax._src.base import chain, checks, schedules
-from mfac_jax._src.mfac.metrics import Metric, MetricName
+from mfac_jax._src.mfac.metric import Metric
+from mfac_jax._src.mfac.metrics import MetricName
 from mfac_jax._src.mfac.solvers import Solver, SolverName
 from mfac_jax._src.mfac.step_length import StepLength
 from mfac_jax._src.mfac.transform import NUM_GRADS, scale_by_mfac
@@ -24,7 +25,7 @@ def mfac(
     metric: MetricName | Metric = "diagonal",
     step_adaptation: optax.ScalarOrSchedule | StepLength = 0.3,
     blocks: Blocks = None,
-    solver: SolverName | Solver | None = None,
+    solver: SolverName | Solver = "auto",
     storage: Any = None,
     axis_name: AxisName = None,
     param_specs: Any = None,
@@ -121,7 +122,7 @@ def mfac_published(
     mask: optax.MaskOrFn = None,
     *,
     blocks: Blocks = None,
-    solver: SolverName | Solver | None = None,
+    solver: SolverName | Solver = "auto",
     storage: Any = None,
     axis_name: AxisName = None,
     param_specs: Any = None,

@@ -70,10 +70,10 @@ _KEPT_ON_CPU = KEPT_INVERSE._replace(
 )
 # Below, Cholesky takes less than a tenth of a step on CPU for windows of 100,000 columns and more.
 _MANY_ROWS = 1024
-SolverName = Literal["cholesky", "inverse"]
+SolverName = Literal["auto", "cholesky", "inverse"]
 SOLVERS = {solver.name: solver for solver in (CHOLESKY, KEPT_INVERSE)}
 
 
-def default_solver(num_grads: int) -> Solver:
-    """The solver for windows of this many rows. It is the same on all platforms, as states move."""
+def auto_solver(num_grads: int) -> Solver:
+    """The solver that suits windows of this many rows. It is the same on all platforms, as states move."""
     return _KEPT_ON_CPU if num_grads >= _MANY_ROWS else CHOLESKY

@@ -10,7 +10,7 @@ import optax
 
 from mfac_jax._src.base import numerics
 from mfac_jax._src.base.accept import accept_or_refuse
-from mfac_jax._src.mfac.metrics import Metric
+from mfac_jax._src.mfac.metric import Metric
 from mfac_jax._src.mfac.solvers import Solver
 from mfac_jax._src.mfac.step_length import StepLength
 from mfac_jax._src.rows import memory, zeros

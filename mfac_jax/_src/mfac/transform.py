@@ -10,9 +10,10 @@ from mfac_jax._src.base import checks, numerics, schedules, trees
 from mfac_jax._src.linalg.gram import cosine_of, replace_row
 from mfac_jax._src.mfac import damping as damping_rules
 from mfac_jax._src.mfac import step_length
-from mfac_jax._src.mfac.metrics import METRICS, Metric, MetricName
+from mfac_jax._src.mfac.metric import Metric
+from mfac_jax._src.mfac.metrics import METRICS, MetricName
 from mfac_jax._src.mfac.momentum import weights_by_age
-from mfac_jax._src.mfac.solvers import SOLVERS, Solver, SolverName, default_solver
+from mfac_jax._src.mfac.solvers import SOLVERS, Solver, SolverName, auto_solver
 from mfac_jax._src.mfac.state import Kinds, ScaleByMFACState, first_state, settled
 from mfac_jax._src.mfac.state_checks import (
     Holder,
@@ -49,7 +50,7 @@ def scale_by_mfac(
     step_adaptation: optax.ScalarOrSchedule | StepLength = 0.0,
     blocks: Blocks = None,
     metric: MetricName | Metric = "identity",
-    solver: SolverName | Solver | None = None,
+    solver: SolverName | Solver = "auto",
     storage: Any = None,
     axis_name: AxisName = None,
     param_specs: Any = None,
@@ -85,8 +86,8 @@ def scale_by_mfac(
       metric: 'identity', as in the paper; 'diagonal' works in the metric of a running second moment, as
         networks need whose layers differ in scale; or a `components.Metric`.
       solver: 'cholesky'; 'inverse', which keeps the inverse of the m x m system and takes O(m^2), not
-        O(m^3) operations; None for Cholesky, but on CPU from m = 1024 on the inverse, which states of that
-        size hold on all platforms; or a `components.Solver`.
+        O(m^3) operations; 'auto' for Cholesky, but on CPU from m = 1024 on the inverse, which states of
+        that size hold on all platforms; or a `components.Solver`.
       storage: `jnp.float32`, `jnp.bfloat16`, None for the parameters' dtype, or a `components.Storage`.
       axis_name: in `jax.shard_map` and `jax.pmap`, the mesh axes that parameters or window are spread over.
         Under `jax.jit` alone leave it out: `state_shardings` says where the window lies.
@@ -136,7 +137,7 @@ def scale_by_mfac(
             "blocks", blocks, (None, "leaf"), ", or a function of a leaf's key path", cure=cure
         )
     num_grads = checks.check_size("num_grads", num_grads, str(NUM_GRADS))
-    solvers = {None: default_solver(num_grads), **SOLVERS}
+    solvers = {"auto": auto_solver(num_grads), **SOLVERS}
     kinds = Kinds(
         metric=checks.check_component("metric", metric, METRICS, Metric),
         solver=checks.check_component("solver", solver, solvers, Solver),

@@ -84,6 +84,8 @@ def set_masks(
 
     def settled(node, before, masks_of):
         if isinstance(node, ScaleByMFACState):
+            if not METRICS[kind_of(node, "metric")].elementwise:
+                node = node._replace(metric=before.metric)  # its entries do not belong to single weights
             return _of_survivors(node, before.window, masks_of.window, storage)
         if not isinstance(node, KeepPrunedState):
             return node

@@ -1,0 +1,204 @@
+"""The rotated metric: against its formula in NumPy, and on gradients of any kind."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfac_jax import mfac, scale_by_mfac
+from mfac_jax._src.mfac.metrics import METRICS
+from tests.dense_reference import inverse_product, relative_error
+
+SHAPES = {"bias": (4,), "conv": (2, 2, 3, 4), "kernel": (6, 5), "scale": ()}
+DECAY = 0.95
+ROTATED = METRICS["rotated"]
+mapped: Any = jax.jit(lambda state, g, count, x: ROTATED.update(state, g, count)[1].into(x))
+updated: Any = jax.jit(lambda state, g, count: ROTATED.update(state, g, count)[0])
+
+
+def gradients(steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Each leaf is a stack of matrices with covariances far from the identity, both ways."""
+    random = np.random.default_rng(seed)
+    mixing = {
+        name: [random.standard_normal((n, n)) for n in as_matrix(shape)] for name, shape in SHAPES.items()
+    }
+
+    def draw(name, shape):
+        left, right = mixing[name]
+        return (left @ random.standard_normal((len(left), len(right))) @ right).reshape(shape)
+
+    return [{name: draw(name, shape) for name, shape in SHAPES.items()} for _ in range(steps)]
+
+
+def as_matrix(shape) -> tuple[int, int]:
+    """Rows and columns: (places x in, out) for a convolution, a row for a vector."""
+    return (int(np.prod(shape[:-1])), shape[-1]) if len(shape) > 1 else (1, int(np.prod(shape)))
+
+
+class Reference:
+    """The metric of one leaf as the docstring has it, in NumPy."""
+
+    def __init__(self, name, state, count):
+        self.shape, self.matrix, self.count = SHAPES[name], as_matrix(SHAPES[name]), count
+        sides = [(state.row_covariance, state.row_basis), (state.column_covariance, state.column_basis)]
+        self.covariances, self.bases = (
+            [
+                np.asarray(side[i][name]).reshape(n, n) if len(self.shape) > 1 else np.eye(n)
+                for n, side in zip(self.matrix, sides, strict=True)
+            ]
+            for i in (0, 1)
+        )
+        self.v = np.asarray(state.second_moment[name]).reshape(self.matrix)
+
+    def step(self, gradient):
+        g = gradient.reshape(self.matrix)
+        self.count += 1
+        for side, new in enumerate((g @ g.T, g.T @ g)):
+            self.covariances[side] = DECAY * self.covariances[side] + (1 - DECAY) * new
+        if self.count <= 10 or self.count % 10 == 0:
+            self.turn()
+        self.v = DECAY * self.v + (1 - DECAY) * self.into(g) ** 2
+
+    def turn(self):
+        if len(self.shape) < 2:
+            return
+        for side in (0, 1):
+            product = self.covariances[side] @ self.bases[side]
+            order = np.argsort(-np.sum(self.bases[side] * product, axis=0), kind="stable")
+            self.bases[side] = np.linalg.qr(product[:, order])[0]
+            self.v = np.take(self.v, order, axis=side)
+
+    def into(self, x):
+        return self.bases[0].T @ x @ self.bases[1]
+
+    def map(self, x):
+        floor = 1e-3 * np.sqrt(np.mean(self.v)) if len(self.shape) > 1 else 0
+        scale = ((np.sqrt(self.v) + floor) / np.sqrt(1 - DECAY**self.count) + 1e-8) ** -0.5
+        left, right = self.bases
+        return (left @ (scale * self.into(x.reshape(self.matrix))) @ right.T).reshape(self.shape)
+
+
+def test_updates_are_those_of_the_formula(x64):
+    """P F^-1 P g with the rows as they entered the window, by the bases of their step."""
+    num_grads, damping, known = 5, 0.3, 12  # before, the bases of where no gradient has been are any
+    stream = gradients(30)
+    tx = scale_by_mfac(num_grads, damping, metric="rotated")
+    state: Any = tx.init(jax.tree.map(jnp.asarray, stream[0]))
+    update: Any = jax.jit(tx.update)
+    rows: list[np.ndarray] = []
+    reference: dict[str, Reference] = {}
+    for count, grads in enumerate(stream, 1):
+        updates, state = update(jax.tree.map(jnp.asarray, grads), state)
+        if count == known:
+            reference = {name: Reference(name, state.metric, count) for name in SHAPES}
+            rows = [
+                flat(jax.tree.map(lambda x, r=r: x[r], state.window))
+                for r in oldest_first(count, num_grads)
+            ]
+        if count <= known:
+            continue
+        for name, g in grads.items():
+            reference[name].step(g)
+        rows.append(flat({name: reference[name].map(g) for name, g in grads.items()}))
+        window = np.stack(rows[-num_grads:])
+        inside = unflat(inverse_product(window, window[-1], damping, num_grads))
+        expected = flat({name: reference[name].map(x) for name, x in inside.items()})
+        assert relative_error(flat(updates), expected) < 1e-8
+    assert update._cache_size() == 1
+
+
+def oldest_first(count: int, num_grads: int) -> list[int]:
+    """The rows of the window after so many gradients."""
+    return [row % num_grads for row in range(count, count + num_grads)]
+
+
+def flat(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def unflat(x: np.ndarray) -> dict[str, np.ndarray]:
+    ends = np.cumsum([int(np.prod(shape)) for shape in SHAPES.values()])
+    parts = zip(SHAPES.items(), np.split(x, ends[:-1]), strict=True)
+    return {name: part.reshape(shape) for (name, shape), part in parts}
+
+
+def run(stream) -> Any:
+    state: Any = ROTATED.init(lambda: jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), stream[0]))
+    for count, g in enumerate(stream, 1):
+        state = updated(state, jax.tree.map(jnp.float32, g), jnp.int32(count))
+    return state
+
+
+def test_bases_become_the_eigenvectors_of_the_covariances():
+    state = run(gradients(1) * 400)  # the same gradient, so that nothing moves
+    for name in ("conv", "kernel"):
+        for covariance, basis in (
+            (state.row_covariance, state.row_basis),
+            (state.column_covariance, state.column_basis),
+        ):
+            S, Q = np.asarray(covariance[name][0, 0], np.float64), np.asarray(basis[name][0, 0], np.float64)
+            rotated = Q.T @ S @ Q
+            np.testing.assert_allclose(Q.T @ Q, np.eye(len(Q)), atol=1e-5)
+            np.testing.assert_allclose(rotated, np.diag(np.diag(rotated)), atol=1e-5 * np.trace(S))
+            assert np.all(np.diff(np.diag(rotated)) <= 1e-5 * np.trace(S))
+
+
+HOSTILE = {
+    "zeros": lambda g: 0 * g,
+    "rank one": lambda g: np.ones(g.shape),
+    "one entry": lambda g: np.eye(1, g.size).reshape(g.shape),
+    "tiny": lambda g: 1e-30 * g,
+    "huge": lambda g: 1e13 * np.sign(g),
+    "outliers": lambda g: np.where(np.arange(g.size).reshape(g.shape) % 5 == 0, 1e8, 1e-8) * g,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_bases_stay_orthogonal_and_all_is_finite(kind):
+    stream = gradients(25)
+    for at in (*range(4), *range(12, 25, 2)):
+        stream[at] = jax.tree.map(HOSTILE[kind], stream[at])
+    state = run(stream)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
+    for basis in (state.row_basis, state.column_basis):
+        for Q in (basis["conv"][0, 0], basis["kernel"][0, 0]):
+            np.testing.assert_allclose(Q.T @ Q, np.eye(len(Q)), atol=2e-6)
+    last = jax.tree.map(jnp.float32, stream[-1])
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(mapped(state, last, jnp.int32(26), last)))
+
+
+def test_the_map_is_symmetric():
+    x, y, last = (jax.tree.map(jnp.float32, g) for g in gradients(3, seed=1))
+    state, count = run(gradients(15)), jnp.int32(16)
+    there, back = flat(mapped(state, last, count, x)), flat(mapped(state, last, count, y))
+    np.testing.assert_allclose(there @ flat(y), flat(x) @ back, rtol=1e-5)
+
+
+def test_vectors_have_the_diagonal_metric(x64):
+    tx = scale_by_mfac(3, 1e12, relative_damping=True, metric="rotated")
+    adam = optax.scale_by_adam(b1=0.0, b2=DECAY)
+    params = jnp.zeros(4)
+    state, adams = tx.init(params), adam.init(params)
+    for g in gradients(12):
+        found, state = tx.update(jnp.asarray(g["bias"]), state)
+        expected, adams = adam.update(jnp.asarray(g["bias"]), adams)
+        np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_leaves_the_metric(bad):
+    tx, stream = mfac(0.01, 4, metric="rotated"), gradients(4)
+    update: Any = jax.jit(tx.update)
+    params = jax.tree.map(lambda g: jnp.zeros(g.shape), stream[0])
+    state: Any = tx.init(params)
+    for g in stream:
+        _, state = update(jax.tree.map(jnp.float32, g), state, params)
+    spoiled = jax.tree.map(jnp.float32, stream[0])
+    spoiled["kernel"] = spoiled["kernel"].at[1, 2].set(bad)
+    _, after = update(spoiled, state, params)
+    assert optax.tree.get(after, "grads_rejected") == 1
+    before, after = (optax.tree.get(s, "ScaleByMFACState").metric for s in (state, after))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
