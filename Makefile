@@ -6,7 +6,7 @@ JOBS ?= 2
 # Few arenas: glibc would give each thread one, and a worker would take 1.6 GB in place of 1.3.
 PYTEST = MALLOC_ARENA_MAX=2 $(RUN) -m pytest
 
-.PHONY: demo test slow slow-here slow-tpu slow-gpu benchmark lint format clean
+.PHONY: demo test slow slow-here slow-ci slow-tpu slow-gpu benchmark lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.train_digits
@@ -16,8 +16,13 @@ test: $(VENV)/installed
 
 slow: slow-here slow-tpu slow-gpu
 
+HERE = slow and not tpu and not gpu
 slow-here: $(VENV)/installed
-	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not tpu and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "$(HERE)" $(PYTEST_ARGS)
+
+# What CI runs of them: no whole runs of the examples, no minutes of cases of one property.
+slow-ci: $(VENV)/installed
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "$(HERE) and not exhaustive" --ignore=tests/examples $(PYTEST_ARGS)
 
 slow-tpu: $(VENV)/installed-tpu
 	$(PYTEST) -m tpu $(PYTEST_ARGS)

@@ -144,6 +144,7 @@ def of_fisher_inverse(grads, damping, blocks) -> Any:
     return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(found))
 
 
+@pytest.mark.exhaustive
 @slow
 @pytest.mark.parametrize("blocks", [None, "leaf", 3])
 def test_the_static_inverse_has_derivatives_too(x64, blocks):

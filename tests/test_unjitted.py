@@ -197,6 +197,7 @@ def compiled_and_grown(name: str, counter: Counter, calls: int) -> tuple[list[st
     return counter.compiled(), resident_memory() - memory, len(jax.live_arrays()) - arrays
 
 
+@pytest.mark.exhaustive
 @slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("name", MEASURED)

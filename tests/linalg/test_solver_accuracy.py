@@ -18,6 +18,7 @@ def test_a_kept_inverse_has_the_digits_at_every_ratio_of_norms():
         assert np.max(found[right.is_sound]) < BOUND, one.schedule
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_over_a_thousand_streams_a_kept_inverse_is_as_good_as_cholesky():
     results = [measure(stream(seed)) for seed in range(1000)]
@@ -28,6 +29,7 @@ def test_over_a_thousand_streams_a_kept_inverse_is_as_good_as_cholesky():
     assert np.mean([result["renewals"] for result in results]) < 0.5  # half of the schedules jump
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_what_a_gpu_runs_has_the_digits_too(as_on_gpu):
     results = [measure(stream(seed)) for seed in range(300)]

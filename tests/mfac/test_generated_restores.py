@@ -312,6 +312,7 @@ def test_restored_states_are_accepted_where_they_mean_the_same_and_only_there(pa
     check_types(*pair)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @settings(max_examples=200, **OPTIONS)
 @given(pairs())

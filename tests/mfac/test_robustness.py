@@ -270,6 +270,7 @@ def test_repeated_gradients_are_descended_by_the_right_length(num_grads, damping
     assert ratio.max() < 2
 
 
+@pytest.mark.exhaustive
 @configs
 @slow
 def test_ten_thousand_generated_streams_stay_finite_and_reject_what_is_not(config):

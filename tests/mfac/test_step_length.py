@@ -133,6 +133,7 @@ def test_the_step_factor_grows_while_gradients_shrink():
     assert factors[-100:].min() > 25
 
 
+@pytest.mark.exhaustive
 @slow
 @pytest.mark.parametrize("num_grads", closed_loops.WINDOWS)
 def test_training_ends_no_worse_than_without_the_step_factor(num_grads):
