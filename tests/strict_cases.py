@@ -266,6 +266,7 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "inverse": lambda run: seen(run, solver="inverse", blocks="leaf"),
         "nesterov": lambda run: seen(run, relative_damping=True, window_momentum=0.9, nesterov=True),
         "diagonal, adapted": lambda run: seen(run, metric="diagonal", step_adaptation=0.3, blocks="leaf"),
+        "rotated": lambda run: seen(run, metric="rotated", relative_damping=True),
         "bfloat16": lambda run: seen(run, storage=jnp.bfloat16),
         "bfloat16 parameters": lambda run: trained(
             run, mfac_jax.mfac(SCHEDULE, ROWS, weight_decay=1e-3), params(jnp.bfloat16)

@@ -120,6 +120,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "a block per leaf": lambda: scale(blocks="leaf", solver="inverse"),
     "blocks of a function": lambda: scale(blocks=str),
     "diagonal metric": lambda: scale(metric="diagonal", relative_damping=True),
+    "rotated metric": lambda: scale(metric="rotated", relative_damping=True),
     "bfloat16": lambda: scale(storage=jnp.bfloat16),
     "step adaptation": lambda: scale(step_adaptation=0.3),
     "step adaptation of a schedule": lambda: scale(step_adaptation=halving),

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mfac_jax._src.linalg.batches import of_each
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelLayout:
@@ -274,7 +276,7 @@ def _spanned(rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
 @jax.custom_jvp
 def _orthonormal(columns: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q and R of the columns."""
-    Q, R = jnp.linalg.qr(columns)
+    Q, R = jnp.linalg.qr(columns) if columns.ndim == 2 else of_each(jnp.linalg.qr, columns)
     return Q, R
 
 

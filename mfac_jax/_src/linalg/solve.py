@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 from jax import lax
 
+from mfac_jax._src.linalg.batches import of_each
 from mfac_jax._src.linalg.gram import matvec
 
 # One step of iterative refinement halves the error of the solve. At m = 1024 it would add 5 % to the
@@ -88,8 +89,7 @@ def _root_of_inverse(matrix: jax.Array) -> jax.Array:
     """
     m = matrix.shape[-1]
     if m <= _MAX_UNSPLIT:
-        identity = jnp.broadcast_to(jnp.eye(m, dtype=matrix.dtype), matrix.shape)
-        return jax.scipy.linalg.solve_triangular(_cholesky(matrix), identity, lower=True)
+        return _inverse_of_triangles(_cholesky(matrix))
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     half = m // 2
     first = _root_of_inverse(matrix[:, :half, :half])
@@ -133,9 +133,7 @@ def inverse_root(gram: jax.Array, shift: jax.Array) -> jax.Array:
     `shift` is `(blocks, m)`, or `(blocks, 1)` if all rows have the same.
     """
     system, scale = _balanced(gram, shift)
-    factor = _sound_cholesky(system)
-    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    return jax.scipy.linalg.solve_triangular(factor, identity, lower=True) * scale[..., None, :]
+    return _inverse_of_triangles(_sound_cholesky(system)) * scale[..., None, :]
 
 
 @inverse_root.defjvp
@@ -231,13 +229,13 @@ def _eps(x: jax.Array) -> float:
 
 def _cholesky(matrix: jax.Array) -> jax.Array:
     # Transposed, the symmetric matrix is in LAPACK's order as it stands and need not be copied.
-    return lax.linalg.cholesky(matrix.mT, symmetrize_input=False)
+    return of_each(lambda A: lax.linalg.cholesky(A.mT, symmetrize_input=False), matrix)
+
+
+def _inverse_of_triangles(factor: jax.Array) -> jax.Array:
+    identity = jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    return of_each(lambda L: jax.scipy.linalg.solve_triangular(L, identity, lower=True), factor)
 
 
 def _cholesky_solve(factor: jax.Array, rhs: jax.Array) -> jax.Array:
-    def solve_block(L, b):
-        return jax.scipy.linalg.cho_solve((L, True), b)
-
-    if factor.shape[0] == 1:  # half the time of a batch of one on CPU
-        return solve_block(factor[0], rhs[0])[None]
-    return jax.vmap(solve_block)(factor, rhs)
+    return of_each(lambda L, b: jax.scipy.linalg.cho_solve((L, True), b), factor, rhs)

@@ -11,6 +11,7 @@ Janson, Kakade, arXiv 2409.11321, 2024). Leaves of other shapes are cut into mat
 have the diagonal metric.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,15 +21,20 @@ import optax
 from jax import lax
 
 from mfac_jax._src.base import numerics
+from mfac_jax._src.linalg.batches import of_each
 from mfac_jax._src.mfac.diagonal_metric import running_mean, scale_of
 from mfac_jax._src.mfac.metric import Coordinates, Metric
-from mfac_jax._src.mfac.tiles import Tiles, tiles_of
+from mfac_jax._src.mfac.tiles import Tiles, sharding_of_sides, tiles_of
+from mfac_jax._src.rows import mesh
 
 _DECAY = 0.95  # of all means; 0.99 ends 2 % higher on text
 # Of a tile's root mean square: what is smaller may be rounding. Exact zeros do not survive a rotation.
 _FLOOR = 1e-3
 # Bases turn at so many steps, and at each of the first ones: every step is no better on text.
 _EVERY = 10
+
+
+Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class RotatedMetricState(NamedTuple):
@@ -73,23 +79,36 @@ def _first_of_side(leaf: jax.Array, is_row: bool, is_basis: bool) -> jax.Array:
     if tiles is None or not (tiles.turns_rows if is_row else tiles.turns_columns):
         return jnp.zeros((), leaf.dtype)
     side = tiles.rows if is_row else tiles.columns
-    first = jnp.eye(side, dtype=leaf.dtype) if is_basis else jnp.zeros((side, side), leaf.dtype)
-    return jnp.tile(first, (tiles.down, tiles.across, 1, 1))
+    row, shape = mesh.named_sharding(leaf), (tiles.down, tiles.across, side, side)
+    sharding = None if row is None else sharding_of_sides(leaf.shape, row, side)
+    zeros = jnp.zeros(shape, leaf.dtype, device=sharding)
+    return zeros + jnp.eye(side, dtype=leaf.dtype)[None, None] if is_basis else zeros
 
 
 def _update(
     state: RotatedMetricState, gradients: optax.Updates, count: jax.Array
 ) -> tuple[RotatedMetricState, Coordinates]:
-    leaves, structure = jax.tree.flatten(gradients)
+    # For derivatives the map is a constant: where eigenvalues meet, their vectors have none.
+    leaves, structure = jax.tree.flatten(lax.stop_gradient(gradients))
+    state = lax.stop_gradient(state)
     turns = (count <= _EVERY) | (count % _EVERY == 0)
     before = map(_Leaf, *map(structure.flatten_up_to, state))
-    after = [_next(g, leaf, turns) for g, leaf in zip(leaves, before, strict=True)]
-    scales = [_scale_of(leaf.second_moment, count) for leaf in after]
+    after = [
+        mesh.with_automatic_axes(_next, leaf)(g, leaf, turns)
+        for g, leaf in zip(leaves, before, strict=True)
+    ]
+    scales = [
+        mesh.with_automatic_axes(_scale_of, leaf.second_moment)(leaf.second_moment, count) for leaf in after
+    ]
 
-    def mapped(multiply):
+    def mapped(multiply: Multiply):
+        of_leaf = functools.partial(_mapped, multiply)
+
         def apply(tree):
             found = zip(structure.flatten_up_to(tree), after, scales, strict=True)
-            return structure.unflatten([_mapped(x, leaf, scale, multiply) for x, leaf, scale in found])
+            return structure.unflatten(
+                [mesh.with_automatic_axes(of_leaf, each[0])(*each) for each in found]
+            )
 
         return apply
 
@@ -97,6 +116,7 @@ def _update(
     return state, Coordinates(mapped(jnp.multiply), mapped(numerics.scaled))
 
 
+@jax.jit  # outside of a user's jit, the loop would be compiled at every call
 def _next(gradient: jax.Array, leaf: _Leaf, turns: jax.Array) -> _Leaf:
     """The means and bases with one more gradient."""
     tiles = tiles_of(gradient.shape)
@@ -114,6 +134,7 @@ def _next(gradient: jax.Array, leaf: _Leaf, turns: jax.Array) -> _Leaf:
     return leaf._replace(second_moment=running_mean(leaf.second_moment, jnp.square(gradient), _DECAY))
 
 
+@jax.jit
 def _scale_of(second_moment: jax.Array, count: jax.Array) -> jax.Array:
     """v^-1/4, bounded where v is rounding."""
     tiles = tiles_of(second_moment.shape)
@@ -124,7 +145,8 @@ def _scale_of(second_moment: jax.Array, count: jax.Array) -> jax.Array:
     return tiles.join(scale_of(jnp.square(numerics.root(v) + floor), count, _DECAY))
 
 
-def _mapped(x: jax.Array, leaf: _Leaf, scale: jax.Array, multiply) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _mapped(multiply: Multiply, x: jax.Array, leaf: _Leaf, scale: jax.Array) -> jax.Array:
     """P x."""
     tiles = tiles_of(x.shape)
     if tiles is None:
@@ -145,34 +167,31 @@ def _into_bases(x: jax.Array, leaf: _Leaf, tiles: Tiles) -> jax.Array:
 
 
 def _turned(leaf: _Leaf, tiles: Tiles, turns: jax.Array) -> _Leaf:
-    """The bases after a step of the orthogonal iteration, and the second moment in their order."""
+    """The leaf with its bases a step of the orthogonal iteration further, if it is time."""
 
     def turn(carry):
-        v, row_basis, column_basis, _ = carry
-        v = tiles.split(v)
+        row_basis, column_basis, _ = carry
         if tiles.turns_rows:
-            row_basis, order = _nearer(row_basis, leaf.row_covariance)
-            v = jnp.take_along_axis(v, order[..., None], axis=-2)
+            row_basis = _nearer(row_basis, row_covariance)
         if tiles.turns_columns:
-            column_basis, order = _nearer(column_basis, leaf.column_covariance)
-            v = jnp.take_along_axis(v, order[..., None, :], axis=-1)
-        return tiles.join(v), row_basis, column_basis, jnp.array(False)
+            column_basis = _nearer(column_basis, column_covariance)
+        return row_basis, column_basis, jnp.array(False)
 
+    _, row_covariance, column_covariance, *bases = leaf
     # A loop of one turn or none, where a conditional would copy what it carries.
-    carry = (leaf.second_moment, leaf.row_basis, leaf.column_basis, turns)
-    v, row_basis, column_basis, _ = lax.while_loop(lambda carry: carry[-1], turn, carry)
-    return leaf._replace(second_moment=v, row_basis=row_basis, column_basis=column_basis)
+    row_basis, column_basis, _ = lax.while_loop(lambda carry: carry[-1], turn, (*bases, turns))
+    return leaf._replace(row_basis=row_basis, column_basis=column_basis)
 
 
-def _nearer(basis: jax.Array, covariance: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A basis nearer to the eigenvectors, the largest eigenvalue first, and what that order is of the old.
+def _nearer(basis: jax.Array, covariance: jax.Array) -> jax.Array:
+    """A basis nearer to the eigenvectors: orthonormal columns of the covariance times the basis.
 
-    One step of the orthogonal iteration: orthonormal columns of the covariance times the basis.
+    The first columns get the largest eigenvalues.
     """
     largest = jnp.max(jnp.abs(covariance), axis=(-2, -1), keepdims=True)
     product = _product(covariance / jnp.where(largest > 0, largest, 1), basis)
-    order = jnp.argsort(-jnp.sum(basis * product, axis=-2), axis=-1)
-    return jnp.linalg.qr(jnp.take_along_axis(product, order[..., None, :], axis=-1))[0], order
+    one_axis = product.reshape(-1, *product.shape[2:])
+    return of_each(lambda x: jnp.linalg.qr(x)[0], one_axis).reshape(product.shape)
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mfac_jax._src.rows import mesh
 
 # A side is cut where it is longer. Covariances and bases of longer ones take a cube of operations.
 _LONGEST = 1024
@@ -40,6 +43,25 @@ class Tiles(NamedTuple):
     def join(self, tiles: jax.Array) -> jax.Array:
         """The leaf of these tiles."""
         return tiles.swapaxes(1, 2).reshape(self.shape)
+
+
+def sharding_of_sides(shape: Sequence[int], row: NamedSharding, side: int) -> NamedSharding:
+    """Where (down, across, side, side) arrays lie: each tile with its part of the leaf, if it can.
+
+    `row` is the leaf's. Mesh axes that do not divide the tiles split the sides.
+    """
+    tiles = tiles_of(shape)
+    assert tiles is not None
+    first, entries, rest = _first_column(shape), [], []
+    spec = (*row.spec, *[None] * (len(shape) - len(row.spec)))
+    for number, axes in ((tiles.down, range(first)), (tiles.across, range(first, len(shape)))):
+        names = [name for axis in axes for name in mesh.axes_of(spec[axis])]
+        size = math.prod(row.mesh.shape[name] for name in names)
+        entries.append(tuple(names) or None if number % size == 0 else None)
+        rest += names if number % size else []
+    size = math.prod(row.mesh.shape[name] for name in rest)
+    beyond = tuple(rest) if rest and side % size == 0 else None
+    return NamedSharding(row.mesh, PartitionSpec(*entries, beyond, None))
 
 
 def tiles_of(shape: Sequence[int]) -> Tiles | None:

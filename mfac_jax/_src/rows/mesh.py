@@ -6,6 +6,7 @@ not use. The same rule decides in `manual_axes.py`, inside of shard_map and pmap
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+Result = TypeVar("Result", bound=Any)
 # For each axis of a parameter the mesh axes that its window is split over, beyond those of the parameter.
 Split = tuple[tuple[str, ...], ...]
 
@@ -106,6 +108,23 @@ def named_sharding(leaf) -> NamedSharding | None:
         return explicit_sharding(leaf)
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
+
+
+def with_automatic_axes(function: Callable[..., Result], like: Any) -> Callable[..., Result]:
+    """The function with XLA choosing the shardings inside of it; its results are sharded as `like`.
+
+    That is for products of matrices: where mesh axes are explicit, types would have to tell all of them.
+    """
+
+    def spec_of(x) -> PartitionSpec:
+        sharding = explicit_sharding(x)
+        return PartitionSpec() if sharding is None else sharding.spec
+
+    if all(explicit_sharding(x) is None for x in jax.tree.leaves(like)):
+        return function
+    specs: Any = jax.tree.map(spec_of, like)
+    automatic: Any = jax.sharding.auto_axes(function, out_sharding=specs)
+    return automatic
 
 
 def explicit_sharding(x: jax.Array) -> NamedSharding | None:
