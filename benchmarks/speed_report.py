@@ -22,6 +22,7 @@ RESULTS, PICTURES = Path(__file__).parent / "results", Path(__file__).parents[1]
 Line = dict[str, Any]
 BARS = {
     "read": ("two readings of the window", "#BBBBBB"),
+    "auto": ("mfac_jax", "#009E73"),
     "inverse": ("mfac_jax, solver='inverse'", "#0072B2"),
     "cholesky": ("mfac_jax, solver='cholesky'", "#56B4E9"),
     "original, CUDA": ("original, its CUDA extension", "#E69F00"),

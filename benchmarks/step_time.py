@@ -47,7 +47,7 @@ GRID = tuple(
     (m, d) for d in (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000) for m in (32, 128, 512, 1024, 2048)
 )
 
-Solver = Literal["cholesky", "inverse"]
+Solver = Literal["auto", "cholesky", "inverse"]
 SOLVERS = get_args(Solver)
 
 
@@ -59,7 +59,7 @@ class Options:
     """flat windows of many sizes, in place of the cases of the table"""
     gigabytes: Positive = 4.5
     """largest window"""
-    solver: Annotated[Solver, choices(SOLVERS, many=False)] = "cholesky"
+    solver: Annotated[Solver, choices(SOLVERS, many=False)] = "auto"
     """of `scale_by_mfac`"""
     rounds: Count = 15
     """timed, after one to warm up"""
@@ -123,7 +123,7 @@ def _gram(window: Window) -> jax.Array:
 class Step:
     """`scale_by_mfac` on a full window; each call of `step` takes one."""
 
-    def __init__(self, case: Case, window: Window, solver: Solver = "cholesky"):
+    def __init__(self, case: Case, window: Window, solver: Solver = "auto"):
         transform = mfac_jax.scale_by_mfac(case.num_grads, DAMPING, solver=solver)
         # In place of a step for each row of the window. A kept inverse is made at the first step.
         state: Any = transform.init([rows[0] for rows in window])

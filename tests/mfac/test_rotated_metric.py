@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mfac_jax import mfac, scale_by_mfac
+from mfac_jax import mfac, scale_by_mfac, state_shardings
 from mfac_jax._src.mfac.metrics import METRICS
 from tests.dense_reference import inverse_product, relative_error
 
@@ -214,3 +216,50 @@ def test_a_gradient_that_is_not_finite_leaves_the_metric(bad):
     assert optax.tree.get(after, "grads_rejected") == 1
     before, after = (optax.tree.get(s, "ScaleByMFACState").metric for s in (state, after))
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+LAYERS = {"up": ((32, 64), P("x", "y")), "down": ((64, 32), P("y", "x")), "bias": ((64,), P("y"))}
+
+
+def layer_gradients(steps: int) -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [
+        {name: random.standard_normal(shape) for name, (shape, _) in LAYERS.items()} for _ in range(steps)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_it_is_the_run_on_one_device(x64, axis_type):
+    """From a state where gradients have been everywhere: bases of where none was are any."""
+    tx, (first, *stream) = mfac(0.1, 4, damping=1.0, metric="rotated"), layer_gradients(12)
+    update: Any = jax.jit(tx.update)
+    state = tx.init(jax.tree.map(jnp.asarray, first))
+    for g in (first, *stream[:8]):
+        _, state = update(g, state, first)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    shardings = {name: NamedSharding(mesh, spec) for name, (_, spec) in LAYERS.items()}
+    params = jax.device_put(first, shardings)
+    places = state_shardings(tx, params, shardings)
+    spread: Any = jax.device_put(state, places)
+    on_mesh: Any = jax.jit(tx.update, out_shardings=(shardings, places))
+    for g in stream[8:]:
+        expected, state = update(g, state, first)
+        with jax.set_mesh(mesh):
+            found, spread = on_mesh(jax.device_put(g, shardings), spread, params)
+        assert relative_error(flat(found), flat(expected)) < 1e-8
+    assert on_mesh._cache_size() == 1
+
+
+def test_tiles_lie_where_their_part_of_the_leaf_is():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    shapes = {"large": (8192, 2048), "small": (64, 32), "odd": (50257, 64)}
+    specs = {"large": P("x", "y"), "small": P("x", None), "odd": P(None, "y")}
+    params: Any = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    found: Any = state_shardings(scale_by_mfac(2, metric="rotated"), params, shardings).metric
+    for side in (found.row_basis, found.column_covariance):
+        assert side["large"].spec == P(("x",), ("y",), None, None)
+        # Of one tile the sides are split.
+        assert side["small"].spec == P(None, None, ("x", "y"), None)
+    assert found.row_basis["odd"].is_fully_replicated

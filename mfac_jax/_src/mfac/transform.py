@@ -84,7 +84,8 @@ def scale_by_mfac(
       blocks: None for one Fisher matrix of all parameters; 'leaf' for one per leaf; or a function from a
         leaf's key path to the label of its block.
       metric: 'identity', as in the paper; 'diagonal' works in the metric of a running second moment, as
-        networks need whose layers differ in scale; or a `components.Metric`.
+        networks need whose layers differ in scale; 'rotated' has it in the eigenbases of each matrix's two
+        covariances (docs/options.md); or a `components.Metric`.
       solver: 'cholesky'; 'inverse', which keeps the inverse of the m x m system and takes O(m^2), not
         O(m^3) operations; 'auto' for Cholesky, but on CPU from m = 1024 on the inverse, which states of
         that size hold on all platforms; or a `components.Solver`.
