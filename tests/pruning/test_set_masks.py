@@ -124,6 +124,17 @@ def test_the_window_is_that_of_one_who_only_saw_the_survivors(metric, blocks):
     assert_close(train(tx, PARAMS, late)[0], train(tx, PARAMS, always)[0])
 
 
+def test_means_in_bases_belong_to_no_weight_and_stay():
+    tx = keep_pruned(scale_by_mfac(M, 0.5, metric="rotated"), ALL_KEPT)
+    _, params, state = train(tx, PARAMS, tx.init(PARAMS))
+    after: Any = set_masks(tx, state, MASKS)
+    chex.assert_trees_all_equal(after.inner_state.metric, state.inner_state.metric)
+    assert np.all(pruned_entries(jax.tree.map(lambda rows: rows[0], after.inner_state.window)) == 0)
+    _, params, _ = train(tx, params, after)
+    assert np.all(pruned_entries(params) == 0)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(params))
+
+
 @pytest.mark.slow
 def test_an_optimizer_without_a_leaf_keeps_its_empty_window():
     groups = jax.tree.map(lambda p: "some", PARAMS)
