@@ -89,65 +89,81 @@ def _update(
     state: RotatedMetricState, gradients: optax.Updates, count: jax.Array
 ) -> tuple[RotatedMetricState, Coordinates]:
     # For derivatives the map is a constant: where eigenvalues meet, their vectors have none.
-    leaves, structure = jax.tree.flatten(lax.stop_gradient(gradients))
-    state = lax.stop_gradient(state)
-    turns = (count <= _EVERY) | (count % _EVERY == 0)
-    before = map(_Leaf, *map(structure.flatten_up_to, state))
-    after = [
-        mesh.with_automatic_axes(_next, leaf)(g, leaf, turns)
-        for g, leaf in zip(leaves, before, strict=True)
-    ]
-    scales = [
-        mesh.with_automatic_axes(_scale_of, leaf.second_moment)(leaf.second_moment, count) for leaf in after
-    ]
+    state, gradients = lax.stop_gradient((state, gradients))
+    leaves, structure = jax.tree.flatten(gradients)
+    before = list(map(_Leaf, *map(structure.flatten_up_to, state)))
+    after = mesh.with_automatic_axes(_next, before)(leaves, before, count)
+    scales = mesh.with_automatic_axes(_scales, leaves)(after, count)
 
     def mapped(multiply: Multiply):
-        of_leaf = functools.partial(_mapped, multiply)
-
         def apply(tree):
-            found = zip(structure.flatten_up_to(tree), after, scales, strict=True)
-            return structure.unflatten(
-                [mesh.with_automatic_axes(of_leaf, each[0])(*each) for each in found]
-            )
+            xs = structure.flatten_up_to(tree)
+            of_all = functools.partial(_mapped, multiply)
+            return structure.unflatten(mesh.with_automatic_axes(of_all, xs)(xs, after, scales))
 
         return apply
 
-    state = RotatedMetricState(*map(structure.unflatten, zip(*after, strict=True)))
+    state = RotatedMetricState(*(structure.unflatten([*x]) for x in zip(*after, strict=True)))
     return state, Coordinates(mapped(jnp.multiply), mapped(numerics.scaled))
 
 
 @jax.jit  # outside of a user's jit, the loop would be compiled at every call
-def _next(gradient: jax.Array, leaf: _Leaf, turns: jax.Array) -> _Leaf:
+def _next(gradients: list[jax.Array], leaves: list[_Leaf], count: jax.Array) -> list[_Leaf]:
     """The means and bases with one more gradient."""
+    leaves = list(map(_with_covariances, gradients, leaves))
+    turns = (count <= _EVERY) | (count % _EVERY == 0)
+    # One loop for all leaves, of one turn or none: a conditional would copy what it carries, and at each a
+    # GPU waits for the host.
+    carry = lax.while_loop(
+        lambda carry: carry[-1], lambda carry: (_turned(carry[0]), False), (leaves, turns)
+    )
+    return list(map(_with_second_moment, gradients, carry[0]))
+
+
+def _with_covariances(gradient: jax.Array, leaf: _Leaf) -> _Leaf:
+    tiles = tiles_of(gradient.shape)
+    if tiles is None:
+        return leaf
+    g = tiles.split(gradient)
+    if tiles.turns_rows:
+        leaf = leaf._replace(row_covariance=running_mean(leaf.row_covariance, _product(g, g.mT), _DECAY))
+    if tiles.turns_columns:
+        covariance = running_mean(leaf.column_covariance, _product(g.mT, g), _DECAY)
+        leaf = leaf._replace(column_covariance=covariance)
+    return leaf
+
+
+def _with_second_moment(gradient: jax.Array, leaf: _Leaf) -> _Leaf:
     tiles = tiles_of(gradient.shape)
     if tiles is not None:
-        g = tiles.split(gradient)
-        if tiles.turns_rows:
-            leaf = leaf._replace(
-                row_covariance=running_mean(leaf.row_covariance, _product(g, g.mT), _DECAY)
-            )
-        if tiles.turns_columns:
-            covariance = running_mean(leaf.column_covariance, _product(g.mT, g), _DECAY)
-            leaf = leaf._replace(column_covariance=covariance)
-        leaf = _turned(leaf, tiles, turns)
-        gradient = tiles.join(_into_bases(g, leaf, tiles))
+        gradient = tiles.join(_into_bases(tiles.split(gradient), leaf, tiles))
     return leaf._replace(second_moment=running_mean(leaf.second_moment, jnp.square(gradient), _DECAY))
 
 
 @jax.jit
-def _scale_of(second_moment: jax.Array, count: jax.Array) -> jax.Array:
-    """v^-1/4, bounded where v is rounding."""
-    tiles = tiles_of(second_moment.shape)
-    if tiles is None:
-        return scale_of(second_moment, count, _DECAY)
-    v = tiles.split(second_moment)
-    floor = _FLOOR * numerics.root(jnp.mean(v, axis=(-2, -1), keepdims=True))
-    return tiles.join(scale_of(jnp.square(numerics.root(v) + floor), count, _DECAY))
+def _scales(leaves: list[_Leaf], count: jax.Array) -> list[jax.Array]:
+    """v^-1/4 of each, bounded where v is rounding."""
+
+    def scale(v):
+        tiles = tiles_of(v.shape)
+        if tiles is None:
+            return scale_of(v, count, _DECAY)
+        v = tiles.split(v)
+        floor = _FLOOR * numerics.root(jnp.mean(v, axis=(-2, -1), keepdims=True))
+        return tiles.join(scale_of(jnp.square(numerics.root(v) + floor), count, _DECAY))
+
+    return [scale(leaf.second_moment) for leaf in leaves]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _mapped(multiply: Multiply, x: jax.Array, leaf: _Leaf, scale: jax.Array) -> jax.Array:
+def _mapped(
+    multiply: Multiply, xs: list[jax.Array], leaves: list[_Leaf], scales: list[jax.Array]
+) -> list[jax.Array]:
     """P x."""
+    return [_mapped_leaf(multiply, *each) for each in zip(xs, leaves, scales, strict=True)]
+
+
+def _mapped_leaf(multiply: Multiply, x: jax.Array, leaf: _Leaf, scale: jax.Array) -> jax.Array:
     tiles = tiles_of(x.shape)
     if tiles is None:
         return multiply(x, scale)
@@ -166,21 +182,19 @@ def _into_bases(x: jax.Array, leaf: _Leaf, tiles: Tiles) -> jax.Array:
     return _product(x, leaf.column_basis) if tiles.turns_columns else x
 
 
-def _turned(leaf: _Leaf, tiles: Tiles, turns: jax.Array) -> _Leaf:
-    """The leaf with its bases a step of the orthogonal iteration further, if it is time."""
+def _turned(leaves: list[_Leaf]) -> list[_Leaf]:
+    """The leaves with their bases a step of the orthogonal iteration further."""
 
-    def turn(carry):
-        row_basis, column_basis, _ = carry
-        if tiles.turns_rows:
-            row_basis = _nearer(row_basis, row_covariance)
-        if tiles.turns_columns:
-            column_basis = _nearer(column_basis, column_covariance)
-        return row_basis, column_basis, jnp.array(False)
+    def turn(basis, covariance):
+        return basis if basis.ndim == 0 else _nearer(basis, covariance)
 
-    _, row_covariance, column_covariance, *bases = leaf
-    # A loop of one turn or none, where a conditional would copy what it carries.
-    row_basis, column_basis, _ = lax.while_loop(lambda carry: carry[-1], turn, (*bases, turns))
-    return leaf._replace(row_basis=row_basis, column_basis=column_basis)
+    return [
+        leaf._replace(
+            row_basis=turn(leaf.row_basis, leaf.row_covariance),
+            column_basis=turn(leaf.column_basis, leaf.column_covariance),
+        )
+        for leaf in leaves
+    ]
 
 
 def _nearer(basis: jax.Array, covariance: jax.Array) -> jax.Array:
