@@ -114,10 +114,10 @@ def _next(gradients: list[jax.Array], leaves: list[_Leaf], count: jax.Array) -> 
     turns = (count <= _EVERY) | (count % _EVERY == 0)
     # One loop for all leaves, of one turn or none: a conditional would copy what it carries, and at each a
     # GPU waits for the host.
-    carry = lax.while_loop(
-        lambda carry: carry[-1], lambda carry: (_turned(carry[0]), False), (leaves, turns)
+    leaves, _ = lax.while_loop(
+        lambda carry: carry[-1], lambda carry: (_turned(carry[0]), jnp.array(False)), (leaves, turns)
     )
-    return list(map(_with_second_moment, gradients, carry[0]))
+    return list(map(_with_second_moment, gradients, leaves))
 
 
 def _with_covariances(gradient: jax.Array, leaf: _Leaf) -> _Leaf:
