@@ -251,6 +251,17 @@ def test_on_a_mesh_it_is_the_run_on_one_device(x64, axis_type):
     assert on_mesh._cache_size() == 1
 
 
+def test_a_leaf_that_looks_like_its_tiles_is_sharded_as_a_row():
+    """The second moment of a convolution over one place."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P(None, None, None, "x"))
+    params: Any = jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.float32)
+    metrics: Any = ("diagonal", "rotated")
+    for metric in metrics:
+        found: Any = state_shardings(scale_by_mfac(2, metric=metric), params, sharding)
+        assert found.metric.second_moment == sharding
+
+
 def test_tiles_lie_where_their_part_of_the_leaf_is():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     shapes = {"large": (8192, 2048), "small": (64, 32), "odd": (50257, 64)}

@@ -110,9 +110,11 @@ def _like_row(leaf, param, sharding: NamedSharding):
     if isinstance(leaf, optax.MaskedNode):
         return leaf
     row, tiles = row_sharding(param.shape, sharding), tiles_of(param.shape)
+    if leaf.shape == param.shape:
+        return row
     if tiles is not None and leaf.ndim == 4 and leaf.shape[:2] == (tiles.down, tiles.across):
         return sharding_of_sides(param.shape, row, leaf.shape[-1])
-    return row if leaf.shape == param.shape else _like_param(leaf, param, sharding)
+    return _like_param(leaf, param, sharding)
 
 
 def _checked(params: optax.Params, param_shardings: Any) -> tuple[Any, Any]:
