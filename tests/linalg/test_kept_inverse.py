@@ -80,6 +80,23 @@ def test_nearly_parallel_gradients_are_solved_by_cholesky():
     assert jnp.all(anew.matrix != kept.matrix)
 
 
+def test_sums_of_one_sign_are_no_reason_for_a_new_inverse():
+    """With cosines of a half the residual is rounded more, as in training with 1,024 gradients."""
+    m, random = 1024, np.random.default_rng(0)
+    noise = 1e-3 * random.standard_normal((m, m))
+    K = jnp.asarray(0.5 + 0.5 * np.eye(m) + (noise + noise.T) / 2, jnp.float32)[None]
+    shift, unknown = jnp.full(1, 1.0), kept_inverse.KeptInverse(0 * K, jnp.zeros(1))
+    _, kept = solve(unknown, K, shift, jnp.eye(m)[:1])
+    for index in range(4):
+        row = np.where(np.arange(m) == index, 1, 0.5 + 1e-3 * random.standard_normal(m))
+        row = jnp.asarray(row, jnp.float32)[None]
+        K = replace_row(K, row, jnp.int32(index))
+        corrected = kept_inverse.replace_row(kept, row, jnp.int32(index), jnp.array(True))
+        found, kept = solve(corrected, K, shift, jnp.eye(m)[index][None])
+        assert jnp.all(kept.matrix == corrected.matrix)
+        assert relative_error(K[0] @ found[0] + found[0], jnp.eye(m)[index]) < 1e-4
+
+
 @pytest.fixture(params=["here", "on a GPU"])
 def place(request):
     """Run what runs on that platform."""

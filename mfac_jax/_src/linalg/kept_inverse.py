@@ -135,6 +135,7 @@ def _solve(
     m, magnitudes = gram.shape[-1], jnp.abs(gram)
     eps, tiny = float(jnp.finfo(gram.dtype).eps), float(jnp.finfo(gram.dtype).tiny)
     # With the exact inverse the error comes down to 0.5 eps at m = 4, 1.3 at 64, 4 at 1024, 5.5 at 2048.
+    # Where it gets no further, as terms of one sign add up, twice as much will do: 6.7 at 1024.
     rounding = (1 + math.sqrt(m) / 8) * eps
     smallest = m * tiny / eps  # each of the m terms loses up to `tiny` where it leaves the normal numbers
 
@@ -155,7 +156,7 @@ def _solve(
 
     def is_solved(found: _Found) -> jax.Array:
         keeps_digits = cholesky.keeps_digits(rhs * found.product, jnp.abs(rhs) * found.terms)
-        return jnp.all(is_good(found)) & jnp.all(keeps_digits)
+        return jnp.all(found.error <= 2 * rounding) & jnp.all(keeps_digits)
 
     def anew(_):
         root = cholesky.inverse_root(gram, shift[:, None])
