@@ -97,3 +97,11 @@ def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
     sent = compiled_update.collectives(lowered.update.compile().as_text())
     assert set(sent) == {"all-reduce"}
     assert sent["all-reduce"][1] <= 2 * len(specs) * (64 + 1) * 4
+
+
+def test_long_leaves_on_explicit_axes_compile_for_a_mesh_that_is_not_here(monkeypatch):
+    """Where this machine has one device, and its own way with long rows."""
+    monkeypatch.setitem(gpu.TREES, "long", gpu_cases.Tree(8, ((3, 3, 256, 256),)))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    check = gpu.measure(gpu.Case("h100", "explicit", "long", "mfac", "float32"))
+    assert check["copied"] == 0

@@ -36,7 +36,9 @@ def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     def summed(rows, x):
         return jnp.sum(rows.astype(dtype) * x.astype(dtype)[None], axis=axes)
 
-    alone, is_long = jax.device_count() == 1, x.size > _MAX_DOT_COLUMNS
+    # A program may be compiled for a mesh that is not here.
+    alone = jax.device_count() == 1 and _mesh.explicit_sharding(rows) is None
+    is_long = x.size > _MAX_DOT_COLUMNS
     default = summed if is_long else contracted
     # Where there are several devices rows may be sharded. To make them parts would gather them, and a loop
     # over them would exchange their products one by one.
