@@ -1,14 +1,13 @@
 """The systems of one step: one per layer, several for stacked layers, or one for a whole operator."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 
 from mfac_jax._src.base import numerics, trees
 from mfac_jax._src.cgfac import curvature_checks
@@ -55,24 +54,10 @@ def solve_layers(
 ) -> list[SolvedLeaf]:
     """A system for each layer; leaves without factors in closed form. In the order of the leaves."""
     solve = functools.partial(_solve_layers, num_batches=num_batches)
-    return _with_automatic_axes(solve, gradient)(factors, gradient, mean_squares, limits)
-
-
-def _with_automatic_axes(
-    solve: Callable[..., list[SolvedLeaf]], gradient: optax.Updates
-) -> Callable[..., list[SolvedLeaf]]:
-    """`solve`, with XLA choosing the shardings inside of it if the gradient has explicit mesh axes.
-
-    The factors have the batch's mesh axes and the gradient its own: no type holds for all products.
-    """
-    shardings = [mesh.explicit_sharding(g) for g in jax.tree.leaves(gradient)]
-    if all(sharding is None for sharding in shardings):
-        return solve
-    scalar: Any = PartitionSpec()
-    specs: list[Any] = [scalar if sharding is None else sharding.spec for sharding in shardings]
-    found: Any = [SolvedLeaf(spec, scalar, scalar, scalar) for spec in specs]
-    automatic: Any = jax.sharding.auto_axes(solve, out_sharding=found)
-    return automatic
+    # The factors have the batch's mesh axes and the gradient its own: no type holds for all products.
+    scalar = jnp.zeros(())
+    like = [SolvedLeaf(g, scalar, scalar, scalar) for g in jax.tree.leaves(gradient)]
+    return mesh.with_automatic_axes(solve, like)(factors, gradient, mean_squares, limits)
 
 
 def _solve_layers(

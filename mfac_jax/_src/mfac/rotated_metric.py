@@ -79,9 +79,9 @@ def _first_of_side(leaf: jax.Array, is_row: bool, is_basis: bool) -> jax.Array:
     if tiles is None or not (tiles.turns_rows if is_row else tiles.turns_columns):
         return jnp.zeros((), leaf.dtype)
     side = tiles.rows if is_row else tiles.columns
-    row, shape = mesh.named_sharding(leaf), (tiles.down, tiles.across, side, side)
+    row = mesh.named_sharding(leaf)
     sharding = None if row is None else sharding_of_sides(leaf.shape, row, side)
-    zeros = jnp.zeros(shape, leaf.dtype, device=sharding)
+    zeros = jnp.zeros(tiles.squares(side), leaf.dtype, device=sharding)
     return zeros + jnp.eye(side, dtype=leaf.dtype)[None, None] if is_basis else zeros
 
 

@@ -112,7 +112,7 @@ def _like_row(leaf, param, sharding: NamedSharding):
     row, tiles = row_sharding(param.shape, sharding), tiles_of(param.shape)
     if leaf.shape == param.shape:
         return row
-    if tiles is not None and leaf.ndim == 4 and leaf.shape[:2] == (tiles.down, tiles.across):
+    if tiles is not None and leaf.shape in map(tiles.squares, (tiles.rows, tiles.columns)):
         return sharding_of_sides(param.shape, row, leaf.shape[-1])
     return _like_param(leaf, param, sharding)
 

@@ -36,6 +36,10 @@ class Tiles(NamedTuple):
     turns_rows: bool
     turns_columns: bool
 
+    def squares(self, side: int) -> tuple[int, int, int, int]:
+        """The shape of what is kept for a side of each tile."""
+        return self.down, self.across, side, side
+
     def split(self, leaf: jax.Array) -> jax.Array:
         """The tiles of the leaf."""
         return leaf.reshape(self.down, self.rows, self.across, self.columns).swapaxes(1, 2)
