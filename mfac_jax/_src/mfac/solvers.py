@@ -68,7 +68,7 @@ KEPT_INVERSE = Solver(
 _KEPT_ON_CPU = KEPT_INVERSE._replace(
     replace_row=kept_inverse.replace_row_on_cpu, solve=kept_inverse.solve_on_cpu
 )
-# On CPU Cholesky takes 9 ms at 1,024 rows, the kept inverse 3; at 512 they take 2.4 and 1.1, and a reading
+# On CPU Cholesky takes 10 ms at 1,024 rows, the kept inverse 4; at 512 they take 2.4 and 1.1, and a reading
 # of 100,000 columns 8.
 _MANY_ROWS = 1024
 SolverName = Literal["auto", "cholesky", "inverse"]
