@@ -3,8 +3,8 @@
 P is close to (K + shift I)^-1. When a row and column of K are replaced, two corrections of rank one follow:
 the old row is eliminated, and the new one enters by its Schur complement. Rounding errors leave with the
 rows that carry them. Every solution is refined against K itself until each entry of its residual is that of
-rounding, or gets no further and is at most twice that. Where it does not get there, K is near singular or the shift has moved too far. Cholesky then
-solves, and P is made anew.
+rounding; twice that will do where it gets no further. Else K is near singular or the shift has moved too
+far. Cholesky then solves, and P is made anew.
 
 Each entry of the residual is compared with the terms that it is the sum of. So a row and column of any
 length may stand beside the others: to scale them changes neither this test nor a digit of P.
