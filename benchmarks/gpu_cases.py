@@ -37,8 +37,8 @@ TREES = {
     "transformer of 12 layers": Tree(64, transformer_shapes(768, 12, 12, 1024)),
 }
 TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    "mfac": lambda **options: mfac_jax.mfac(3e-3, **options),
-    "mfac, inverse": lambda **options: mfac_jax.mfac(3e-3, solver="inverse", **options),
+    "mfac": lambda **options: mfac_jax.mfac(3e-3, metric="diagonal", **options),
+    "mfac, inverse": lambda **options: mfac_jax.mfac(3e-3, metric="diagonal", solver="inverse", **options),
     "scale_by_mfac": mfac_jax.scale_by_mfac,
 }
 STORAGES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

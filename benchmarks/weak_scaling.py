@@ -54,7 +54,8 @@ def prepare(mode: str, devices: int, num_grads: int, rows: int) -> Run:
     """Compile M-FAC's update for leaves sharded over all devices, `rows` of each leaf on each."""
     mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    tx = mfac_jax.mfac(3e-3, num_grads, axis_name="data" if mode == "shard_map" else None)
+    axis_name = "data" if mode == "shard_map" else None
+    tx = mfac_jax.mfac(3e-3, num_grads, metric="diagonal", axis_name=axis_name)
 
     @functools.partial(jax.jit, out_shardings=sharding)
     def draw(key):

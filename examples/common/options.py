@@ -22,9 +22,9 @@ from examples.common.run_folders import checkpoint_folders
 
 # Default peak learning rates of the examples.
 RATES = {
-    "digits": {"mfac": 3e-3, "cgfac": 0.1, "sgd": 0.2, "adamw": 0.05, "nadamw": 0.05, "muon": 0.05},
-    "cifar10": {"mfac": 3e-3, "sgd": 0.2, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
-    "text": {"mfac": 3e-3, "cgfac": 0.1, "sgd": 0.5, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
+    "digits": {"mfac": 1e-2, "cgfac": 0.1, "sgd": 0.2, "adamw": 0.05, "nadamw": 0.05, "muon": 0.05},
+    "cifar10": {"mfac": 1e-2, "sgd": 0.2, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
+    "text": {"mfac": 1e-2, "cgfac": 0.1, "sgd": 0.5, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
 }
 OPTIMIZERS = tuple(RATES["digits"])  # all of them
 

@@ -15,7 +15,7 @@ from mfac_jax import cgfac, mfac, mfac_published, scale_by_cgfac, scale_by_mfac
 PARAMS = {"a": jnp.ones((3, 2)), "b": jnp.ones(2)}
 NAN, INF = float("nan"), float("inf")
 NO_NUMBERS = ["1e-3", None, True, [0.1], 1j, {}, jnp.ones(2)]
-CHAINS = {mfac: ("3e-3", "0.2"), mfac_published: ("1e-3", "1e-5"), cgfac: ("0.1", "0.01")}
+CHAINS = {mfac: ("1e-2", "1.0"), mfac_published: ("1e-3", "1e-5"), cgfac: ("0.1", "0.01")}
 FACTORIES = [*CHAINS, scale_by_mfac, scale_by_cgfac]
 MASKS = {"a": True, "b": False}
 

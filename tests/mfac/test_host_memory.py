@@ -43,7 +43,7 @@ def train(tx, params, state):
 
 @functools.cache
 def in_device_memory(storage):
-    tx = mfac(0.01, NUM_GRADS, storage=storage)
+    tx = mfac(0.01, NUM_GRADS, metric="diagonal", storage=storage)
     params, state = start(), tx.init(start())
     step: Any = jax.jit(functools.partial(train_step, tx))
     for grads in GRADIENTS:
@@ -81,7 +81,7 @@ def assert_equal_to_device_memory(params, state, storage=None) -> None:
     ids=str,
 )
 def test_steps_are_those_of_device_memory(host_chunk, storage):
-    tx = mfac(0.01, NUM_GRADS, storage=storage, host_chunk=host_chunk)
+    tx = mfac(0.01, NUM_GRADS, metric="diagonal", storage=storage, host_chunk=host_chunk)
     state = tx.init(start())
     assert_window_on_host(state)
     assert_equal_to_device_memory(*train(tx, start(), state), storage=storage)
@@ -89,7 +89,7 @@ def test_steps_are_those_of_device_memory(host_chunk, storage):
 
 @slow
 def test_a_scan_over_steps_is_the_same():
-    tx = mfac(0.01, NUM_GRADS, host_chunk=3)
+    tx = mfac(0.01, NUM_GRADS, metric="diagonal", host_chunk=3)
     stacked = jax.tree.map(lambda *x: np.stack(x), *GRADIENTS)
 
     def train_all(params, state):
@@ -113,7 +113,7 @@ def on_mesh(axis_type: AxisType):
 @slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 def test_on_a_mesh_each_device_streams_its_shard(axis_type):
-    tx, param_shardings = mfac(0.01, NUM_GRADS, host_chunk=3), on_mesh(axis_type)
+    tx, param_shardings = mfac(0.01, NUM_GRADS, metric="diagonal", host_chunk=3), on_mesh(axis_type)
     params = jax.device_put(start(), param_shardings)
     shardings = state_shardings(tx, params, param_shardings)
     state = tx.init(params)

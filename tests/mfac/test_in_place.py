@@ -21,7 +21,7 @@ def preconditioner(**options):
 
 
 def injected(factory, **kwargs):
-    return optax.inject_hyperparams(factory, static_args=("num_grads", "storage"))(
+    return optax.inject_hyperparams(factory, static_args=("num_grads", "storage", "metric"))(
         **({"num_grads": NUM_GRADS} | kwargs)
     )
 
@@ -47,19 +47,19 @@ TRANSFORMS = {
     ),
     "inject_hyperparams": injected(scale_by_mfac, damping=1.0),
     "apply_if_finite": optax.apply_if_finite(preconditioner(), 3),
-    "mfac": mfac(0.1, NUM_GRADS, weight_decay=1e-3),
+    "mfac": mfac(0.1, NUM_GRADS, metric="diagonal", weight_decay=1e-3),
     "mfac_published": mfac_published(0.1, NUM_GRADS),
-    "inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, weight_decay=1e-3),
-    "apply_if_finite of mfac": optax.apply_if_finite(mfac(0.1, NUM_GRADS), 3),
+    "inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, metric="diagonal", weight_decay=1e-3),
+    "apply_if_finite of mfac": optax.apply_if_finite(mfac(0.1, NUM_GRADS, metric="diagonal"), 3),
     "bfloat16": half(),
     "bfloat16, a block a leaf": half(blocks="leaf"),
     "bfloat16, inverse kept": half(solver="inverse"),
     "bfloat16, chain": optax.chain(optax.clip_by_global_norm(1.0), half(), optax.scale(-0.1)),
     "bfloat16, masked": optax.masked(half(), {"bias": False, "kernel": True, "conv": True}),
     "bfloat16, inject_hyperparams": injected(scale_by_mfac, damping=1.0, **HALF),
-    "bfloat16, mfac": mfac(0.1, **HALF),
-    "bfloat16, inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, **HALF),
-    "bfloat16 parameters": mfac(0.1, 2 * NUM_GRADS),
+    "bfloat16, mfac": mfac(0.1, metric="diagonal", **HALF),
+    "bfloat16, inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, metric="diagonal", **HALF),
+    "bfloat16 parameters": mfac(0.1, 2 * NUM_GRADS, metric="diagonal"),
 }
 
 

@@ -13,7 +13,7 @@ from mfac_jax import mfac, scale_by_mfac
 from tests.dense_reference import inverse_product, relative_error
 
 slow = pytest.mark.slow
-MFAC = mfac(0.01, 4)
+MFAC = mfac(0.01, 4, metric="diagonal")
 WIDTH = 12
 
 
@@ -47,10 +47,10 @@ def test_where_the_damping_rules_it_is_adam_without_momentum(x64):
     np.testing.assert_allclose(updates, expected, rtol=1e-8)
 
 
-def test_the_default_step_is_the_formula_of_its_docstring(x64):
+def test_a_step_in_the_diagonal_metric_is_the_formula_of_the_docstring(x64):
     """Written out in NumPy with a dense Fisher matrix, the window wrapping, without the step factor."""
     grads, m, rho, beta, rate = gradients(9), 4, 0.2, 0.9, 0.01
-    updates, states = states_and_updates(mfac(rate, m, step_adaptation=0.0), grads)
+    updates, states = states_and_updates(mfac(rate, m, rho, metric="diagonal", step_adaptation=0.0), grads)
     v, rows = np.zeros(grads.shape[1]), []
     for step, g in enumerate(grads):
         v = 0.99 * v + 0.01 * g**2
@@ -152,4 +152,4 @@ def test_step_adaptation_may_be_a_schedule():
     grads = np.repeat(gradients(1).astype(np.float32), 6, axis=0)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 0.01, 6, 12)
     _, state = run(mfac(0.01, 4, step_adaptation=schedule), grads)
-    assert 0 < optax.tree.get(state, "log_step") < 0.1
+    assert 0 < optax.tree.get(state, "log_step") < 0.2

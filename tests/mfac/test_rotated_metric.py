@@ -43,17 +43,11 @@ def as_matrix(shape) -> tuple[int, int]:
 class Reference:
     """The metric of one leaf as the docstring has it, in NumPy."""
 
-    def __init__(self, name, state, count):
-        self.shape, self.matrix, self.count = SHAPES[name], as_matrix(SHAPES[name]), count
-        sides = [(state.row_covariance, state.row_basis), (state.column_covariance, state.column_basis)]
-        self.covariances, self.bases = (
-            [
-                np.asarray(side[i][name]).reshape(n, n) if len(self.shape) > 1 else np.eye(n)
-                for n, side in zip(self.matrix, sides, strict=True)
-            ]
-            for i in (0, 1)
-        )
-        self.v = np.asarray(state.second_moment[name]).reshape(self.matrix)
+    def __init__(self, name):
+        self.shape, self.matrix, self.count = SHAPES[name], as_matrix(SHAPES[name]), 0
+        self.covariances = [np.zeros((n, n)) for n in self.matrix]
+        self.bases = [np.eye(n) for n in self.matrix]
+        self.v = np.zeros(self.matrix)
 
     def step(self, gradient):
         g = gradient.reshape(self.matrix)
@@ -68,8 +62,10 @@ class Reference:
         if len(self.shape) < 2:
             return
         for side in (0, 1):
-            product = self.covariances[side] @ self.bases[side]
-            self.bases[side] = np.linalg.qr(product)[0]
+            covariance = self.covariances[side] / np.max(np.abs(self.covariances[side]))
+            self.bases[side] = np.linalg.qr(
+                (covariance + 1e-4 * np.eye(len(covariance))) @ self.bases[side]
+            )[0]
 
     def into(self, x):
         return self.bases[0].T @ x @ self.bases[1]
@@ -83,23 +79,15 @@ class Reference:
 
 def test_updates_are_those_of_the_formula(x64):
     """P F^-1 P g with the rows as they entered the window, by the bases of their step."""
-    num_grads, damping, known = 5, 0.3, 12  # before, the bases of where no gradient has been are any
+    num_grads, damping = 5, 0.3
     stream = gradients(30)
     tx = scale_by_mfac(num_grads, damping, metric="rotated")
     state: Any = tx.init(jax.tree.map(jnp.asarray, stream[0]))
     update: Any = jax.jit(tx.update)
     rows: list[np.ndarray] = []
-    reference: dict[str, Reference] = {}
-    for count, grads in enumerate(stream, 1):
+    reference = {name: Reference(name) for name in SHAPES}
+    for grads in stream:
         updates, state = update(jax.tree.map(jnp.asarray, grads), state)
-        if count == known:
-            reference = {name: Reference(name, state.metric, count) for name in SHAPES}
-            rows = [
-                flat(jax.tree.map(lambda x, r=r: x[r], state.window))
-                for r in oldest_first(count, num_grads)
-            ]
-        if count <= known:
-            continue
         for name, g in grads.items():
             reference[name].step(g)
         rows.append(flat({name: reference[name].map(g) for name, g in grads.items()}))
@@ -108,11 +96,6 @@ def test_updates_are_those_of_the_formula(x64):
         expected = flat({name: reference[name].map(x) for name, x in inside.items()})
         assert relative_error(flat(updates), expected) < 1e-8
     assert update._cache_size() == 1
-
-
-def oldest_first(count: int, num_grads: int) -> list[int]:
-    """The rows of the window after so many gradients."""
-    return [row % num_grads for row in range(count, count + num_grads)]
 
 
 def flat(tree) -> np.ndarray:
@@ -188,6 +171,15 @@ def test_vectors_have_the_diagonal_metric(x64):
         np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-8)
 
 
+def test_rounding_does_not_choose_bases():
+    """The first gradients leave most directions open."""
+    stream = [{"kernel": g["kernel"]} for g in gradients(3)]
+    random = np.random.default_rng(1)
+    nudged = [{"kernel": g["kernel"] * (1 + 1e-7 * random.standard_normal((6, 5)))} for g in stream]
+    found, wanted = (flat(mapped(run(s[:-1]), s[-1], jnp.int32(3), s[-1])) for s in (nudged, stream))
+    assert relative_error(found, wanted) < 1e-3
+
+
 def test_derivatives_take_the_map_for_a_constant(x64):
     """Both modes, through a step: without the window, P^2 in place of the Jacobian matrix."""
     tx = scale_by_mfac(2, 1e12, relative_damping=True, metric="rotated")
@@ -231,20 +223,16 @@ def layer_gradients(steps: int) -> list[dict[str, np.ndarray]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_it_is_the_run_on_one_device(x64, axis_type):
-    """From a state where gradients have been everywhere: bases of where none was are any."""
-    tx, (first, *stream) = mfac(0.1, 4, damping=1.0, metric="rotated"), layer_gradients(12)
+    tx, stream = mfac(0.1, 4, metric="rotated"), layer_gradients(8)
     update: Any = jax.jit(tx.update)
-    state = tx.init(jax.tree.map(jnp.asarray, first))
-    for g in (first, *stream[:8]):
-        _, state = update(g, state, first)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     shardings = {name: NamedSharding(mesh, spec) for name, (_, spec) in LAYERS.items()}
-    params = jax.device_put(first, shardings)
+    params = jax.device_put(stream[0], shardings)
+    state, spread = tx.init(jax.tree.map(jnp.asarray, stream[0])), tx.init(params)
     places = state_shardings(tx, params, shardings)
-    spread: Any = jax.device_put(state, places)
     on_mesh: Any = jax.jit(tx.update, out_shardings=(shardings, places))
-    for g in stream[8:]:
-        expected, state = update(g, state, first)
+    for g in stream:
+        expected, state = update(g, state, stream[0])
         with jax.set_mesh(mesh):
             found, spread = on_mesh(jax.device_put(g, shardings), spread, params)
         assert relative_error(flat(found), flat(expected)) < 1e-8

@@ -29,14 +29,16 @@ from tests.training_runs import correlated_gradients, relative_error, train_step
 
 slow = pytest.mark.slow
 TRANSFORMS = {
-    "default": functools.partial(mfac, 0.01, NUM_GRADS, weight_decay=1e-3),
+    "diagonal": functools.partial(mfac, 0.01, NUM_GRADS, metric="diagonal", weight_decay=1e-3),
     "plain": functools.partial(
         mfac, 0.01, NUM_GRADS, metric="identity", momentum=None, step_adaptation=0.0, solver="inverse"
     ),
-    "half, a block a leaf": functools.partial(mfac, 0.01, NUM_GRADS, blocks="leaf", storage=jnp.bfloat16),
+    "half, a block a leaf": functools.partial(
+        mfac, 0.01, NUM_GRADS, metric="diagonal", blocks="leaf", storage=jnp.bfloat16
+    ),
 }
-CASES = [("default", placement) for placement in SPECS] + [(kind, "mixed") for kind in [*TRANSFORMS][1:]]
-QUICK = ("default", "mixed")
+CASES = [("diagonal", placement) for placement in SPECS] + [(kind, "mixed") for kind in [*TRANSFORMS][1:]]
+QUICK = ("diagonal", "mixed")
 KINDS_AND_PLACEMENTS = pytest.mark.parametrize(
     ("kind", "placement"), [pytest.param(*case, marks=[] if case == QUICK else slow) for case in CASES]
 )
@@ -116,8 +118,8 @@ def test_inside_of_shard_map_it_is_the_run_on_one_device(placement, kind, inside
 @pytest.mark.parametrize(
     ("kind", "axis_name"),
     [
-        ("default", "i"),
-        pytest.param("default", None, marks=slow),
+        ("diagonal", "i"),
+        pytest.param("diagonal", None, marks=slow),
         *(pytest.param(kind, "i", marks=slow) for kind in [*TRANSFORMS][1:]),
     ],
     ids=str,
@@ -209,7 +211,7 @@ def compile_on_mesh(tx, placement: str, mode: str):
     ],
 )
 def test_only_products_are_added_up_and_only_split_updates_gathered(placement, mode):
-    tx = TRANSFORMS["default"](axis_name=AXES if mode == "shard_map" else None)
+    tx = TRANSFORMS["diagonal"](axis_name=AXES if mode == "shard_map" else None)
     compiled, held = compile_on_mesh(tx, placement, mode)
     found = compiled_update.collectives(compiled.as_text())
     assert set(found) <= {"all-reduce", "all-gather"}

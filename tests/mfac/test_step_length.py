@@ -28,32 +28,15 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
     return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
 
 
-def shrinkage(window: np.ndarray) -> float:
-    """How much smaller the newer half of the rows is, less a standard error."""
-    if len(window) == 1:
-        return 0.0
-    newer, older = np.array_split(np.log(np.sum(window[::-1] ** 2, axis=1)), 2)
-    difference = older.mean() - newer.mean()
-    standard_error = np.sqrt(sum(x.var(ddof=1) / len(x) if len(x) > 1 else 0 for x in (newer, older)))
-    return np.sign(difference) * (1 - np.exp(-max(abs(difference) - standard_error, 0)))
-
-
 def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float, num_grads: int) -> np.ndarray:
     """What `log_step` should be after each gradient."""
-    log_steps, mean = [0.0], 0.0
+    log_steps = [0.0]
     for step in range(1, len(grads)):
-        newest = cosine(grads[step], directions[step - 1])
-        share = max(0.05, 1 / min(step, num_grads))
-        mean += share * (newest - mean)
-        window = grads[max(0, step + 1 - num_grads) : step + 1]
-        pairs = [cosine(window[i], window[j]) for i in range(len(window)) for j in range(i)] or [1.0]
-        noise = np.sqrt(np.mean(np.square(pairs)) * share / (2 - share))
-        significant = np.sign(mean) * max(abs(mean) - 2 * noise, 0)
-        beyond = min(significant + 0.06 * shrinkage(window) - 0.005, newest + 2 * np.std(pairs))
-        lost = 0.7 * np.clip(2 - num_grads / 32, 0, 1) * np.clip(log_steps[-1] / np.log(5), 0, 1)
-        move = newest + 0.06 * (1 - lost) if log_steps[-1] < np.log(5) else beyond
-        largest = np.log(min(num_grads**2 / 8, 30))
-        log_steps.append(np.clip(log_steps[-1] + rate * move, -np.log(30), largest))
+        early = max(1, 25 / (step + 1))
+        lost = 0.7 * np.clip(2 - num_grads / 32, 0, 1) * np.clip(log_steps[-1] / np.log(6), 0, 1)
+        move = min(early * rate, 1) * (cosine(grads[step], directions[step - 1]) + 0.06 * (1 - lost))
+        largest = np.log(min(num_grads**2 / 8, 6 * early, 30))
+        log_steps.append(np.clip(log_steps[-1] + move, -np.log(30), largest))
     return np.array(log_steps)
 
 
@@ -63,9 +46,9 @@ def test_the_step_factor_follows_the_cosine_of_gradient_and_last_update(x64, blo
     signs = np.where(np.arange(40) < 8, 1, (-1) ** np.arange(40))  # along the updates, then against them
     grads = stream(40) / 3 + signs[:, None] * stream(1, seed=1)
     plain = dense_run(grads, num_grads, lambda step: 0.5, 0.3, blocks)
-    tx = scale_by_mfac(num_grads, 0.5, window_momentum=0.3, blocks=blocks, step_adaptation=1.0)
+    tx = scale_by_mfac(num_grads, 0.5, window_momentum=0.3, blocks=blocks, step_adaptation=0.4)
     updates, state = jitted_run(tx, as_tree(grads))
-    log_steps = adapted_log_steps(grads, plain, 1.0, num_grads)
+    log_steps = adapted_log_steps(grads, plain, 0.4, num_grads)
     assert log_steps.max() > np.log(5)
     assert np.min(np.diff(log_steps)) < 0
     np.testing.assert_allclose(state.log_step, log_steps[-1], rtol=1e-9)
@@ -102,11 +85,12 @@ def log_steps_of(num_grads, grads):
 @pytest.mark.parametrize("norms", ["equal", "spread", "outliers", "waves"])
 def test_the_step_factor_does_not_grow_on_noise(norms, num_grads, dimensions):
     log_steps = log_steps_of(num_grads, noise(norms, dimensions))
-    assert np.log(4) < np.median(log_steps[1000:]) < np.log(8)
+    assert np.log(1.5) < np.median(log_steps[1000:])
+    assert log_steps[1000:].max() <= np.log(6.001)
     assert log_steps.max() < np.log(20)
 
 
-@pytest.mark.parametrize(("sign", "factor"), [(1, 30), (-1, 1 / 30)])
+@pytest.mark.parametrize(("sign", "factor"), [(1, 6), (-1, 1 / 30)])
 def test_the_step_factor_stays_in_its_band(sign, factor):
     """Equal gradients point along every update; alternating ones against every other."""
     grads = noise("equal", 64)[:1] * np.float32(sign) ** np.arange(2000, dtype=np.float32)[:, None]
@@ -123,14 +107,6 @@ def test_few_rows_change_the_length_by_little(num_grads, smallest, largest):
         grads = np.stack([g * sign**step for step in range(200)])
         _, state = jitted_run(tx, as_tree(grads))
         np.testing.assert_allclose(np.exp(state.log_step), factor, rtol=1e-5)
-
-
-@slow
-def test_the_step_factor_grows_while_gradients_shrink():
-    shrinking = noise("spread", 64) * np.exp(-np.arange(2000) / 50, dtype=np.float32)[:, None]
-    factors = np.exp(log_steps_of(64, shrinking)[:1000])
-    np.testing.assert_allclose(factors.max(), 30, rtol=1e-5)
-    assert factors[-100:].min() > 25
 
 
 @pytest.mark.exhaustive

@@ -21,7 +21,8 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 M = 3  # of the windows; they wrap
 
 
-TX = keep_pruned(mfac(0.1, M, weight_decay=0.1), MASKS)
+# A rotated metric would mix survivors with what is gone.
+TX = keep_pruned(mfac(0.1, M, weight_decay=0.1, metric="diagonal"), MASKS)
 STATE: Any = TX.init(PARAMS)
 SGD = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
 

@@ -140,7 +140,7 @@ def test_without_params_there_is_no_update():
 
 def test_mfac_trains_as_if_the_survivors_were_all_there_is():
     after, _, _ = train(TX, PARAMS, STATE)
-    alone, inner = surviving(PARAMS), mfac(0.1, M, weight_decay=0.1)
+    alone, inner = surviving(PARAMS), mfac(0.1, M, weight_decay=0.1, metric="diagonal")
     expected, _, _ = train(inner, alone, inner.init(alone), surviving(GRADIENTS, 1))
     assert_close(surviving(after, 1), expected)
 

@@ -32,6 +32,9 @@ _DECAY = 0.95  # of all means; 0.99 ends 2 % higher on text
 _FLOOR = 1e-3
 # Bases turn at so many steps, and at each of the first ones: every step is no better on text.
 _EVERY = 10
+# Of the largest entry of a covariance: less says nothing of a direction, which keeps its place then.
+# Rounding would turn it otherwise, and updates would differ by percents from one machine to the next.
+_UNSEEN = 1e-4
 
 
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]
@@ -75,11 +78,10 @@ def _init(new: Callable[[], optax.Params]) -> RotatedMetricState:
 
 def _first_of_side(leaf: jax.Array, is_row: bool, is_basis: bool) -> jax.Array:
     """The first covariance, zero, or the first basis, the identity."""
-    tiles = tiles_of(leaf.shape)
+    tiles, row = tiles_of(leaf.shape), mesh.named_sharding(leaf)
     if tiles is None or not (tiles.turns_rows if is_row else tiles.turns_columns):
-        return jnp.zeros((), leaf.dtype)
+        return jnp.zeros((), leaf.dtype, device=None if row is None else mesh.replicated(row.mesh, 0))
     side = tiles.rows if is_row else tiles.columns
-    row = mesh.named_sharding(leaf)
     sharding = None if row is None else sharding_of_sides(leaf.shape, row, side)
     zeros = jnp.zeros(tiles.squares(side), leaf.dtype, device=sharding)
     return zeros + jnp.eye(side, dtype=leaf.dtype)[None, None] if is_basis else zeros
@@ -203,7 +205,7 @@ def _nearer(basis: jax.Array, covariance: jax.Array) -> jax.Array:
     The first columns get the largest eigenvalues.
     """
     largest = jnp.max(jnp.abs(covariance), axis=(-2, -1), keepdims=True)
-    product = _product(covariance / jnp.where(largest > 0, largest, 1), basis)
+    product = _product(covariance / jnp.where(largest > 0, largest, 1), basis) + _UNSEEN * basis
     one_axis = product.reshape(-1, *product.shape[2:])
     return of_each(lambda x: jnp.linalg.qr(x)[0], one_axis).reshape(product.shape)
 
