@@ -1,24 +1,25 @@
 """Compare optimizers: same models, data, seeds, schedule shape and number of tuning trials.
 
-Every rate of an optimizer's grid is tried with seed 0. The rate with the lowest final training loss is then
-run with the other seeds. Each run becomes a line of runs.jsonl when it ends, and is not repeated when the
-command is given again. `python -m benchmarks.report_comparison` makes tables and pictures of the file.
+Every rate of an optimizer's grid is tried with seed 0, five rates for each that is tuned. While the lowest
+final training loss is at an end of the grid, one rate beyond that end is tried too, at most two. The rate
+with the lowest loss is then run with other seeds, which alone are reported. Each run becomes a line of
+runs.jsonl when it ends, and is not repeated when the command is given again.
+`python -m benchmarks.report_comparison` makes tables and pictures of the file.
 
 Results of an older revision of this repository are kept: the peers' do not depend on it. To redo runs after
 a change of M-FAC, delete their lines from runs.jsonl. The report names M-FAC entries of several revisions.
 
 The problems are those of examples/, and noisy-digits: the MLP on batches of 4 images, with 30 % of the
-training labels drawn at random, to see who mistakes noise for a direction. kfac and soap need packages that
-are not installed with this one: kfac_jax (pip; with JAX 0.10 also tfp-nightly in place of
-tensorflow-probability) and a checkout of haydn-jones/SOAP_JAX. Without them the file says that they are
-missing.
+training labels drawn at random, to see who mistakes noise for a direction. kfac and kron need packages
+that are not installed with this one: psgd-jax, and kfac-jax (with JAX 0.10 also tfp-nightly in place of
+tensorflow-probability). Without them the file says that they are missing.
 """
 
 import concurrent.futures
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,8 @@ from examples.common.command_line import (
 )
 from examples.common.data import DataError
 
+MORE_RATES = 2  # tried at most beyond a grid
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -47,15 +50,13 @@ class Options:
     optimizers: Annotated[tuple[str, ...], choices(opt.RATES)] = tuple(opt.RATES)
     """which optimizers to run"""
     seeds: Count = 3
-    """runs at the best rate"""
+    """reported runs at the best rate, with seeds from 1 on"""
     steps: OptionalCount = None
     """cut every run to so many steps, for a quick trial"""
     jobs: Count = 1
     """processes side by side, one thread each"""
     data_dir: OptionalExistingFolder = None
     """folder with data for cifar10 and text, as in examples/"""
-    soap: OptionalExistingFolder = None
-    """checkout of SOAP_JAX, the package of SOAP"""
     grid: Flag = False
     """scan rates and dampings of M-FAC, and rates of AdamW, instead"""
     variants: Flag = False
@@ -65,10 +66,30 @@ class Options:
 
 
 def tuning(options: Options, problem: str, optimizer: str) -> list[Run]:
-    """List a run with seed 0 for every rate of the grid."""
+    """List a run with the tuning seed for every rate of the grid."""
     data = "given" if options.data_dir and "digits" not in problem else "default"
     rates = opt.rates(opt.RATES[optimizer], problem)
-    return [Run("tuning", problem, optimizer, rate, None, 0, data, options.steps) for rate in rates]
+    return [
+        Run("tuning", problem, optimizer, rate, None, opt.TUNING_SEED, data, options.steps)
+        for rate in rates
+    ]
+
+
+def beyond(losses: Mapping[float, float]) -> float | None:
+    """Choose the next rate where the lowest loss is at an end of the grid, else None.
+
+    Grids go by 1, 2, 5 or by 1, 3 in each decade, and go on so. Where all diverged the lowest rate counts
+    as the best.
+    """
+    rates = sorted(losses)
+    best = min(rates, key=lambda rate: losses[rate])
+    if best == rates[-1]:
+        further = min(10 * rate for rate in rates if 10 * rate > 1.5 * best)
+    elif best == rates[0]:
+        further = max(rate / 10 for rate in rates if 1.5 * rate / 10 < best)
+    else:
+        return None
+    return float(f"{further:g}")
 
 
 def grid(options: Options, problem: str) -> list[Run]:
@@ -89,6 +110,36 @@ def variants(options: Options, problem: str) -> list[Run]:
     return [first._replace(optimizer=name, rate=rate) for name in names for rate in rates]
 
 
+def tune(options: Options, runner: Runner, problem: str, optimizers: Sequence[str]) -> list[Run]:
+    """Try rates with every optimizer; return the best run of each, but of those that always diverged."""
+    trials = {name: tuning(options, problem, name) for name in optimizers}
+    runner.run([run for runs in trials.values() for run in runs], f"{problem}, seed {opt.TUNING_SEED}")
+    for _ in range(MORE_RATES):
+        new = [run for runs in trials.values() for run in further(runner.store, runs)]
+        runner.run(new, f"{problem}, beyond the grids")
+        for run in new:
+            trials[run.optimizer].append(run)
+    best = []
+    for runs in trials.values():
+        losses = losses_of(runner.store, runs)
+        if min(losses.values(), default=math.inf) < math.inf:
+            best.append(min(losses, key=lambda run: losses[run]))
+    return best
+
+
+def losses_of(store: Store, runs: list[Run]) -> dict[Run, float]:
+    """The losses of those runs that did not fail."""
+    losses = {run: store.loss(run) for run in runs}
+    return {run: loss for run, loss in losses.items() if loss is not None}
+
+
+def further(store: Store, runs: list[Run]) -> list[Run]:
+    """The next trial of an optimizer, if it is tuned and its best rate is at an end of the rates tried."""
+    losses = {run.rate: loss for run, loss in losses_of(store, runs).items()}
+    rate = beyond(losses) if len(losses) > 1 else None
+    return [] if rate is None else [runs[0]._replace(rate=rate)]
+
+
 def compare(options: Options, runner: Runner) -> None:
     """Do the whole comparison, or another study, one problem after the other."""
     if options.grid or options.variants:
@@ -99,24 +150,17 @@ def compare(options: Options, runner: Runner) -> None:
     missing = runner.missing(options.optimizers, options.problems)
     for problem in options.problems:
         present = [name for name in options.optimizers if (name, problem) not in missing]
-        trials = [tuning(options, problem, name) for name in present]
-        runner.run([run for runs in trials for run in runs], f"{problem}, seed 0")
-        repeats = []
-        for runs in trials:
-            losses = {run: runner.store.loss(run) for run in runs}
-            finite = {run: loss for run, loss in losses.items() if loss is not None and loss < math.inf}
-            if finite:
-                best = min(finite, key=lambda run: finite[run])
-                repeats += [best._replace(seed=seed) for seed in range(1, options.seeds)]
-        runner.run(repeats, f"{problem}, other seeds")
+        best = tune(options, runner, problem, present)
+        seeds = range(opt.TUNING_SEED + 1, opt.TUNING_SEED + 1 + options.seeds)
+        runner.run([run._replace(seed=seed) for run in best for seed in seeds], f"{problem}, other seeds")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing in runs.jsonl; `argv` is the command line."""
     options = parse(Options, argv, __doc__)
     try:
-        store = Store(options.out / "runs.jsonl", options.soap)
-        runner = Runner(Setting(options.data_dir, options.soap, options.jobs), store)
+        store = Store(options.out / "runs.jsonl")
+        runner = Runner(Setting(options.data_dir, options.jobs), store)
         try:
             compare(options, runner)
         finally:

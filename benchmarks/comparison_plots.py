@@ -23,7 +23,23 @@ STYLES: dict[str, dict[str, Any]] = {
     "nadamw": {"label": "NAdamW", "color": "#CC79A7", "linestyle": (0, (1, 1)), "marker": "v"},
     "muon": {"label": "Muon", "color": "#000000", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "<"},
     "soap": {"label": "SOAP", "color": "#8C564B", "linestyle": "-.", "marker": "*"},
+    "normuon": {"label": "NorMuon", "color": "#000000", "linestyle": (0, (1, 1)), "marker": "h"},
+    "kron": {"label": "PSGD-Kron", "color": "#B2912F", "linestyle": (0, (5, 1)), "marker": "d"},
     "kfac": {"label": "K-FAC", "color": "#E69F00", "linestyle": "--", "marker": ">"},
+    "prodigy": {"label": "Prodigy, untuned", "color": "#332288", "linestyle": "-.", "marker": "p"},
+    "dadapt-adamw": {
+        "label": "D-Adapt AdamW, untuned",
+        "color": "#44AA99",
+        "linestyle": ":",
+        "marker": "X",
+    },
+    "schedule-free-adamw": {
+        "label": "Schedule-free AdamW, untuned",
+        "color": "#117733",
+        "linestyle": "--",
+        "marker": "8",
+    },
+    "dog": {"label": "DoG, untuned", "color": "#882255", "linestyle": ":", "marker": "H"},
     "mfac-published": {
         "label": "M-FAC as published",
         "color": "#7F7F7F",
@@ -63,7 +79,7 @@ def finish(figure, path: Path) -> None:
 
 def log_if_wide(axes) -> None:
     """Make the y axis logarithmic if the lines span more than a factor of 100."""
-    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    values = np.array([value for line in axes.lines for value in line.get_ydata()], float)
     values = values[np.isfinite(values) & (values > 0)]
     if len(values) and values.max() > 100 * values.min():
         axes.set_yscale("log")

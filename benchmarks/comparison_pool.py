@@ -20,12 +20,10 @@ from examples.common.data import DataError
 class Store:
     """runs.jsonl: what was done already, and where every new result goes at once."""
 
-    def __init__(self, path: Path, soap: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.records = read_records(path)
         self.context = provenance.record((*provenance.PACKAGES, *opt.PACKAGES.values()))
-        if soap is not None:
-            self.context["versions"]["soap_jax"] = provenance.revision(soap) or "a folder without git"
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a line, complete with date, revision, versions and machine."""
@@ -66,7 +64,7 @@ class Runner:
             cores.put(core)
         self.setting, self.store, self.failed = setting, store, 0
         self.pool = concurrent.futures.ProcessPoolExecutor(
-            setting.jobs, context, initializer=start_process, initargs=(cores, setting)
+            setting.jobs, context, initializer=start_process, initargs=(cores,)
         )
 
     def missing(self, optimizers: Sequence[str], problems: Sequence[str]) -> set[tuple[str, str]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 import mfac_jax
 from benchmarks.comparison_plots import STYLES, Record, Scan
+from benchmarks.optimizers import TUNING_SEED
 
 PEERS = ("sgd", "adamw", "nadamw")  # the best of these, tuned, sets the loss that all have to reach
 NEAR_ZERO = 0.1  # a loss that falls below this part of the initial one counts as going to zero
@@ -18,9 +19,9 @@ class Summary(NamedTuple):
     """The figures of an optimizer on a problem.
 
     Attributes:
-      scan: final training loss for each rate with seed 0, rates rising, infinite where a run diverged.
+      scan: final training loss for each rate with the tuning seed, rates rising, infinite for divergence.
       best_rate: the one with the lowest loss in the scan.
-      runs: those at the best rate, one a seed; empty where every rate diverged.
+      runs: those at the best rate with other seeds; empty where every rate diverged.
       step_ms: median over all runs of a run's time a step.
     """
 
@@ -49,10 +50,11 @@ def summarize(records: list[Record]) -> dict[str, Summary]:
     summaries = {}
     for name in STYLES:
         own = [record for record in records if record["optimizer"] == name]
-        scan = scan_of([record for record in own if record["seed"] == 0])
+        scan = scan_of([record for record in own if record["seed"] == TUNING_SEED])
         if scan:
             best = min(scan, key=lambda rate: scan[rate])
-            runs = [r for r in own if r["rate"] == best] if scan[best] < math.inf else []
+            others = [r for r in own if r["rate"] == best and r["seed"] != TUNING_SEED]
+            runs = others if scan[best] < math.inf else []
             step_ms = float(np.median([r["step_ms"] for r in own]))
             summaries[name] = Summary(scan, best, sorted(runs, key=lambda r: r["seed"]), step_ms)
     return summaries
@@ -152,9 +154,9 @@ def grid_scans(records: list[Record]) -> dict[float | None, dict[float, float]]:
 
 
 def full_scans(tuning: list[Record], grid: list[Record]) -> dict[str, dict[float, float]]:
-    """The rates tried by each optimizer with seed 0, with those of --grid at its own damping."""
+    """The rates tried by each optimizer with the tuning seed, and those of --grid at its own damping."""
     default = inspect.signature(mfac_jax.mfac).parameters["damping"].default
-    runs = [run for run in tuning if run["seed"] == 0]
+    runs = [run for run in tuning if run["seed"] == TUNING_SEED]
     runs += [run for run in grid if run["damping"] in (None, default)]
     scans = {name: scan_of([run for run in runs if run["optimizer"] == name]) for name in STYLES}
     return {name: scan for name, scan in scans.items() if len(scan) > 1}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import optimizers, peers, timing
+from benchmarks import optimizers, timing
 from examples import cifar10, digits, text
 from examples.common.workload import Workload
 
@@ -47,7 +47,6 @@ class Setting(NamedTuple):
     """What all runs of a process need, and what does not change their results."""
 
     data_dir: Path | None
-    soap: Path | None
     jobs: int
 
 
@@ -77,14 +76,12 @@ def with_noisy_labels(workload: Workload, seed: int) -> Workload:
     return workload._replace(data=workload.data | {"y": jax.numpy.asarray(labels)}, source=source)
 
 
-def start_process(cores: "multiprocessing.Queue[int]", setting: Setting) -> None:
+def start_process(cores: "multiprocessing.Queue[int]") -> None:
     """Settle on one core with one thread; called before JAX starts."""
     if hasattr(os, "sched_setaffinity"):  # not on macOS
         os.sched_setaffinity(0, {cores.get()})
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
-    if setting.soap is not None:
-        peers.make_importable(setting.soap)
 
 
 def train(run: Run, setting: Setting) -> dict[str, Any]:
@@ -97,7 +94,8 @@ def train(run: Run, setting: Setting) -> dict[str, Any]:
     evaluations, seconds = [], []
     for done in range(total + 1):
         if done % every == 0 or done == total:
-            metrics = jax.device_get(evaluate(state.params, state.model_state, workload.data))
+            current = optimizers.evaluated(workload, run.optimizer, state)
+            metrics = jax.device_get(evaluate(*current, workload.data))
             digits = {name: float(f"{value:.6g}") for name, value in metrics.items()}  # for a smaller file
             evaluations.append({"step": done, "seconds": round(sum(seconds), 6)} | digits)
             if not math.isfinite(digits["train_loss"]):

@@ -12,17 +12,17 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
 import mfac_jax
-from benchmarks import ideas
-from examples.common.optimizers import NeedsFactors, warmup_cosine
+from benchmarks import ideas, rivals
+from examples.common.optimizers import NeedsFactors
 from examples.common.training import Step, TrainState, first_state, train_step
 from examples.common.workload import Workload
 
 MFAC_RATE = inspect.signature(mfac_jax.mfac).parameters["learning_rate"].default  # its untuned rate
 PUBLISHED = inspect.signature(mfac_jax.mfac_published).parameters
 PUBLISHED_RATE, PUBLISHED_NUM_GRADS = (PUBLISHED[name].default for name in ("learning_rate", "num_grads"))
+TUNING_SEED = 0  # of the runs that choose a rate; the report is on others
 # Peak rates tried, for each family of problems; "all" where one grid serves all of them.
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "sgd": {
@@ -35,7 +35,14 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "nadamw": {"digits": (0.02, 0.05, 0.1, 0.2, 0.5), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
     "muon": {"digits": (0.01, 0.02, 0.05, 0.1, 0.2), "all": (0.005, 0.01, 0.02, 0.05, 0.1)},
     "kfac": {"all": (0.003, 0.01, 0.03, 0.1, 0.3)},
-    "soap": {"all": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
+    "normuon": {"digits": (0.01, 0.02, 0.05, 0.1, 0.2), "all": (0.005, 0.01, 0.02, 0.05, 0.1)},
+    "soap": {"digits": (0.01, 0.03, 0.1, 0.3, 1.0), "all": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
+    "kron": {"digits": (0.003, 0.01, 0.03, 0.1, 0.3), "all": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
+    # Untuned, as their authors offer them.
+    "prodigy": {"all": (1.0,)},
+    "dadapt-adamw": {"all": (1.0,)},
+    "schedule-free-adamw": {"all": (0.0025,)},
+    "dog": {"all": (1.0,)},
     "mfac-published": {"all": (PUBLISHED_RATE,)},
     "mfac-published-tuned": {"all": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
     "mfac-default": {"all": (MFAC_RATE,)},
@@ -70,31 +77,13 @@ def rates(grids: Mapping[str, tuple[float, ...]], problem: str) -> tuple[float, 
     return grids.get(problem.split("-")[0]) or grids["all"]
 
 
-def _matrices(params):
-    """For Muon: which parameters are matrices; a convolution's kernel is one of (h * w * in, out)."""
-
-    def dimensions(p):
-        return (
-            optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim > 1 else None
-        )
-
-    return jax.tree.map(dimensions, params)
-
-
-def _soap(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """SOAP of the package soap_jax."""
-    return importlib.import_module("soap_jax").soap(schedule)
-
-
 # From a schedule, and a damping where that is swept, to a transform. K-FAC has its own steps below.
 IDEAS = {f"mfac, {name}": transform for name, transform in ideas.IDEAS.items()}
 TRANSFORMS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": functools.partial(optax.sgd, momentum=0.9, nesterov=True),
     "adam": optax.adam,
     "adamw": optax.adamw,
-    "nadamw": optax.nadamw,
-    "muon": functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices),
-    "soap": _soap,
+    **rivals.TRANSFORMS,
     "mfac-published": mfac_jax.mfac_published,
     "mfac-published-tuned": mfac_jax.mfac_published,
     "mfac-default": mfac_jax.mfac,
@@ -106,36 +95,33 @@ TRANSFORMS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
 UNSUPPORTED = {
     ("kfac", "cifar10"): "kfac-jax 0.0.8 was measured at seconds a step on a ResNet of half the width (CPU)"
 }
-PACKAGES = {"kfac": "kfac_jax", "soap": "soap_jax"}  # of optimizers that users install themselves
+PACKAGES = {"kfac": "kfac_jax", "kron": "psgd_jax"}  # of optimizers that users install themselves
 
 
 def why_missing(optimizer: str) -> str | None:
     """Why the optimizer's package cannot be used; None if it can."""
     try:
-        importlib.import_module(PACKAGES.get(optimizer, "optax"))
+        rivals.import_package(PACKAGES.get(optimizer, "optax"))
     except Exception as error:  # a package made for another JAX may raise anything
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def schedule(steps: int) -> optax.Schedule:
-    """The shape that all share, with a peak of one."""
-    return warmup_cosine(1.0, steps)
-
-
 @functools.cache
 def make_transform(optimizer: str, steps: int, sweeps_damping: bool) -> optax.GradientTransformation:
     """Make an optimizer with peak rate and damping in its state: one compilation serves a grid."""
+    shape = rivals.schedule(optimizer, steps)
 
     def make(peak_rate, swept_damping=None):
         options = {} if swept_damping is None else {"damping": swept_damping}
-        return TRANSFORMS[optimizer](lambda step: peak_rate * schedule(steps)(step), **options)
+        return TRANSFORMS[optimizer](lambda step: peak_rate * shape(step), **options)
 
     hyperparameters = {"peak_rate": 1.0} | ({"swept_damping": 1.0} if sweeps_damping else {})
     tx = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(**hyperparameters)
     return NeedsFactors(*tx) if optimizer == "cgfac" else tx
 
 
+REFRESHING = 50  # batches that bring batch statistics up to date
 Start = tuple[TrainState, Step]  # a run's first state, and its compiled step
 _compiled = {}  # (loss, transform) -> compiled `train_step`, in this process
 
@@ -147,7 +133,9 @@ def start(workload: Workload, optimizer: str, rate: float, damping: float | None
     tx = make_transform(optimizer, len(workload.batches), damping is not None)
     swept = {} if damping is None else {"swept_damping": jnp.float32(damping)}
     state = first_state(workload, tx)
-    state = state._replace(opt_state=optax.tree.set(state.opt_state, peak_rate=jnp.float32(rate), **swept))
+    opt_state = optax.tree.set(state.opt_state, peak_rate=jnp.float32(rate), **swept)
+    # Copied: some keep the first parameters, and what is donated may not be there twice.
+    state = state._replace(opt_state=jax.tree.map(jnp.copy, opt_state))
     state = jax.device_put(state, jax.devices()[0])
     data, key, program = workload.data, jax.random.key(seed), (workload.loss, tx)
     if program not in _compiled:
@@ -155,6 +143,25 @@ def start(workload: Workload, optimizer: str, rate: float, damping: float | None
         _compiled[program] = lowered.compile()
     step = _compiled[program]
     return state, lambda state, indices: step(state, data, indices, key)
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _statistics(loss, params, model_state, data, indices):
+    return loss(params, model_state, data, indices, jax.random.key(0))[1]
+
+
+def evaluated(workload: Workload, optimizer: str, state: TrainState) -> tuple[Any, Any]:
+    """Return what to evaluate: parameters and model state, the newest ones for most optimizers.
+
+    Averages of parameters have not seen any batch: batch statistics are brought up to date for them.
+    """
+    if optimizer not in rivals.EVALUATED:
+        return state.params, state.model_state
+    params, model_state = rivals.EVALUATED[optimizer](state.opt_state, state.params), state.model_state
+    if jax.tree.leaves(model_state):
+        for indices in workload.batches[:REFRESHING]:
+            model_state = _statistics(workload.loss, params, model_state, workload.data, indices)
+    return params, model_state
 
 
 # ------------------------------------------------------------------------------------------------- K-FAC
@@ -208,7 +215,11 @@ def _kfac(loss: Callable):
 
 def _start_kfac(workload: Workload, rate: float, seed: int) -> Start:
     """As `start`; a first step, thrown away, compiles."""
-    optimizer, key, peak = _kfac(workload.loss), jax.random.key(seed), schedule(len(workload.batches))
+    optimizer, key, peak = (
+        _kfac(workload.loss),
+        jax.random.key(seed),
+        rivals.schedule("kfac", len(workload.batches)),
+    )
     settings = {name: jnp.float32(value) for name, value in KFAC.items()}
 
     def step(state, indices):

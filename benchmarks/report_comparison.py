@@ -15,7 +15,7 @@ from benchmarks import comparison_plots as plots
 from benchmarks import comparison_results as results
 from benchmarks.comparison_plots import STYLES, Record, Scan
 from benchmarks.comparison_results import Summary, final_loss, scan_of
-from benchmarks.optimizers import PUBLISHED_NUM_GRADS
+from benchmarks.optimizers import PUBLISHED_NUM_GRADS, TUNING_SEED
 from examples.common import json_lines, markdown
 from examples.common.command_line import Folder, parse, refuse
 
@@ -63,10 +63,17 @@ def summary_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
         means = {name: float(np.mean(values)) if values else math.inf for name, values in losses.items()}
         lowest = min(means.values())
         for name in names:
-            text = spread(losses[name]) if losses.get(name) else "diverged" if name in own else "-"
+            text = spread(losses[name]) if losses.get(name) else why_empty(own.get(name))
             is_best = name in own and math.isfinite(lowest) and means[name] == lowest
             rows[name].append(f"**{text}**" if is_best else text)
     return markdown.table(["", *problems], list(rows.values()))
+
+
+def why_empty(summary: Summary | None) -> str:
+    """What stands in place of a loss that there is none of."""
+    if summary is None:
+        return "-"
+    return "diverged" if math.isinf(min(summary.scan.values())) else "other seeds are missing"
 
 
 def rate_cell(summary: Summary) -> str:
@@ -89,7 +96,7 @@ def results_table(summaries: Mapping[str, Summary]) -> str:
         row = [f"{STYLES[name]['label']} (`{name}`)", str(len(summary.scan))]
         rows.append(row)
         if not summary.runs:
-            row += ["every rate diverged"] + [""] * (len(header) - 3)
+            row += [why_empty(summary)] + [""] * (len(header) - 3)
             continue
         row.append(rate_cell(summary))
         row += [spread([run["evaluations"][-1][column] for run in summary.runs]) for column in columns]
@@ -113,8 +120,8 @@ def width_table(scans: Mapping[str, Scan], to_zero: bool) -> str:
         rows.append([STYLES[name]["label"], *cells, f"{min(scan):g} to {max(scan):g}, {len(scan)} rates"])
     text = (
         "Decades of learning rates around the best one with nearly its final training loss, and with a "
-        "loss as low as AdamW's best, on all rates tried with seed 0 "
-        "(between two rates log(loss) is taken as linear in log(rate); "
+        "loss as low as AdamW's best, on all rates tried with seed "
+        f"{TUNING_SEED} (between two rates log(loss) is taken as linear in log(rate); "
         "≥: the range reaches an end of the rates):\n\n"
     )
     factors = ["within 10 %", *(["within a factor of 2"] if to_zero else []), "as low as AdamW's best"]
@@ -148,11 +155,11 @@ def notes(tuning: Mapping[str, list[Record]], problems: Mapping[str, Mapping[str
     names = {name for name, _ in summaries}
     lines = []
     if any(len(summary.scan) > 1 for _, summary in summaries):
-        line = (
-            "The rate of an optimizer is the one of its grid with the lowest final training loss on seed 0"
+        lines.append(
+            "The rate of an optimizer is the one with the lowest final training loss on "
+            f"seed {TUNING_SEED}, which is not among the seeds reported. Each has a grid of five rates, "
+            "and up to two more beyond an end where the lowest loss is at that end."
         )
-        has_zero = any(run["seed"] == 0 for _, summary in summaries for run in summary.runs)
-        lines.append(line + (", which is also among the seeds reported." if has_zero else "."))
     fixed = [
         STYLES[n]["label"]
         for n in STYLES
@@ -261,7 +268,7 @@ def report(records: list[Record], out: Path) -> str:
         if several:
             parts.append(width_table(several, results.goes_to_zero(tuning[title])))
     for title, own in grids.items():
-        parts.append(f"## {title}: rate and damping, seed 0, final training loss\n")
+        parts.append(f"## {title}: rate and damping, seed {TUNING_SEED}, final training loss\n")
         parts.append(
             scans_table(
                 {
@@ -271,7 +278,7 @@ def report(records: list[Record], out: Path) -> str:
             )
         )
     for title, own in results.select(sections, "variants").items():
-        parts.append(f"## {title}: one setting changed, seed 0, final training loss\n")
+        parts.append(f"## {title}: one setting changed, seed {TUNING_SEED}, final training loss\n")
         parts.append(scans_table(variant_scans(own)))
     if summaries:
         curves = {title: {n: s.runs for n, s in own.items()} for title, own in summaries.items()}

@@ -22,7 +22,7 @@ from benchmarks import optimizers, timing
 from examples import digits
 from examples.common import json_lines, markdown, provenance
 from examples.common.command_line import OptionalPath, choices, parse
-from examples.common.optimizers import NeedsFactors
+from examples.common.optimizers import NeedsFactors, warmup_cosine
 from examples.common.training import bind_step, first_state
 from examples.common.workload import Workload
 
@@ -54,7 +54,7 @@ def start(workload: Workload, optimizer: str, rate: float, seed: int) -> optimiz
     """Make a run's first state and its compiled step; the first result is thrown away."""
     if optimizer != WINDOW:
         return optimizers.start(workload, optimizer, rate, None, seed)
-    peak, key = optimizers.schedule(len(workload.batches)), jax.random.key(seed)
+    peak, key = warmup_cosine(1.0, len(workload.batches)), jax.random.key(seed)
     arguments = (workload.params, workload.model_state, workload.data, workload.batches[0], key)
     with_factors = mfac_jax.value_and_grad_with_factors(workload.loss, has_aux=True)
     factors = jax.eval_shape(with_factors, *arguments)[2]

@@ -1,7 +1,7 @@
 """What an optimizer takes of a whole training step: a ResNet-20 (batch 128) and a small transformer.
 
-For each optimizer, whole steps and its update alone are timed, all in turn in one process. With kfac-jax,
-which has no update alone, and soap_jax installed they are timed too.
+For each optimizer, whole steps and its update alone are timed, all in turn in one process. With kfac-jax
+installed it is timed too; it has no update alone.
 
     python -m benchmarks.training_share --out benchmarks/results/training.jsonl
 """
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             }
         )
     if options.out is not None:
-        packages = ("mfac_jax", "jax", "jaxlib", "optax", "flax", "kfac_jax", "soap_jax")
+        packages = ("mfac_jax", "jax", "jaxlib", "optax", "flax", "kfac_jax")
         made_with = provenance.record(packages)
         json_lines.append(options.out, *(line | made_with for line in lines))
     print(timing.conditions(options.rounds))

@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import optimizers
+from benchmarks import optimizers, rivals
 
+UNTUNED = ("mfac-default", "mfac-published", "prodigy", "dadapt-adamw", "schedule-free-adamw", "dog")
 QUICK_IDEA = "mfac, recency weights"
 SLOW_IDEAS = [pytest.param(name, marks=pytest.mark.slow) for name in optimizers.IDEAS if name != QUICK_IDEA]
 
@@ -33,15 +34,14 @@ def tx_step(tx, loss, params, state):
 def test_every_tuned_optimizer_has_five_rates_and_they_rise_in_factors_of_two_to_three():
     for name, grids in optimizers.RATES.items():
         for rates in grids.values():
-            assert len(rates) == (1 if name in ("mfac-default", "mfac-published") else 5)
+            assert len(rates) == (1 if name in UNTUNED else 5)
             ratios = np.divide(rates[1:], rates[:-1])
             assert np.all((ratios > 1.9) & (ratios < 3.5))
 
 
 def test_muon_sees_kernels_as_matrices():
     params = {"kernel": np.zeros((3, 3, 4, 8)), "bias": np.zeros(8), "dense": np.zeros((4, 2))}
-    muon: Any = optimizers.TRANSFORMS["muon"]
-    dimensions = muon.keywords["muon_weight_dimension_numbers"](params)
+    dimensions: Any = rivals.matrices(params)
     assert dimensions["kernel"] == ((0, 1, 2), 3)
     assert dimensions["dense"] == ((0,), 1)
     assert dimensions["bias"] is None

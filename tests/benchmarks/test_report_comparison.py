@@ -11,16 +11,16 @@ from tests.benchmarks.made_up_runs import made_up, record, report, results_rows
 
 
 def test_the_report_has_the_figures_of_the_runs(tmp_path):
-    lines = [*made_up(), {"missing": "soap", "problem": "digits-mlp", "reason": "no module"}]
+    lines = [*made_up(), {"missing": "kron", "problem": "digits-mlp", "reason": "no module"}]
     printed = report(tmp_path, lines)
     row = results_rows(printed, "digits-mlp")
     assert "| 3 | 0.05 (end of grid) | 0.060 ± 0.014" in row["mfac"]
     assert "| 3 | 0.02 | 0.215 ± 0.021" in row["sgd"]
-    assert "every rate diverged" in row["muon"]
+    assert "| 1 | diverged |" in row["muon"]
     assert "steps to 0.23" in printed  # the worst seed of SGD
-    # log(2.3 / 0.23) / log(2.3 / 0.2) of the way for seed 0, the whole way for seed 1
+    # log(2.3 / 0.23) / log(2.3 / 0.2) of the way for seed 1, the whole way for seed 2
     assert row["sgd"].endswith("| 97.1 | 0.194 |")
-    assert "soap on digits-mlp: no module" in printed
+    assert "kron on digits-mlp: no module" in printed
     assert "processes side by side" in printed
     for name in ("curves", "sensitivity", "grid"):
         picture = tmp_path / "docs" / f"comparison_{name}.png"
@@ -31,17 +31,21 @@ def test_the_report_has_the_figures_of_the_runs(tmp_path):
 
 def test_the_summary_comes_first_with_the_best_in_bold_and_notes_from_the_runs(tmp_path):
     noisy = [
-        record(name, 0.01, 0.5, problem="noisy-digits", steps=1436) for name in ("sgd", "mfac-published")
+        record(name, 0.01, loss, problem="noisy-digits", steps=1436, seed=seed)
+        for name in ("sgd", "mfac-published")
+        for seed, loss in ((0, 0.7), (1, 0.5))
     ]
-    lines = [*made_up(), *noisy, record("mfac-published", 0.001, 0.3)]
+    untuned = [record("mfac-published", 0.001, 0.3), record("soap", 0.1, 0.2)]
+    lines = [*made_up(), *noisy, untuned[0], untuned[0] | {"seed": 1}, untuned[1]]
     text = report(tmp_path, lines)
     summary = text.split("## How it was measured")[0]
     assert "| M-FAC, tuned | **0.060 ± 0.014** | - |" in summary
     assert "| SGD, Nesterov momentum | 0.215 ± 0.021 | **0.5** |" in summary
     assert "| Muon | diverged | - |" in summary
     assert "over 1 to 2 seeds" in summary
-    assert "seed 0, which is also among the seeds reported" in summary
-    assert "not tuned: Muon; M-FAC as published" in summary
+    assert "| SOAP | other seeds are missing | - |" in summary
+    assert "seed 0, which is not among the seeds reported" in summary
+    assert "not tuned: Muon; SOAP; M-FAC as published" in summary
     assert "512 gradients, does not fill in the 100 steps of digits-mlp." in summary
     assert "embeddings and output layer too" in summary
     assert "noisy-digits: the training loss is that of partly random labels" in summary
@@ -58,6 +62,7 @@ def test_runs_on_other_data_or_of_other_length_have_sections_of_their_own(tmp_pa
     lines += [record("sgd", 0.2, 0.3, problem="text")]
     lines += [record("sgd", 0.1, 2.0, limit=20, steps=20, **data)]
     lines += [record("adamw", 0.1, 2.0, limit=20, steps=20)]
+    lines += [line | {"seed": 1} for line in lines]
     text = report(tmp_path, lines)
     for title, cells in {
         "text": "| 2 | 0.1 (end of grid) | 1 |",
