@@ -46,7 +46,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "mfac-published": {"all": (PUBLISHED_RATE,)},
     "mfac-published-tuned": {"all": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
     "mfac-default": {"all": (MFAC_RATE,)},
-    "mfac": {"digits": (0.01, 0.02, 0.05, 0.1, 0.2), "all": (0.001, 0.002, 0.005, 0.01, 0.02)},
+    "mfac": {"all": (0.001, 0.003, 0.01, 0.03, 0.1)},
 }
 # --grid: more rates, over three decades and a half; M-FAC at each damping.
 GRID_RATES = {
@@ -60,11 +60,14 @@ VARIANT_RATES = {"digits": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), "all": (MF
 VARIANTS: dict[str, dict[str, Any]] = {
     "mfac": {},
     "mfac, step_adaptation=0": {"step_adaptation": 0.0},
+    "mfac, metric='diagonal', damping=0.2": {"metric": "diagonal", "damping": 0.2},
     "mfac, metric='identity'": {"metric": "identity"},
     "mfac, momentum=None": {"momentum": None},
+    "mfac, weight_decay=0.1": {"weight_decay": 0.1},
     "mfac, blocks='leaf'": {"blocks": "leaf"},
-    "mfac, damping=0.05": {"damping": 0.05},
-    "mfac, damping=1": {"damping": 1.0},
+    "mfac, damping=0.2": {"damping": 0.2},
+    "mfac, damping=5": {"damping": 5.0},
+    "mfac, num_grads=1": {"num_grads": 1},
     "mfac, num_grads=16": {"num_grads": 16},
     "mfac, num_grads=32": {"num_grads": 32},
     "mfac, num_grads=128": {"num_grads": 128},
