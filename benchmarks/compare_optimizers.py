@@ -24,8 +24,9 @@ from typing import Annotated
 
 from benchmarks import optimizers as opt
 from benchmarks.comparison_pool import Runner, Store
-from benchmarks.comparison_run import EVALUATIONS, Run, Setting
+from benchmarks.comparison_run import Run, Setting
 from benchmarks.peers import OptionalExistingFolder
+from benchmarks.problems import PROBLEMS
 from examples.common.command_line import (
     Count,
     Flag,
@@ -42,7 +43,7 @@ from examples.common.data import DataError
 class Options:
     """What the user can choose."""
 
-    problems: Annotated[tuple[str, ...], choices(EVALUATIONS)] = tuple(EVALUATIONS)
+    problems: Annotated[tuple[str, ...], choices(PROBLEMS)] = tuple(PROBLEMS)
     """which problems to run"""
     optimizers: Annotated[tuple[str, ...], choices(opt.RATES)] = tuple(opt.RATES)
     """which optimizers to run"""
@@ -66,7 +67,7 @@ class Options:
 
 def tuning(options: Options, problem: str, optimizer: str) -> list[Run]:
     """List a run with seed 0 for every rate of the grid."""
-    data = "given" if options.data_dir and "digits" not in problem else "default"
+    data = "given" if options.data_dir and PROBLEMS[problem].reads_data_dir else "default"
     rates = opt.rates(opt.RATES[optimizer], problem)
     return [Run("tuning", problem, optimizer, rate, None, 0, data, options.steps) for rate in rates]
 
