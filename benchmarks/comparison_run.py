@@ -50,8 +50,8 @@ class Setting(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def make_workload(problem: str, seed: int, limit: int | None, data_dir: Path | None) -> Workload:
     """Make the problem, cut to so many steps."""
-    make, _, reads_data_dir, _ = PROBLEMS[problem]
-    workload = make(seed=seed, data_dir=data_dir) if reads_data_dir else make(seed=seed)
+    own = PROBLEMS[problem]
+    workload = own.make(seed=seed, data_dir=data_dir) if own.reads_data_dir else own.make(seed=seed)
     return workload._replace(batches=workload.batches[:limit])
 
 

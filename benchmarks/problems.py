@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from benchmarks.workloads import autoencoder, least_squares, poisson
-from examples import cifar10, digits, text
+from examples import cifar10, digits, finetune, finetune_data, text
 from examples.common.workload import Workload
 
 NOISE = 0.3  # share of random labels in noisy-digits
@@ -23,12 +23,14 @@ class Problem(NamedTuple):
         end alone.
       reads_data_dir: `make` takes the folder of --data-dir as `data_dir`; others have their data with them.
       float64: whether it runs in float64.
+      why_missing: why it cannot be made without packages that are not there; None if it can.
     """
 
     make: Callable[..., Workload]
     evaluations: int
     reads_data_dir: bool = False
     float64: bool = False
+    why_missing: Callable[[], str | None] = lambda: None
 
 
 def noisy_digits(*, seed: int) -> Workload:
@@ -72,4 +74,5 @@ PROBLEMS = {
     "autoencoder": Problem(autoencoder.make_workload, evaluations=20),
     "poisson": Problem(poisson.make_workload, evaluations=20),
     "least-squares": Problem(least_squares.make_workload, evaluations=20, float64=True),
+    "finetune": Problem(finetune.make_workload, evaluations=6, why_missing=finetune_data.why_missing),
 }
