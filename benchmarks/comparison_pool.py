@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from benchmarks import optimizers as opt
 from benchmarks.comparison_run import Run, Setting, start_process, train
+from benchmarks.problems import PROBLEMS
 from examples.common import json_lines, provenance
 from examples.common.data import DataError
 
@@ -74,6 +75,7 @@ class Runner:
         for optimizer in optimizers:
             for problem in problems:
                 reason = reasons[optimizer] or opt.UNSUPPORTED.get((optimizer, problem))
+                reason = reason or PROBLEMS[problem].why_missing()
                 if reason:
                     pairs[optimizer, problem] = reason
         for (optimizer, problem), reason in pairs.items():

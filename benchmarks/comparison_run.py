@@ -11,12 +11,8 @@ import jax
 import numpy as np
 
 from benchmarks import optimizers, timing
-from examples import cifar10, digits, text
+from benchmarks.problems import PROBLEMS
 from examples.common.workload import Workload
-
-# Losses are measured before the first step and this many times in a run of "tuning"; else at its end alone.
-EVALUATIONS = {"digits-mlp": 22, "digits-cnn": 22, "noisy-digits": 12, "cifar10": 6, "text": 10}
-NOISE = 0.3  # share of random labels in noisy-digits
 
 
 class Run(NamedTuple):
@@ -24,7 +20,7 @@ class Run(NamedTuple):
 
     Attributes:
       study: "tuning", "grid" for the scan of --grid, "variants" for that of --variants.
-      problem: one of `EVALUATIONS`.
+      problem: one of `PROBLEMS`.
       optimizer: one of `optimizers.TRANSFORMS`, or "kfac".
       rate: peak learning rate.
       damping: None for the optimizer's own.
@@ -52,28 +48,10 @@ class Setting(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def make_workload(problem: str, seed: int, limit: int | None, data_dir: Path | None) -> Workload:
-    """Make the problem; the digits are always those of scikit-learn."""
-    if problem.startswith("digits"):
-        workload = digits.make_workload(problem.removeprefix("digits-"), epochs=12, seed=seed)
-    elif problem == "noisy-digits":
-        workload = with_noisy_labels(digits.make_workload(epochs=4, batch_size=4, seed=seed), seed)
-    elif problem == "cifar10":
-        workload = cifar10.make_workload(
-            epochs=2, batch_size=64, samples=10_000, data_dir=data_dir, seed=seed
-        )
-    else:
-        workload = text.make_workload(data_dir=data_dir, seed=seed)
+    """Make the problem, cut to so many steps."""
+    own = PROBLEMS[problem]
+    workload = own.make(seed=seed, data_dir=data_dir) if own.reads_data_dir else own.make(seed=seed)
     return workload._replace(batches=workload.batches[:limit])
-
-
-def with_noisy_labels(workload: Workload, seed: int) -> Workload:
-    """Draw a share of the training labels at random; those for validation stay right."""
-    rng = np.random.default_rng(seed)
-    labels = np.array(workload.data["y"])
-    is_random = rng.random(len(labels)) < NOISE
-    labels[is_random] = rng.integers(0, 10, is_random.sum())
-    source = f"{workload.source}, {100 * NOISE:g} % of the training labels at random"
-    return workload._replace(data=workload.data | {"y": jax.numpy.asarray(labels)}, source=source)
 
 
 def start_process(cores: "multiprocessing.Queue[int]") -> None:
@@ -86,11 +64,16 @@ def start_process(cores: "multiprocessing.Queue[int]") -> None:
 
 def train(run: Run, setting: Setting) -> dict[str, Any]:
     """Do one run; return its line of runs.jsonl."""
+    with jax.enable_x64(PROBLEMS[run.problem].float64):
+        return _train(run, setting)
+
+
+def _train(run: Run, setting: Setting) -> dict[str, Any]:
     workload = make_workload(run.problem, run.seed, run.limit, setting.data_dir)
     state, step = optimizers.start(workload, run.optimizer, run.rate, run.damping, run.seed)
     evaluate = jax.jit(workload.evaluate)
     total = len(workload.batches)
-    every = math.ceil(total / EVALUATIONS[run.problem]) if run.study == "tuning" else total
+    every = math.ceil(total / PROBLEMS[run.problem].evaluations) if run.study == "tuning" else total
     evaluations, seconds = [], []
     for done in range(total + 1):
         if done % every == 0 or done == total:

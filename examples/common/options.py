@@ -24,6 +24,7 @@ from examples.common.run_folders import checkpoint_folders
 RATES = {
     "digits": {"mfac": 1e-2, "cgfac": 0.1, "sgd": 0.2, "adamw": 0.05, "nadamw": 0.05, "muon": 0.05},
     "cifar10": {"mfac": 1e-2, "sgd": 0.2, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
+    "finetune": {"mfac": 1e-3, "sgd": 0.05, "adamw": 1e-4, "nadamw": 1e-4, "muon": 1e-3},
     "text": {"mfac": 1e-2, "cgfac": 0.1, "sgd": 0.5, "adamw": 5e-3, "nadamw": 5e-3, "muon": 0.02},
 }
 OPTIMIZERS = tuple(RATES["digits"])  # all of them

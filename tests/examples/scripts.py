@@ -11,6 +11,7 @@ from examples import (
     prune_resnet20,
     train_cifar10,
     train_digits,
+    train_finetune,
     train_pod,
     train_text,
 )
@@ -18,6 +19,7 @@ from examples import (
 SCRIPTS = {
     "train_digits": train_digits,
     "train_cifar10": train_cifar10,
+    "train_finetune": train_finetune,
     "train_text": train_text,
     "train_pod": train_pod,
     "prune_digits": prune_digits,

@@ -48,6 +48,7 @@ def python(code: str, *arguments: object, **options) -> subprocess.Popen:
 WRONG = {
     "train_digits": ["--epochs x", "--epoch 3", "--resume", "--data-dir {0}", "--out {0}/used"],
     "train_cifar10": ["--samples 100", "--data-dir {0}", "--optimizers cgfac"],
+    "train_finetune": ["--layers x", "--data-dir {0}"],
     "train_text": ["--heads 5", "--text {0}/none", "--data-dir {0}"],
     "train_pod": ["--steps x", "--heads 5", "--fsdp 3", "--text {0}/none", "--coordinator here:1"],
     "prune_digits": ["--sparsity 1", "--data-dir {0}"],

@@ -1,0 +1,1 @@
+"""Training problems with little noise, for the comparison; those with more are in examples/."""
