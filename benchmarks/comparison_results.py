@@ -11,6 +11,9 @@ import mfac_jax
 from benchmarks.comparison_plots import STYLES, Record, Scan
 from benchmarks.optimizers import TUNING_SEED
 
+OURS = "mfac-default"
+RIVALS = ("muon", "soap", "nadamw")  # tuned, and stronger than the others
+ROUNDING = 1e-7  # in float32 smaller losses near a sum of logits are rounding: they count as equal
 PEERS = ("sgd", "adamw", "nadamw")  # the best of these, tuned, sets the loss that all have to reach
 NEAR_ZERO = 0.1  # a loss that falls below this part of the initial one counts as going to zero
 
@@ -113,6 +116,38 @@ def target_loss(summaries: Mapping[str, Summary]) -> tuple[float, str | None]:
     losses = {name: loss for name, loss in losses.items() if loss < math.inf}
     best = min(losses, key=lambda name: losses[name], default=None)
     return (losses[best], best) if best else (math.nan, None)
+
+
+class Standing(NamedTuple):
+    """M-FAC, untuned, beside the best of the tuned rivals.
+
+    Attributes:
+      ours: mean over the seeds.
+      theirs: the lowest mean of a rival.
+      whose: that rival.
+    """
+
+    ours: float
+    theirs: float
+    whose: str
+
+    @property
+    def excess(self) -> float:
+        """How much larger ours is, as a part of theirs; both at least what rounding leaves."""
+        return max(self.ours, ROUNDING) / max(self.theirs, ROUNDING) - 1
+
+
+def standing(summaries: Mapping[str, Summary], column: str) -> Standing | None:
+    """Compare a loss, by its name in the evaluations; None where M-FAC or a rival has no runs."""
+    means = {}
+    for name in (OURS, *RIVALS):
+        runs = summaries[name].runs if name in summaries else []
+        values = [run["evaluations"][-1][column] for run in runs]
+        if not values:
+            return None
+        means[name] = math.inf if None in values else float(np.mean(values))
+    whose = min(RIVALS, key=lambda name: means[name])
+    return Standing(means[OURS], means[whose], whose)
 
 
 # ------------------------------------------------------------------------------------------- groups

@@ -107,6 +107,42 @@ def results_table(summaries: Mapping[str, Summary]) -> str:
     return markdown.table(header, rows)
 
 
+def standings_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
+    """M-FAC untuned beside the best of the tuned rivals, and on how many problems it is no worse."""
+    rows, excesses = [], {column: [] for column in ("train_loss", "valid_loss")}
+    for title, own in problems.items():
+        row = [title]
+        for column, found in excesses.items():
+            standing = results.standing(own, column)
+            if standing is None:
+                continue
+            found.append(standing.excess)
+            theirs = f"{standing.theirs:.3g} ({STYLES[standing.whose]['label']})"
+            row += [f"{standing.ours:.3g}", theirs, f"{standing.excess:+.1%}"]
+        if len(row) > 1:
+            rows.append(row)
+    header = [
+        "",
+        "training loss",
+        "best rival",
+        "difference",
+        "validation loss",
+        "best rival",
+        "difference",
+    ]
+    names = ", ".join(STYLES[name]["label"] for name in results.RIVALS)
+    counts = "; ".join(
+        f"{column.replace('_', ' ')} no worse on {sum(e <= 0 for e in found)} of {len(found)} problems, "
+        f"within 2 % on {sum(0 < e <= 0.02 for e in found)} more"
+        for column, found in excesses.items()
+    )
+    text = (
+        f"M-FAC untuned beside the best of {names}, each tuned by its training loss. Losses below "
+        f"{results.ROUNDING:g} count as equal. {counts}.\n"
+    )
+    return text + "\n" + markdown.table(header, rows) if rows else ""
+
+
 def width_table(scans: Mapping[str, Scan], to_zero: bool) -> str:
     """How wide each optimizer's range of good rates is."""
     best_adamw = min(scans["adamw"].values()) if "adamw" in scans else math.nan
@@ -259,7 +295,7 @@ def report(records: list[Record], out: Path) -> str:
         parts.append(
             f"Final training loss, mean ± standard deviation over {over} seeds, the best in bold:\n"
         )
-        parts += [summary_table(summaries), bullets(notes(tuning, summaries))]
+        parts += [summary_table(summaries), bullets(notes(tuning, summaries)), standings_table(summaries)]
     parts += ["## How it was measured\n", provenance(records, runs, sections)]
     for title, own in summaries.items():
         parts += [f"## {title}\n", description(tuning[title]), results_table(own)]
