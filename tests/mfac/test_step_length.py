@@ -36,7 +36,7 @@ def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float, nu
         drift = np.clip(0.06 * (1 - log_steps[-1] / np.log(2)), -0.01, 0.06)
         move = min(early * rate, 1) * (cosine(grads[step], directions[step - 1]) + drift)
         largest = np.log(min(num_grads**2 / 8, 6 * early, 30))
-        log_steps.append(np.clip(log_steps[-1] + move, -np.log(30), largest))
+        log_steps.append(np.clip(log_steps[-1] + move, 0, largest))
     return np.array(log_steps)
 
 
@@ -90,7 +90,7 @@ def test_the_step_factor_does_not_grow_on_noise(norms, num_grads, dimensions):
     assert log_steps.max() < np.log(20)
 
 
-@pytest.mark.parametrize(("sign", "factor"), [(1, 6), (-1, 1 / 30)])
+@pytest.mark.parametrize(("sign", "factor"), [(1, 6), (-1, 1)])
 def test_the_step_factor_stays_in_its_band(sign, factor):
     """Equal gradients point along every update; alternating ones against every other."""
     grads = noise("equal", 64)[:1] * np.float32(sign) ** np.arange(2000, dtype=np.float32)[:, None]
@@ -99,7 +99,7 @@ def test_the_step_factor_stays_in_its_band(sign, factor):
 
 @pytest.mark.parametrize(
     ("num_grads", "smallest", "largest"),
-    [(4, 1 / 30, 2), (3, 1, 1), pytest.param(1, 1, 1, marks=slow)],
+    [(4, 1, 2), (3, 1, 1), pytest.param(1, 1, 1, marks=slow)],
 )
 def test_few_rows_change_the_length_by_little(num_grads, smallest, largest):
     g, tx = stream(1)[0].astype(np.float32), scale_by_mfac(num_grads, 0.05, step_adaptation=1.0)

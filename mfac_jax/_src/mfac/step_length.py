@@ -25,7 +25,7 @@ _LARGEST = 6
 # First updates are small against later ones, since first gradients span few directions. So in the first
 # gradients, up to this number, the factor moves faster, and the bound is higher.
 _EARLY = 25
-_EXTREME = 30  # whatever the number of gradients, the factor and its inverse are at most this
+_EXTREME = 30  # whatever the number of gradients
 _MEMORY = 0.95  # of the mean cosine, for diagnostics: about the last 20 gradients
 
 
@@ -90,11 +90,14 @@ NONE = StepLength("none", lambda zeros: (), lambda state, view: (state, jnp.zero
 
 
 def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
-    """A factor that grows while gradients still point along the last update, and falls where they do not.
+    """A factor that grows while gradients still point along the last update, and falls back to 1 if not.
 
     At gradient t its logarithm moves by rate k (cos(g_t, u_{t-1}) + d), with k = max(1, 25 / t), rate k at
-    most 1, and a drift d of 0.06 up to the factor 1, zero at 2, and -0.01 beyond. It stays in
-    [1/30, min(6 k, 30)], and below m^2 / 8; with fewer than 4 rows it is 1.
+    most 1, and a drift d of 0.06 at the factor 1, zero at 2, and -0.01 beyond. It stays in
+    [1, min(6 k, 30)], and below m^2 / 8; with fewer than 4 rows it is 1.
+
+    It does not fall below 1: in narrow valleys gradients point against the last update at steps of any
+    length. Where it could, an autoencoder of digits ended at three times the loss.
     """
 
     def init(zeros):
@@ -133,4 +136,4 @@ def _bounds(early: jax.Array, num_grads: int) -> tuple[jax.Array | float, jax.Ar
     """
     if num_grads < 4:
         return 0.0, 0.0
-    return -math.log(_EXTREME), jnp.log(jnp.minimum(_LARGEST * early, min(num_grads**2 / 8, _EXTREME)))
+    return 0.0, jnp.log(jnp.minimum(_LARGEST * early, min(num_grads**2 / 8, _EXTREME)))

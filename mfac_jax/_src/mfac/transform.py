@@ -78,7 +78,7 @@ def scale_by_mfac(
         scale of the loss.
       window_momentum: beta in [0, 1). Precondition the mean of the rows weighted by beta^age.
       nesterov: count the newest gradient once more in that mean, as NAdam does.
-      step_adaptation: h in [0, 1], or a schedule. Above 0 a factor in [1/30, 6] multiplies the update. It
+      step_adaptation: h in [0, 1], or a schedule. Above 0 a factor in [1, 6] multiplies the update. It
         is learned from the cosine of each gradient and the update before it, at the speed h; in the first
         25 gradients faster, and up to 30. It is at most m^2 / 8, and 1 with fewer than 4 rows, which do not
         tell enough. Or a `components.StepLength`.
