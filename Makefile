@@ -42,6 +42,7 @@ benchmark: $(VENV)/installed
 	$(STEP_TIME) --grid --solver cholesky
 	$(RUN) -m benchmarks.static_algorithm --out $(OUT)/static.jsonl $(addprefix --original ,$(ORIGINAL))
 	$(RUN) -m benchmarks.training_share --out $(OUT)/training.jsonl
+	$(RUN) -m benchmarks.metric_share --out $(OUT)/metric.jsonl
 	$(RUN) -m benchmarks.gpu_step_time --out $(OUT)/gpu.jsonl
 	$(RUN) -m benchmarks.speed_report --results $(OUT) --pictures $(OUT)
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import (
     kronecker_cost,
+    metric_share,
     old_and_new,
     scaling_law,
     speed_report,
@@ -72,6 +73,15 @@ def test_the_scaling_law_is_found_and_no_term_is_negative():
     np.testing.assert_allclose(found.seconds[[0, 2, 3]], law[[0, 2, 3]], rtol=0.1)
     assert np.all(found.seconds >= 0)
     assert np.max(np.abs(found.residuals)) < 0.05
+
+
+@pytest.mark.slow
+def test_the_share_of_the_rotated_metric_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metric_share, "COUNTED", 2)
+    metric_share.main(["--widths", "8", "--num-grads", "2", "--out", str(tmp_path / "metric.jsonl")])
+    (line,) = json_lines.read(tmp_path / "metric.jsonl")
+    assert set(line["seconds"]) == {"rotated", "diagonal"}
+    assert "| 8 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
