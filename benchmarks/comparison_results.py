@@ -132,20 +132,20 @@ class Standing(NamedTuple):
     whose: str
 
     @property
-    def excess(self) -> float:
-        """How much larger ours is, as a part of theirs; both at least what rounding leaves."""
-        return max(self.ours, ROUNDING) / max(self.theirs, ROUNDING) - 1
+    def ratio(self) -> float:
+        """Ours over theirs; both at least what rounding leaves."""
+        return max(self.ours, ROUNDING) / max(self.theirs, ROUNDING)
 
 
 def standing(summaries: Mapping[str, Summary], column: str) -> Standing | None:
-    """Compare a loss, by its name in the evaluations; None where M-FAC or a rival has no runs."""
+    """Compare a loss, by its name in the evaluations; None where runs of M-FAC or a rival are missing."""
     means = {}
     for name in (OURS, *RIVALS):
-        runs = summaries[name].runs if name in summaries else []
-        values = [run["evaluations"][-1][column] for run in runs]
-        if not values:
+        summary = summaries.get(name)
+        if summary is None or (not summary.runs and min(summary.scan.values()) < math.inf):
             return None
-        means[name] = math.inf if None in values else float(np.mean(values))
+        values = [run["evaluations"][-1][column] for run in summary.runs]
+        means[name] = math.inf if None in values or not values else float(np.mean(values))
     whose = min(RIVALS, key=lambda name: means[name])
     return Standing(means[OURS], means[whose], whose)
 

@@ -73,7 +73,8 @@ def _train(run: Run, setting: Setting) -> dict[str, Any]:
     state, step = optimizers.start(workload, run.optimizer, run.rate, run.damping, run.seed)
     evaluate = jax.jit(workload.evaluate)
     total = len(workload.batches)
-    every = math.ceil(total / PROBLEMS[run.problem].evaluations) if run.study == "tuning" else total
+    is_reported = run.study == "tuning" and run.seed != optimizers.TUNING_SEED
+    every = math.ceil(total / PROBLEMS[run.problem].evaluations) if is_reported else total
     evaluations, seconds = [], []
     for done in range(total + 1):
         if done % every == 0 or done == total:

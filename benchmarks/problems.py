@@ -19,8 +19,8 @@ class Problem(NamedTuple):
 
     Attributes:
       make: makes the workload of a `seed`.
-      evaluations: a run of "tuning" measures losses before the first step and so many times; others at the
-        end alone.
+      evaluations: a run whose course is reported measures losses before the first step and so many times;
+        others before the first step and at the end.
       reads_data_dir: `make` takes the folder of --data-dir as `data_dir`; others have their data with them.
       float64: whether it runs in float64.
       why_missing: why it cannot be made without packages that are not there; None if it can.

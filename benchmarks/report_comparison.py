@@ -109,16 +109,16 @@ def results_table(summaries: Mapping[str, Summary]) -> str:
 
 def standings_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
     """M-FAC untuned beside the best of the tuned rivals, and on how many problems it is no worse."""
-    rows, excesses = [], {column: [] for column in ("train_loss", "valid_loss")}
+    rows, ratios = [], {column: [] for column in ("train_loss", "valid_loss")}
     for title, own in problems.items():
         row = [title]
-        for column, found in excesses.items():
+        for column, found in ratios.items():
             standing = results.standing(own, column)
             if standing is None:
                 continue
-            found.append(standing.excess)
+            found.append(standing.ratio)
             theirs = f"{standing.theirs:.3g} ({STYLES[standing.whose]['label']})"
-            row += [f"{standing.ours:.3g}", theirs, f"{standing.excess:+.1%}"]
+            row += [f"{standing.ours:.3g}", theirs, f"{standing.ratio:.3g}"]
         if len(row) > 1:
             rows.append(row)
     header = [
@@ -132,9 +132,9 @@ def standings_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
     ]
     names = ", ".join(STYLES[name]["label"] for name in results.RIVALS)
     counts = "; ".join(
-        f"{column.replace('_', ' ')} no worse on {sum(e <= 0 for e in found)} of {len(found)} problems, "
-        f"within 2 % on {sum(0 < e <= 0.02 for e in found)} more"
-        for column, found in excesses.items()
+        f"{column.replace('_', ' ')} no worse on {sum(ratio <= 1 for ratio in found)} of {len(found)} "
+        f"problems, within 2 % on {sum(1 < ratio <= 1.02 for ratio in found)} more"
+        for column, found in ratios.items()
     )
     text = (
         f"M-FAC untuned beside the best of {names}, each tuned by its training loss. Losses below "

@@ -33,7 +33,7 @@ def test_runs_are_stored_and_not_repeated_and_a_missing_package_is_named(tmp_pat
     assert (sgd[-1]["rate"], sgd[-1]["seed"]) == (best["rate"], 1)
     for run in runs:
         steps = [evaluation["step"] for evaluation in run["evaluations"]]
-        assert steps == [0, 1, 2, 3, 4]
+        assert steps == ([0, 1, 2, 3, 4] if run["seed"] else [0, 4])  # the course is that of reported seeds
         assert all(set(e) >= {"seconds", "train_loss", "valid_loss"} for e in run["evaluations"])
         assert run["step_ms"] > 0
         assert run["jobs"] == 1

@@ -150,6 +150,6 @@ def test_it_says_where_the_untuned_default_is_no_worse_than_the_tuned_rivals(tmp
     ]
     text = report(tmp_path, lines)
     assert "train loss no worse on 2 of 4 problems, within 2 % on 1 more" in text
-    assert "| text | 1 | 1.1 (SOAP) | -9.1% | 1 | 1.1 (SOAP) | -9.1% |" in text
-    assert "| digits-cnn | 0.3 | 0.2 (Muon) | +50.0% |" in text
+    assert "| text | 1 | 1.1 (SOAP) | 0.909 | 1 | 1.1 (SOAP) | 0.909 |" in text
+    assert "| digits-cnn | 0.3 | 0.2 (Muon) | 1.5 |" in text
     assert "| poisson | 0.3" not in text
