@@ -318,6 +318,7 @@ def report(records: list[Record], out: Path) -> str:
         parts.append(scans_table(variant_scans(own)))
     if summaries:
         curves = {title: {n: s.runs for n, s in own.items()} for title, own in summaries.items()}
+        curves = {title: own for title, own in curves.items() if any(own.values())}
         plots.plot_curves(curves, out / "comparison_curves.png")
         plots.plot_scans(scans, starts, out / "comparison_sensitivity.png")
     if grids:

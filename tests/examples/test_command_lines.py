@@ -32,9 +32,9 @@ def test_help_explains_every_option(name, capsys, monkeypatch):
 def test_help_shows_defaults_as_they_are_typed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     for name, shown in (
-        ("train_digits", ["mfac sgd adamw", "mfac=0.003 cgfac=0.1 ", "22", "mlp"]),
+        ("train_digits", ["mfac sgd adamw", "mfac=0.01 cgfac=0.1 ", "22", "mlp"]),
         ("prune_digits", ["0.5 0.75 0.875 ", "0", "128"]),
-        ("train_pod", ["out/pod", "0.003"]),
+        ("train_pod", ["out/pod", "0.01"]),
     ):
         with pytest.raises(SystemExit, match="0"):
             SCRIPTS[name].main(["--help"])
