@@ -249,7 +249,7 @@ def test_a_replicated_parameters_window_takes_its_share_of_memory(mode):
 @slow
 def test_a_bfloat16_window_is_never_copied_as_float32():
     params = {"kernel": jnp.ones((2048, 1024)), "bias": jnp.ones(1024)}
-    tx = mfac(0.01, 64, storage=jnp.bfloat16)
+    tx = mfac(0.01, 64, metric="diagonal", storage=jnp.bfloat16)
     state = jax.eval_shape(tx.init, params)
     compiled: Any = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
     window = 64 * 2 * 2049 * 1024

@@ -105,7 +105,8 @@ def _update(
 
         return apply
 
-    state = RotatedMetricState(*(structure.unflatten([*x]) for x in zip(*after, strict=True)))
+    fields = ([getattr(leaf, name) for leaf in after] for name in RotatedMetricState._fields)
+    state = RotatedMetricState(*map(structure.unflatten, fields))
     return state, Coordinates(mapped(jnp.multiply), mapped(numerics.scaled))
 
 
