@@ -86,7 +86,7 @@ def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
     specs = {"query": ("fsdp", "tensor"), "key": ("fsdp", "tensor"), "out": ("tensor", "fsdp")}
     params: Any = {name: jax.ShapeDtypeStruct((512, 512), jnp.float32) for name in specs}
     shardings = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
-    tx = mfac_jax.mfac(3e-3, 64)
+    tx = mfac_jax.mfac(3e-3, 64, metric="diagonal")
     lowered = gpu_cases.lower_jit(
         tx.update,
         params,

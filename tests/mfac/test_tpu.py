@@ -39,7 +39,7 @@ def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
     specs = {"query": ("fsdp", "tensor"), "key": ("fsdp", "tensor"), "out": ("tensor", "fsdp")}
     shapes = {name: jax.ShapeDtypeStruct((8, 2048, 2048), jnp.bfloat16) for name in specs}
     shardings = {name: NamedSharding(mesh, PartitionSpec(None, *spec)) for name, spec in specs.items()}
-    row = tpu.measure_update(mfac_jax.mfac(3e-3, 1024), shapes, shardings)
+    row = tpu.measure_update(mfac_jax.mfac(3e-3, 1024, metric="diagonal"), shapes, shardings)
     check_collectives(row | {"num_grads": 1024}, axes=2)
     check_memory(row)
 
@@ -48,7 +48,7 @@ def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
 def test_only_sums_and_split_updates_are_sent(topology):
     case = tpu.CASES[topology]
     *_, shapes, shardings = tpu.transformer(topology, tpu.SIZES[case.size], case.tensor)
-    row = tpu.measure_update(mfac_jax.mfac(3e-3, case.num_grads), shapes, shardings)
+    row = tpu.measure_update(mfac_jax.mfac(3e-3, case.num_grads, metric="diagonal"), shapes, shardings)
     check_collectives(row | {"num_grads": case.num_grads})
     assert row["update_temporaries"] < 0.1 * row["window_bytes"]  # no copy of it
 
@@ -71,7 +71,7 @@ def test_of_a_window_on_the_host_only_chunks_come_to_the_device(sharded, storage
     shapes: Any = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in leaves.items()}
     shardings = {name: NamedSharding(mesh, spec if name in "wv" else PartitionSpec()) for name in shapes}
     num_grads, host_chunk = 64, 7
-    tx = mfac_jax.mfac(3e-3, num_grads, storage=storage, host_chunk=host_chunk)
+    tx = mfac_jax.mfac(3e-3, num_grads, metric="diagonal", storage=storage, host_chunk=host_chunk)
     state_shardings = mfac_jax.state_shardings(tx, shapes, shardings)
     params = tpu.placed(shapes, shardings)
     init: Any = jax.jit(tx.init, out_shardings=state_shardings).lower(params).compile()
