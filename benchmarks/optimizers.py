@@ -24,6 +24,16 @@ PUBLISHED = inspect.signature(mfac_jax.mfac_published).parameters
 PUBLISHED_RATE, PUBLISHED_NUM_GRADS = (PUBLISHED[name].default for name in ("learning_rate", "num_grads"))
 TUNING_SEED = 0  # of the runs that choose a rate; the report is on others
 # Peak rates tried, for each family of problems; "all" where one grid serves all of them.
+ADAM_RATES = {
+    "digits": (0.02, 0.05, 0.1, 0.2, 0.5),
+    "finetune": (2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
+    "all": (0.001, 0.002, 0.005, 0.01, 0.02),
+}
+MUON_RATES = {
+    "digits": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "finetune": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    "all": (0.005, 0.01, 0.02, 0.05, 0.1),
+}
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "sgd": {
         "digits": (0.05, 0.1, 0.2, 0.5, 1.0),
@@ -31,27 +41,11 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "finetune": (0.005, 0.01, 0.02, 0.05, 0.1),
         "all": (0.02, 0.05, 0.1, 0.2, 0.5),
     },
-    "adamw": {
-        "digits": (0.02, 0.05, 0.1, 0.2, 0.5),
-        "finetune": (2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
-        "all": (0.001, 0.002, 0.005, 0.01, 0.02),
-    },
-    "nadamw": {
-        "digits": (0.02, 0.05, 0.1, 0.2, 0.5),
-        "finetune": (2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
-        "all": (0.001, 0.002, 0.005, 0.01, 0.02),
-    },
-    "muon": {
-        "digits": (0.01, 0.02, 0.05, 0.1, 0.2),
-        "finetune": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
-        "all": (0.005, 0.01, 0.02, 0.05, 0.1),
-    },
+    "adamw": ADAM_RATES,
+    "nadamw": ADAM_RATES,
+    "muon": MUON_RATES,
     "kfac": {"all": (0.003, 0.01, 0.03, 0.1, 0.3)},
-    "normuon": {
-        "digits": (0.01, 0.02, 0.05, 0.1, 0.2),
-        "finetune": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
-        "all": (0.005, 0.01, 0.02, 0.05, 0.1),
-    },
+    "normuon": MUON_RATES,
     "soap": {
         "digits": (0.01, 0.03, 0.1, 0.3, 1.0),
         "finetune": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
@@ -249,11 +243,8 @@ def _kfac(loss: Callable):
 
 def _start_kfac(workload: Workload, rate: float, seed: int) -> Start:
     """As `start`; a first step, thrown away, compiles."""
-    optimizer, key, peak = (
-        _kfac(workload.loss),
-        jax.random.key(seed),
-        rivals.schedule("kfac", len(workload.batches)),
-    )
+    optimizer, key = _kfac(workload.loss), jax.random.key(seed)
+    peak = rivals.schedule("kfac", len(workload.batches))
     settings = {name: jnp.float32(value) for name, value in KFAC.items()}
 
     def step(state, indices):

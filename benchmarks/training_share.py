@@ -110,7 +110,8 @@ def steps(workload: Workload, rounds: int) -> dict[str, Timed]:
             found[name] = training(*optimizers.start(workload, name, RATE, None, 0))
         else:
             chosen[name] = transform(name)
-    chosen |= {f"mfac, m = {m}": mfac_jax.mfac(RATE, m) for m in NUM_GRADS}
+    # `metric_share.py` has what the rotated metric takes beside that.
+    chosen |= {f"mfac, m = {m}": mfac_jax.mfac(RATE, m, metric="diagonal") for m in NUM_GRADS}
     grads = gradients(workload, rounds + 1)
     for name, tx in chosen.items():
         found[name] = training(start(workload, tx), bind_step(workload, tx, 0))
