@@ -180,20 +180,6 @@ def test_rounding_does_not_choose_bases():
     assert relative_error(found, wanted) < 1e-3
 
 
-def test_derivatives_take_the_map_for_a_constant(x64):
-    """Both modes, through a step: without the window, P^2 in place of the Jacobian matrix."""
-    tx = scale_by_mfac(2, 1e12, relative_damping=True, metric="rotated")
-    first, g, move = (jax.tree.map(jnp.asarray, g) for g in gradients(3))
-    state: Any = tx.update(first, tx.init(first))[1]
-    update: Any = jax.jit(lambda g: tx.update(g, state)[0])
-    forward = jax.jvp(update, (g,), (move,))[1]
-    metric = METRICS["rotated"].update(state.metric, g, jnp.int32(2))[1]
-    np.testing.assert_allclose(flat(forward), flat(metric.out_of(metric.into(move))), rtol=1e-6)
-    weights = jax.tree.map(jnp.cos, g)
-    (reverse,) = jax.vjp(update, g)[1](weights)
-    np.testing.assert_allclose(flat(reverse) @ flat(move), flat(weights) @ flat(forward), rtol=1e-8)
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_leaves_the_metric(bad):
     tx, stream = mfac(0.01, 4, metric="rotated"), gradients(4)

@@ -21,6 +21,7 @@ import optax
 from jax import lax
 
 from mfac_jax._src.base import numerics
+from mfac_jax._src.base.accept import select
 from mfac_jax._src.linalg.batches import of_each
 from mfac_jax._src.mfac.diagonal_metric import running_mean, scale_of
 from mfac_jax._src.mfac.metric import Coordinates, Metric
@@ -90,8 +91,6 @@ def _first_of_side(leaf: jax.Array, is_row: bool, is_basis: bool) -> jax.Array:
 def _update(
     state: RotatedMetricState, gradients: optax.Updates, count: jax.Array
 ) -> tuple[RotatedMetricState, Coordinates]:
-    # For derivatives the map is a constant: where eigenvalues meet, their vectors have none.
-    state, gradients = lax.stop_gradient((state, gradients))
     leaves, structure = jax.tree.flatten(gradients)
     before = list(map(_Leaf, *map(structure.flatten_up_to, state)))
     after = mesh.with_automatic_axes(_next, before)(leaves, before, count)
@@ -114,12 +113,7 @@ def _update(
 def _next(gradients: list[jax.Array], leaves: list[_Leaf], count: jax.Array) -> list[_Leaf]:
     """The means and bases with one more gradient."""
     leaves = list(map(_with_covariances, gradients, leaves))
-    turns = (count <= _EVERY) | (count % _EVERY == 0)
-    # One loop for all leaves, of one turn or none: a conditional would copy what it carries, and at each a
-    # GPU waits for the host.
-    leaves, _ = lax.while_loop(
-        lambda carry: carry[-1], lambda carry: (_turned(carry[0]), jnp.array(False)), (leaves, turns)
-    )
+    leaves = _turned_if((count <= _EVERY) | (count % _EVERY == 0), leaves)
     return list(map(_with_second_moment, gradients, leaves))
 
 
@@ -183,6 +177,25 @@ def _into_bases(x: jax.Array, leaf: _Leaf, tiles: Tiles) -> jax.Array:
     if tiles.turns_rows:
         x = _product(leaf.row_basis.mT, x)
     return _product(x, leaf.column_basis) if tiles.turns_columns else x
+
+
+@jax.custom_jvp
+def _turned_if(turns: jax.Array, leaves: list[_Leaf]) -> list[_Leaf]:
+    """The leaves, with their bases turned if `turns`.
+
+    One loop for all leaves, of one turn or none: a conditional would copy what it carries, and at each a
+    GPU waits for the host.
+    """
+    return lax.while_loop(
+        lambda carry: carry[-1], lambda carry: (_turned(carry[0]), jnp.array(False)), (leaves, turns)
+    )[0]
+
+
+@_turned_if.defjvp
+def _derivative_of_turned_if(primals, tangents):
+    """Turned in any case: reverse mode goes through no such loop."""
+    (turns, leaves), (_, moves) = primals, tangents
+    return select(turns, jax.jvp(_turned, (leaves,), (moves,)), (leaves, moves))
 
 
 def _turned(leaves: list[_Leaf]) -> list[_Leaf]:
