@@ -319,7 +319,8 @@ def report(records: list[Record], out: Path) -> str:
     if summaries:
         curves = {title: {n: s.runs for n, s in own.items()} for title, own in summaries.items()}
         curves = {title: own for title, own in curves.items() if any(own.values())}
-        plots.plot_curves(curves, out / "comparison_curves.png")
+        if curves:  # runs of the tuning seed alone have none
+            plots.plot_curves(curves, out / "comparison_curves.png")
         plots.plot_scans(scans, starts, out / "comparison_sensitivity.png")
     if grids:
         grid_lines = {title: results.grid_scans(own) for title, own in grids.items()}
