@@ -30,13 +30,13 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
 
 def adapted_log_steps(grads: np.ndarray, directions: np.ndarray, rate: float, num_grads: int) -> np.ndarray:
     """What `log_step` should be after each gradient."""
-    log_steps = [0.0]
+    log_steps, mean = [0.0], 0.0
     for step in range(1, len(grads)):
-        early = max(1, 25 / (step + 1))
+        early, now = max(1, 25 / (step + 1)), cosine(grads[step], directions[step - 1])
         drift = np.clip(0.06 * (1 - log_steps[-1] / np.log(2)), -0.01, 0.06)
-        move = min(early * rate, 1) * (cosine(grads[step], directions[step - 1]) + drift)
-        largest = np.log(min(num_grads**2 / 8, 6 * early, 30))
-        log_steps.append(np.clip(log_steps[-1] + move, 0, largest))
+        mean += max(0.05, 1 / min(step, num_grads)) * (now - mean)
+        largest = min(num_grads**2 / 8, 6 * early * 5 ** np.clip(10 * mean - 0.5, 0, 1), 30)
+        log_steps.append(np.clip(log_steps[-1] + min(early * rate, 1) * (now + drift), 0, np.log(largest)))
     return np.array(log_steps)
 
 
@@ -78,19 +78,26 @@ def log_steps_of(num_grads, grads):
     return jax.lax.scan(step, tx.init(grads[0]), grads)[1]
 
 
-@pytest.mark.parametrize(
-    ("num_grads", "dimensions"),
-    [(8, 64), *(pytest.param(*case, marks=slow) for case in [(8, 2), (64, 2), (64, 64)])],
-)
+@pytest.mark.parametrize("num_grads", [8, pytest.param(64, marks=slow)])
 @pytest.mark.parametrize("norms", ["equal", "spread", "outliers", "waves"])
-def test_the_step_factor_does_not_grow_on_noise(norms, num_grads, dimensions):
-    log_steps = log_steps_of(num_grads, noise(norms, dimensions))
+def test_the_step_factor_does_not_grow_on_noise(norms, num_grads):
+    log_steps = log_steps_of(num_grads, noise(norms, 64))
     assert np.log(1.3) < np.median(log_steps[1000:]) < np.log(3)
     assert log_steps[1000:].max() <= np.log(6.001)
     assert log_steps.max() < np.log(20)
 
 
-@pytest.mark.parametrize(("sign", "factor"), [(1, 6), (-1, 1)])
+@slow
+@pytest.mark.parametrize("num_grads", [8, 64])
+@pytest.mark.parametrize("norms", ["equal", "spread", "outliers", "waves"])
+def test_in_two_dimensions_where_noise_has_large_cosines_the_step_factor_comes_back(norms, num_grads):
+    factors = np.exp(log_steps_of(num_grads, noise(norms, 2))[1000:])
+    assert np.median(factors) < 6
+    assert np.mean(factors < 3) > 0.25
+    assert factors.max() <= 30.001
+
+
+@pytest.mark.parametrize(("sign", "factor"), [(1, 30), (-1, 1)])
 def test_the_step_factor_stays_in_its_band(sign, factor):
     """Equal gradients point along every update; alternating ones against every other."""
     grads = noise("equal", 64)[:1] * np.float32(sign) ** np.arange(2000, dtype=np.float32)[:, None]
@@ -124,7 +131,8 @@ def test_training_ends_no_worse_than_without_the_step_factor(num_grads):
     else:
         assert 1 < max(largest.values()) < 1.01 * min(num_grads**2 / 8, 30)
     # Noise has nothing to teach, at any scale; alternating gradients ask for shorter steps.
-    assert max(largest["noise"], largest["growing noise"]) < 8
+    typical = dict(zip(closed_loops.PROBLEMS, np.median(result.factors, axis=(1, 2, 3)), strict=True))
+    assert max(typical["noise"], typical["growing noise"]) < 3
     assert largest["alternating"] < 1.01
 
 

@@ -19,14 +19,17 @@ _DRIFT = 0.06
 # digits with random labels was a third higher.
 _DRIFT_ENDS = 2
 _RETURN = 0.01
-# A larger one lowers the training loss of long runs and raises that on other data: at 30, on digits after
-# 1,320 steps, to five times.
+# Beyond this bound it grows only while gradients go on to point along the updates: from the first of these
+# mean cosines to the second the bound rises to five times. With five times at any cosine, the loss on other
+# data of digits after 1,320 steps rose to five times too.
 _LARGEST = 6
+_ALONG = (0.05, 0.15)
+_LONGER = 5
 # First updates are small against later ones, since first gradients span few directions. So in the first
 # gradients, up to this number, the factor moves faster, and the bound is higher.
 _EARLY = 25
 _EXTREME = 30  # whatever the number of gradients
-_MEMORY = 0.95  # of the mean cosine, for diagnostics: about the last 20 gradients
+_MEMORY = 0.95  # of the mean cosine: about the last 20 gradients
 
 
 class StepView(NamedTuple):
@@ -94,7 +97,8 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
 
     At gradient t its logarithm moves by rate k (cos(g_t, u_{t-1}) + d), with k = max(1, 25 / t), rate k at
     most 1, and a drift d of 0.06 at the factor 1, zero at 2, and -0.01 beyond. It stays in
-    [1, min(6 k, 30)], and below m^2 / 8; with fewer than 4 rows it is 1.
+    [1, min(6 k 5^c, 30)], and below m^2 / 8; with fewer than 4 rows it is 1. Here c goes from 0 to 1 as the
+    running mean of the cosine goes from 0.05 to 0.15.
 
     It does not fall below 1: in narrow valleys gradients point against the last update at steps of any
     length. Where it could, an autoencoder of digits ended at three times the loss.
@@ -108,10 +112,9 @@ def adapted(rate: optax.ScalarOrSchedule) -> StepLength:
         early = jnp.maximum(1, _EARLY / (view.grads_seen.astype(dtype) + 1))
         speed = jnp.clip(jnp.nan_to_num(schedules.at(rate, view.grads_seen, dtype)), 0, 1)
         move = jnp.minimum(early * speed, 1) * (view.cosine + _drift(view.log_step))
-        after = (
-            _with_cosine(state.mean_cosine, view.cosine, jnp.clip(view.grads_seen, 1, num_grads)),
-            jnp.clip(view.log_step + move, *_bounds(early, num_grads)),
-        )
+        remembered = jnp.clip(view.grads_seen, 1, num_grads)
+        mean = _with_cosine(state.mean_cosine, view.cosine, remembered)
+        after = (mean, jnp.clip(view.log_step + move, 0, _bound(early, mean, num_grads)))
         # Without a direction on both sides there is nothing to learn, not even the drift.
         is_known = jnp.any(view.last_update != 0) & jnp.any(view.gram[:, view.newest, view.newest] > 0)
         mean_cosine, log_step = select(is_known, after, (state.mean_cosine, view.log_step))
@@ -129,11 +132,13 @@ def _drift(log_step: jax.Array) -> jax.Array:
     return jnp.clip(_DRIFT * (1 - log_step / math.log(_DRIFT_ENDS)), -_RETURN, _DRIFT)
 
 
-def _bounds(early: jax.Array, num_grads: int) -> tuple[jax.Array | float, jax.Array | float]:
+def _bound(early: jax.Array, mean_cosine: jax.Array, num_grads: int) -> jax.Array | float:
     """Of the logarithm. On full batches few rows swing: their steps grow until one of them is far too long.
 
     Between such steps the cosines are as good as ever, so they cannot tell.
     """
     if num_grads < 4:
-        return 0.0, 0.0
-    return 0.0, jnp.log(jnp.minimum(_LARGEST * early, min(num_grads**2 / 8, _EXTREME)))
+        return 0.0
+    start, end = _ALONG
+    largest = _LARGEST * early * _LONGER ** jnp.clip((mean_cosine - start) / (end - start), 0, 1)
+    return jnp.log(jnp.minimum(largest, min(num_grads**2 / 8, _EXTREME)))

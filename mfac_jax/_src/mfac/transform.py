@@ -80,8 +80,8 @@ def scale_by_mfac(
       nesterov: count the newest gradient once more in that mean, as NAdam does.
       step_adaptation: h in [0, 1], or a schedule. Above 0 a factor in [1, 6] multiplies the update. It
         is learned from the cosine of each gradient and the update before it, at the speed h; in the first
-        25 gradients faster, and up to 30. It is at most m^2 / 8, and 1 with fewer than 4 rows, which do not
-        tell enough. Or a `components.StepLength`.
+        25 gradients faster, and up to 30, as where gradients go on to point along the updates. It is at
+        most m^2 / 8, and 1 with fewer than 4 rows, which do not tell enough. Or a `components.StepLength`.
       blocks: None for one Fisher matrix of all parameters; 'leaf' for one per leaf; or a function from a
         leaf's key path to the label of its block.
       metric: 'identity', as in the paper; 'diagonal' works in the metric of a running second moment, as
