@@ -64,6 +64,8 @@ def spoiled(shapes: str, steps: int = 20):
     return grads
 
 
+old_default = functools.partial(mfac_jax.mfac, learning_rate=3e-3, damping=0.2, metric="diagonal")
+
 for _name, _options in OPTIONS.items():
     STREAMS[f"scale_by_mfac, {_name}"] = functools.partial(
         lambda options: run(mfac_jax.scale_by_mfac(8, **({"damping": 1e-2} | options)), spoiled("network")),
@@ -77,7 +79,7 @@ for _name, _options in {
     "blocks and inverse": {"blocks": "leaf", "solver": "inverse"},
 }.items():
     STREAMS[f"mfac, {_name}"] = functools.partial(
-        lambda options: run(mfac_jax.mfac(num_grads=8, **options), spoiled("network")), _options
+        lambda options: run(old_default(num_grads=8, **options), spoiled("network")), _options
     )
 
 
@@ -88,12 +90,12 @@ def _published():
 
 @stream("mfac, one vector")
 def _vector():
-    return run(mfac_jax.mfac(num_grads=5), spoiled("vector"))
+    return run(old_default(num_grads=5), spoiled("vector"))
 
 
 @stream("mfac, long leaves")
 def _long():
-    return run(mfac_jax.mfac(num_grads=3), gradients(SHAPES["long"], 5))
+    return run(old_default(num_grads=3), gradients(SHAPES["long"], 5))
 
 
 @stream("scale_by_mfac, many rows")
@@ -103,7 +105,7 @@ def _many_rows():
 
 @stream("mfac, injected hyper-parameters")
 def _injected():
-    make = optax.inject_hyperparams(mfac_jax.mfac, static_args=("num_grads",))
+    make = optax.inject_hyperparams(old_default, static_args=("num_grads",))
     tx = make(learning_rate=1e-2, num_grads=6, damping=0.3)
     return run(tx, spoiled("network"))
 
@@ -111,7 +113,7 @@ def _injected():
 @stream("mfac, float64")
 def _float64():
     with jax.enable_x64(True):
-        return run(mfac_jax.mfac(num_grads=8), spoiled("network"), x64=True)
+        return run(old_default(num_grads=8), spoiled("network"), x64=True)
 
 
 @stream("ihvp")
@@ -128,9 +130,9 @@ def _on_mesh(kind: str, axis_type: AxisType, specs: dict[str, PartitionSpec]):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     tx = {
-        "mfac": mfac_jax.mfac(num_grads=8, weight_decay=1e-3),
+        "mfac": old_default(num_grads=8, weight_decay=1e-3),
         "plain": mfac_jax.scale_by_mfac(8, 1e-2, solver="inverse"),
-        "leaf": mfac_jax.mfac(num_grads=8, blocks="leaf", storage=jnp.bfloat16),
+        "leaf": old_default(num_grads=8, blocks="leaf", storage=jnp.bfloat16),
     }[kind]
     return run(tx, spoiled("even", 14), mesh_spec=shardings)
 
@@ -149,11 +151,11 @@ for _kind in ("mfac", "plain", "leaf"):
 @stream("eight devices, shard_map")
 def _shard_map():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    tx, grads = mfac_jax.mfac(num_grads=8, axis_name="x"), spoiled("even", 14)
+    tx, grads = old_default(num_grads=8, axis_name="x"), spoiled("even", 14)
     params = jax.tree.map(jnp.ones_like, grads[0])
     specs = {"kernel": P("x"), "table": P("x"), "bias": P(), "odd": P()}
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    plain = mfac_jax.mfac(num_grads=8)
+    plain = old_default(num_grads=8)
     placed = mfac_jax.state_shardings(plain, params, shardings)
     state = jax.jit(plain.init, out_shardings=placed)(params)
     state_specs = jax.tree.map(lambda sharding: sharding.spec, placed)
@@ -171,7 +173,7 @@ def _shard_map():
 
 @stream("eight devices, pmap")
 def _pmap():
-    tx, grads = mfac_jax.mfac(num_grads=8, axis_name="x", param_specs=P()), spoiled("even", 14)
+    tx, grads = old_default(num_grads=8, axis_name="x", param_specs=P()), spoiled("even", 14)
     repeated = [jax.tree.map(lambda x: np.broadcast_to(x, (8, *x.shape)), g) for g in grads]
     params = jax.tree.map(np.ones_like, repeated[0])
     state = jax.pmap(tx.init, axis_name="x")(params)

@@ -76,7 +76,9 @@ def _keep_pruned():
     grads = gradients(SHAPES["network"], 8)
     params = jax.tree.map(jnp.ones_like, grads[0])
     masks = pruning.kernel_masks(params)
-    tx = pruning.keep_pruned(mfac_jax.mfac(num_grads=4, blocks="leaf"), masks)
+    tx = pruning.keep_pruned(
+        mfac_jax.mfac(3e-3, num_grads=4, damping=0.2, metric="diagonal", blocks="leaf"), masks
+    )
     state, updates = tx.init(params), []
     for i, g in enumerate(grads):
         if i == 4:

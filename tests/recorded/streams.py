@@ -1,7 +1,9 @@
 """Fixed streams of gradients through every part of the package, and a few numbers of what comes out.
 
 `figures.json` beside this file holds these numbers as revision 2190069 gave them, before the house was
-rebuilt. `python -m tests.recorded.streams FILE` writes them as they are now.
+rebuilt; streams with a learned step factor are newer. `python -m tests.recorded.streams FILE` writes them
+as they are now. `mfac` has the metric here that was its default then: QR factorisations of the rotated one
+differ between CPUs where gradients span few directions.
 """
 
 import json
