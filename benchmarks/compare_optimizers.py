@@ -1,9 +1,9 @@
 """Compare optimizers: same models, data, seeds, schedule shape and number of tuning trials.
 
-Every rate of an optimizer's grid is tried with seed 0, five rates for each that is tuned. While the lowest
-final training loss is at an end of the grid, one rate beyond that end is tried too, at most two. The rate
-with the lowest loss is then run with other seeds, which alone are reported. Each run becomes a line of
-runs.jsonl when it ends, and is not repeated when the command is given again.
+Each rate of an optimizer's grid is tried with seed 0: five for each that is tuned, three on finetune.
+While the lowest final training loss is at an end of the grid, one rate beyond that end is tried too, at
+most two. The rate with the lowest loss is then run with other seeds, which alone are reported. Each run
+becomes a line of runs.jsonl when it ends, and is not repeated when the command is given again.
 `python -m benchmarks.report_comparison` makes tables and pictures of the file.
 
 Results of an older revision of this repository are kept: the peers' do not depend on it. To redo runs after

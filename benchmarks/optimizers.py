@@ -26,19 +26,19 @@ TUNING_SEED = 0  # of the runs that choose a rate; the report is on others
 # Peak rates tried, for each family of problems; "all" where one grid serves all of them.
 ADAM_RATES = {
     "digits": (0.02, 0.05, 0.1, 0.2, 0.5),
-    "finetune": (2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
+    "finetune": (1e-4, 3e-4, 1e-3),
     "all": (0.001, 0.002, 0.005, 0.01, 0.02),
 }
 MUON_RATES = {
     "digits": (0.01, 0.02, 0.05, 0.1, 0.2),
-    "finetune": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    "finetune": (1e-3, 3e-3, 1e-2),
     "all": (0.005, 0.01, 0.02, 0.05, 0.1),
 }
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "sgd": {
         "digits": (0.05, 0.1, 0.2, 0.5, 1.0),
         "noisy": (0.005, 0.01, 0.02, 0.05, 0.1),
-        "finetune": (0.005, 0.01, 0.02, 0.05, 0.1),
+        "finetune": (0.01, 0.03, 0.1),
         "all": (0.02, 0.05, 0.1, 0.2, 0.5),
     },
     "adamw": ADAM_RATES,
@@ -48,12 +48,12 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "normuon": MUON_RATES,
     "soap": {
         "digits": (0.01, 0.03, 0.1, 0.3, 1.0),
-        "finetune": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+        "finetune": (1e-4, 3e-4, 1e-3),
         "all": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     },
     "kron": {
         "digits": (0.003, 0.01, 0.03, 0.1, 0.3),
-        "finetune": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+        "finetune": (1e-4, 3e-4, 1e-3),
         "all": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     },
     # Untuned, as their authors offer them.
@@ -64,7 +64,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "mfac-published": {"all": (PUBLISHED_RATE,)},
     "mfac-published-tuned": {"all": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
     "mfac-default": {"all": (MFAC_RATE,)},
-    "mfac": {"finetune": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "all": (0.001, 0.003, 0.01, 0.03, 0.1)},
+    "mfac": {"finetune": (3e-4, 1e-3, 3e-3), "all": (0.001, 0.003, 0.01, 0.03, 0.1)},
 }
 # --grid: more rates, over three decades and a half; M-FAC at each damping.
 GRID_RATES = {

@@ -194,7 +194,7 @@ def notes(tuning: Mapping[str, list[Record]], problems: Mapping[str, Mapping[str
         lines.append(
             "The rate of an optimizer is the one with the lowest final training loss on "
             f"seed {TUNING_SEED}, which is not among the seeds reported. Each has a grid of five rates, "
-            "and up to two more beyond an end where the lowest loss is at that end."
+            "on finetune of three, and up to two more beyond an end where the lowest loss is at that end."
         )
     fixed = [
         STYLES[n]["label"]
