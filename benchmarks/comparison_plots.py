@@ -18,6 +18,7 @@ Scan = Mapping[float, float]
 STYLES: dict[str, dict[str, Any]] = {
     "mfac-default": {"label": "M-FAC, untuned", "color": "#56B4E9", "linestyle": "-", "marker": "D"},
     "mfac": {"label": "M-FAC, tuned", "color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "mfac-metric": {"label": "M-FAC without window", "color": "#56B4E9", "linestyle": ":", "marker": "D"},
     "sgd": {"label": "SGD, Nesterov momentum", "color": "#D55E00", "linestyle": "--", "marker": "s"},
     "adamw": {"label": "AdamW", "color": "#009E73", "linestyle": "-.", "marker": "^"},
     "nadamw": {"label": "NAdamW", "color": "#CC79A7", "linestyle": (0, (1, 1)), "marker": "v"},

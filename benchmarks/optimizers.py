@@ -64,6 +64,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "mfac-published": {"all": (PUBLISHED_RATE,)},
     "mfac-published-tuned": {"all": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
     "mfac-default": {"all": (MFAC_RATE,)},
+    "mfac-metric": {"all": (MFAC_RATE,)},
     "mfac": {"finetune": (3e-4, 1e-3, 3e-3), "all": (0.001, 0.003, 0.01, 0.03, 0.1)},
 }
 # --grid: more rates, over three decades and a half; M-FAC at each damping.
@@ -108,6 +109,8 @@ TRANSFORMS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "mfac-published": mfac_jax.mfac_published,
     "mfac-published-tuned": mfac_jax.mfac_published,
     "mfac-default": mfac_jax.mfac,
+    # So large a damping hides the window: metric, momentum and step factor are left.
+    "mfac-metric": functools.partial(mfac_jax.mfac, damping=1000.0),
     "cgfac": mfac_jax.cgfac,
     **{name: functools.partial(mfac_jax.mfac, **options) for name, options in VARIANTS.items()},
     **IDEAS,

@@ -9,7 +9,15 @@ import pytest
 
 from benchmarks import optimizers, rivals
 
-UNTUNED = ("mfac-default", "mfac-published", "prodigy", "dadapt-adamw", "schedule-free-adamw", "dog")
+UNTUNED = (
+    "mfac-default",
+    "mfac-metric",
+    "mfac-published",
+    "prodigy",
+    "dadapt-adamw",
+    "schedule-free-adamw",
+    "dog",
+)
 QUICK_IDEA = "mfac, recency weights"
 SLOW_IDEAS = [pytest.param(name, marks=pytest.mark.slow) for name in optimizers.IDEAS if name != QUICK_IDEA]
 
