@@ -1,4 +1,4 @@
-"""Tables in Markdown and pictures of what `compare_optimizers` measured, from its runs.jsonl alone."""
+"""Tables in Markdown and pictures of what `compare_optimizers` measured, from its files alone."""
 
 import dataclasses
 import json
@@ -19,13 +19,16 @@ from benchmarks.optimizers import PUBLISHED_NUM_GRADS, TUNING_SEED
 from examples.common import json_lines, markdown
 from examples.common.command_line import Folder, parse, refuse
 
+# Two, since no file of the repository is over 1 MB.
+RESULTS = tuple(Path("benchmarks", "results", name) for name in ("runs.jsonl", "runs-others.jsonl"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the user can choose."""
 
-    runs: Annotated[Path, tyro.conf.Positional]
-    """runs.jsonl of `compare_optimizers`"""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = RESULTS
+    """files of `compare_optimizers`; those of the repository if none is given"""
     out: Folder = Path("docs")
     """folder to write to"""
 
@@ -332,13 +335,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, draw the pictures; `argv` is the command line."""
     options = parse(Options, argv, __doc__)
     plt.switch_backend("Agg")  # pictures go to files; no window is opened
+    names = ", ".join(map(str, options.runs))
     try:
-        records = json_lines.read(options.runs)
+        records = [record for path in options.runs for record in json_lines.read(path)]
         options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        refuse(f"cannot read {options.runs}: {error}; `compare_optimizers` writes it")
+        refuse(f"cannot read {names}: {error}; `compare_optimizers` writes such files")
     if not any("evaluations" in record for record in records):
-        refuse(f"{options.runs} holds no finished run: run `compare_optimizers` first")
+        refuse(f"no finished run in {names}: run `compare_optimizers` first")
     text = report(records, options.out)
     (options.out / "comparison.md").write_text(text)
     print(text)
