@@ -150,6 +150,21 @@ def standing(summaries: Mapping[str, Summary], column: str) -> Standing | None:
     return Standing(means[OURS], means[whose], whose)
 
 
+def seconds_to_loss_of(summaries: Mapping[str, Summary], rival: str) -> tuple[float, float] | None:
+    """Seconds of the rival's whole runs, and those until M-FAC, untuned, is at their mean final loss.
+
+    Means over the seeds, infinite where a seed does not get there; None where runs are missing or diverged.
+    """
+    if any(name not in summaries or not summaries[name].runs for name in (OURS, rival)):
+        return None
+    target = max(float(np.mean([final_loss(run) for run in summaries[rival].runs])), ROUNDING)
+    if math.isinf(target):
+        return None
+    theirs = np.mean([run["evaluations"][-1]["seconds"] for run in summaries[rival].runs])
+    ours = np.mean([first_at(run, target, "seconds") for run in summaries[OURS].runs])
+    return float(theirs), float(ours)
+
+
 # ------------------------------------------------------------------------------------------- groups
 
 

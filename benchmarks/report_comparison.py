@@ -146,6 +146,23 @@ def standings_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
     return text + "\n" + markdown.table(header, rows) if rows else ""
 
 
+def seconds_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
+    """How long M-FAC untuned takes to the loss at which a tuned rival ends."""
+    rivals, rows = ("nadamw", "muon"), []
+    for title, own in problems.items():
+        found = [results.seconds_to_loss_of(own, name) for name in rivals]
+        cells = [("-", "-") if pair is None else (f"{pair[0]:.3g}", f"{pair[1]:.3g}") for pair in found]
+        if any(found):
+            rows.append([title, *(cell.replace("inf", "never") for pair in cells for cell in pair)])
+    labels = [STYLES[name]["label"] for name in rivals]
+    header = [
+        "",
+        *(text for label in labels for text in (f"{label}, whole run", f"M-FAC to {label}'s loss")),
+    ]
+    text = "Seconds of training, means over the seeds (never: not by every seed):\n\n"
+    return text + markdown.table(header, rows) if rows else ""
+
+
 def width_table(scans: Mapping[str, Scan], to_zero: bool) -> str:
     """How wide each optimizer's range of good rates is."""
     best_adamw = min(scans["adamw"].values()) if "adamw" in scans else math.nan
@@ -289,7 +306,10 @@ def report(records: list[Record], out: Path) -> str:
     sections = results.by_section(runs)
     tuning, grids = results.select(sections, "tuning"), results.select(sections, "grid")
     summaries = {title: results.summarize(own) for title, own in tuning.items()}
-    scans = {title: {n: s.scan for n, s in own.items()} for title, own in summaries.items()}
+    # Runs that were cut have sections alone.
+    whole = {title: own for title, own in summaries.items() if tuning[title][0]["limit"] is None}
+    whole = whole or summaries
+    scans = {title: {n: s.scan for n, s in own.items()} for title, own in whole.items()}
     starts = {title: results.initial_loss(own) for title, own in sections.items()}
     parts = ["# Comparison of optimizers\n"]
     if summaries:
@@ -298,7 +318,8 @@ def report(records: list[Record], out: Path) -> str:
         parts.append(
             f"Final training loss, mean ± standard deviation over {over} seeds, the best in bold:\n"
         )
-        parts += [summary_table(summaries), bullets(notes(tuning, summaries)), standings_table(summaries)]
+        parts += [summary_table(whole), bullets(notes(tuning, summaries))]
+        parts += [standings_table(summaries), seconds_table(summaries)]
     parts += ["## How it was measured\n", provenance(records, runs, sections)]
     for title, own in summaries.items():
         parts += [f"## {title}\n", description(tuning[title]), results_table(own)]
@@ -320,11 +341,15 @@ def report(records: list[Record], out: Path) -> str:
         parts.append(f"## {title}: one setting changed, seed {TUNING_SEED}, final training loss\n")
         parts.append(scans_table(variant_scans(own)))
     if summaries:
-        curves = {title: {n: s.runs for n, s in own.items()} for title, own in summaries.items()}
+        curves = {title: {n: s.runs for n, s in own.items()} for title, own in whole.items()}
         curves = {title: own for title, own in curves.items() if any(own.values())}
         if curves:  # runs of the tuning seed alone have none
             plots.plot_curves(curves, out / "comparison_curves.png")
-        plots.plot_scans(scans, starts, out / "comparison_sensitivity.png")
+        plots.plot_scans(
+            {title: scans[title] for title in whole or summaries},
+            starts,
+            out / "comparison_sensitivity.png",
+        )
     if grids:
         grid_lines = {title: results.grid_scans(own) for title, own in grids.items()}
         plots.plot_grids(grid_lines, starts, out / "comparison_grid.png")

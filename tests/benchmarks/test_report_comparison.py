@@ -153,3 +153,6 @@ def test_it_says_where_the_untuned_default_is_no_worse_than_the_tuned_rivals(tmp
     assert "| text | 1 | 1.1 (SOAP) | 0.909 | 1 | 1.1 (SOAP) | 0.909 |" in text
     assert "| digits-cnn | 0.3 | 0.2 (Muon) | 1.5 |" in text
     assert "| poisson | 0.3" not in text
+    # A run takes 0.2 s, and falls from 2.3 on a line in log(loss): log(2.3 / 1.5) / log(2.3) of the way.
+    assert "| text | 0.2 | 0.103 | 0.2 | 0.156 |" in text
+    assert "| cifar10 | 0.2 | 0.104 | 0.2 | never |" in text
