@@ -127,7 +127,7 @@ def tune(options: Options, runner: Runner, problem: str, optimizers: Sequence[st
     for runs in trials.values():
         losses = losses_of(runner.store, runs)
         if min(losses.values(), default=math.inf) < math.inf:
-            best.append(min(losses, key=lambda run: losses[run]))
+            best.append(min(losses, key=lambda run: (losses[run], run.rate)))  # as the report chooses
     return best
 
 
