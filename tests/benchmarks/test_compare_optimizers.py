@@ -120,7 +120,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, capsys):
     assert "pass another --out" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         report_comparison.main([str(tmp_path / "runs.jsonl")])
-    assert "`compare_optimizers` writes it" in capsys.readouterr().err
+    assert "`compare_optimizers` writes such files" in capsys.readouterr().err
 
 
 def test_of_several_records_of_a_run_the_last_counts(tmp_path):
