@@ -10,6 +10,7 @@ import optax
 import mfac_jax
 from mfac_jax import pruning
 from tests.recorded.gradients import SHAPES, STREAMS, gradients, stream
+from tests.recorded.optimizer import old_default
 
 
 def _stacked(shapes, number: int, seed: int = 0):
@@ -76,9 +77,7 @@ def _keep_pruned():
     grads = gradients(SHAPES["network"], 8)
     params = jax.tree.map(jnp.ones_like, grads[0])
     masks = pruning.kernel_masks(params)
-    tx = pruning.keep_pruned(
-        mfac_jax.mfac(3e-3, num_grads=4, damping=0.2, metric="diagonal", blocks="leaf"), masks
-    )
+    tx = pruning.keep_pruned(old_default(num_grads=4, blocks="leaf"), masks)
     state, updates = tx.init(params), []
     for i, g in enumerate(grads):
         if i == 4:
