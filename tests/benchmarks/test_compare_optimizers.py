@@ -1,6 +1,7 @@
 """Tiny runs of the comparison of optimizers through its command line."""
 
 import math
+import types
 from typing import Any
 
 import pytest
@@ -121,6 +122,14 @@ def test_a_file_of_another_kind_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         report_comparison.main([str(tmp_path / "runs.jsonl")])
     assert "`compare_optimizers` writes such files" in capsys.readouterr().err
+
+
+def test_of_rates_with_equal_losses_the_lowest_is_run_with_other_seeds():
+    """As the report chooses; rates beyond the grid, tried last, are among them."""
+    store = types.SimpleNamespace(loss=lambda run: 0.0)
+    runner: Any = types.SimpleNamespace(store=store, run=lambda runs, description: None)
+    (best,) = compare_optimizers.tune(compare_optimizers.Options(), runner, "digits-mlp", ["muon"])
+    assert best.rate == 0.002
 
 
 def test_of_several_records_of_a_run_the_last_counts(tmp_path):
