@@ -116,18 +116,25 @@ def test_few_rows_change_the_length_by_little(num_grads, smallest, largest):
         np.testing.assert_allclose(np.exp(state.log_step), factor, rtol=1e-5)
 
 
+# Where the factor does harm: 1.105, 3.1 and 17 times. At three times the default rate, without a decay,
+# longer steps swing more; without it these losses end near 1e-4.
+WORSE = {
+    (4, "growing", "1e-2"): 1.2,
+    (8, "full batches", "3e-2"): 4,
+    (16, "batches of 4", "3e-2"): 25,
+}
+
+
 @pytest.mark.exhaustive
 @slow
 @pytest.mark.parametrize("num_grads", closed_loops.WINDOWS)
 def test_training_ends_no_worse_than_without_the_step_factor(num_grads):
     result = closed_loops.results(num_grads)
-    # Losses at the end of minibatches fluctuate by a few times. At three times the default rate, without a
-    # decay of it, longer steps swing: up to 17 times was seen, of losses near 1e-4.
-    is_noisy = np.array(["batches of" in problem for problem in closed_loops.CLOSED])
-    is_long = np.array([name == "3e-2" for name in closed_loops.RATES])
-    worst = np.where(is_long, 30, np.where(is_noisy[:, None], 3, 1.2))
-    ratios = result.ratios()[: len(closed_loops.CLOSED)]
-    assert np.all(ratios < worst), ratios
+    for problem, ratios in zip(closed_loops.CLOSED, result.ratios(), strict=False):
+        # Losses at the end of minibatches fluctuate by a few times.
+        usual = 3 if "batches of" in problem else 1.1
+        for rate, ratio in zip(closed_loops.RATES, ratios, strict=True):
+            assert ratio < WORSE.get((num_grads, problem, rate), usual), (problem, rate)
     largest = dict(zip(closed_loops.PROBLEMS, result.factors.max(axis=(1, 2, 3)), strict=True))
     if num_grads < 4:
         assert set(largest.values()) == {1.0}
@@ -136,6 +143,7 @@ def test_training_ends_no_worse_than_without_the_step_factor(num_grads):
     # Noise has nothing to teach, at any scale; alternating gradients ask for shorter steps.
     typical = dict(zip(closed_loops.PROBLEMS, np.median(result.factors, axis=(1, 2, 3)), strict=True))
     assert max(typical["noise"], typical["growing noise"]) < 3
+    assert max(largest["noise"], largest["growing noise"]) < 15  # in ten dimensions
     assert largest["alternating"] < 1.01
 
 
