@@ -79,14 +79,12 @@ def test_on_eight_gpus_too_and_only_sums_and_split_updates_are_sent(mode, storag
     assert sum(size for _, size in row["collectives"].values()) <= sums + gathered
 
 
-def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
-    """As on TPU, where XLA merged what such leaves share."""
+def sent_on_mesh(tx: Any, specs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, list[int]]:
+    """The collectives of an update of leaves of this shape on eight GPUs, two along fsdp."""
     devices = np.asarray(gpu_targets.devices("h100", 8)).reshape(2, 4)
     mesh = Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    specs = {"query": ("fsdp", "tensor"), "key": ("fsdp", "tensor"), "out": ("tensor", "fsdp")}
-    params: Any = {name: jax.ShapeDtypeStruct((512, 512), jnp.float32) for name in specs}
+    params: Any = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in specs}
     shardings = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
-    tx = mfac_jax.mfac(3e-3, 64, metric="diagonal")
     lowered = gpu_cases.lower_jit(
         tx.update,
         params,
@@ -94,9 +92,23 @@ def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
         shardings,
         mfac_jax.state_shardings(tx, params, shardings),
     )
-    sent = compiled_update.collectives(lowered.update.compile().as_text())
+    return compiled_update.collectives(lowered.update.compile().as_text())
+
+
+def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
+    """As on TPU, where XLA merged what such leaves share."""
+    specs = {"query": ("fsdp", "tensor"), "key": ("fsdp", "tensor"), "out": ("tensor", "fsdp")}
+    sent = sent_on_mesh(mfac_jax.mfac(3e-3, 64, metric="diagonal"), specs, (512, 512))
     assert set(sent) == {"all-reduce"}
     assert sent["all-reduce"][1] <= 2 * len(specs) * (64 + 1) * 4
+
+
+def test_a_rotated_metric_within_each_device_sends_nothing():
+    specs = {"query": (None, "fsdp", "tensor"), "out": (None, "tensor", "fsdp")}
+    tx = mfac_jax.mfac(1e-2, 8, metric=mfac_jax.components.rotated_metric(block_size=128))
+    sent = sent_on_mesh(tx, specs, (2, 1024, 1024))
+    assert set(sent) == {"all-reduce"}
+    assert sent["all-reduce"][1] <= 2 * len(specs) * (8 + 1) * 4
 
 
 def test_long_leaves_on_explicit_axes_compile_for_a_mesh_that_is_not_here(monkeypatch):

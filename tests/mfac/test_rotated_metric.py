@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mfac_jax import mfac, scale_by_mfac, state_shardings
 from mfac_jax._src.mfac.metrics import METRICS
+from mfac_jax.components import rotated_metric
 from tests.dense_reference import inverse_product, relative_error
 
 SHAPES = {"bias": (4,), "conv": (2, 2, 3, 4), "kernel": (6, 5), "scale": ()}
@@ -208,8 +209,9 @@ def layer_gradients(steps: int) -> list[dict[str, np.ndarray]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_on_a_mesh_it_is_the_run_on_one_device(x64, axis_type):
-    tx, stream = mfac(0.1, 4, metric="rotated"), layer_gradients(8)
+@pytest.mark.parametrize("metric", ["rotated", rotated_metric(8)])
+def test_on_a_mesh_it_is_the_run_on_one_device(x64, axis_type, metric):
+    tx, stream = mfac(0.1, 4, metric=metric), layer_gradients(8)
     update: Any = jax.jit(tx.update)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     shardings = {name: NamedSharding(mesh, spec) for name, (_, spec) in LAYERS.items()}
@@ -234,6 +236,20 @@ def test_a_leaf_that_looks_like_its_tiles_is_sharded_as_a_row():
     for metric in metrics:
         found: Any = state_shardings(scale_by_mfac(2, metric=metric), params, sharding)
         assert found.metric.second_moment == sharding
+
+
+@pytest.mark.parametrize("block_size", [0, 7, 100, 2**14])
+def test_a_size_that_blocks_cannot_have_is_refused(block_size):
+    message = f"block_size must be .*, got {block_size}. Pass e.g. 128." if block_size else "block_size"
+    with pytest.raises(ValueError, match=message):
+        rotated_metric(block_size)
+
+
+def test_a_state_with_other_blocks_is_refused():
+    params = jnp.ones((32, 16))
+    state = scale_by_mfac(2, metric=rotated_metric(8)).init(params)
+    with pytest.raises(ValueError, match="rotated, blocks of 8"):
+        scale_by_mfac(2, metric="rotated").update(params, state)
 
 
 def test_tiles_lie_where_their_part_of_the_leaf_is():

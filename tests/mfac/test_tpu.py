@@ -44,6 +44,18 @@ def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
     check_memory(row)
 
 
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:16x16"])
+def test_a_rotated_metric_within_each_device_sends_nothing(topology):
+    mesh = tpu.make_mesh(topology, tensor=4)
+    specs = {"query": ("fsdp", "tensor"), "out": ("tensor", "fsdp")}
+    side = 128 * max(mesh.shape.values())
+    shapes = {name: jax.ShapeDtypeStruct((2, side, side), jnp.float32) for name in specs}
+    shardings = {name: NamedSharding(mesh, PartitionSpec(None, *spec)) for name, spec in specs.items()}
+    tx = mfac_jax.mfac(1e-2, 8, metric=mfac_jax.components.rotated_metric(block_size=128))
+    row = tpu.measure_update(tx, shapes, shardings)
+    check_collectives(row | {"num_grads": 8})
+
+
 @pytest.mark.parametrize("topology", ["v5e:2x4", "tpu7x:2x2x2", "v5p:8x8x16"])  # 8, 8 and 1024 chips
 def test_only_sums_and_split_updates_are_sent(topology):
     case = tpu.CASES[topology]

@@ -6,7 +6,7 @@ import optax
 
 from mfac_jax._src.mfac.diagonal_metric import DIAGONAL
 from mfac_jax._src.mfac.metric import Coordinates, Metric
-from mfac_jax._src.mfac.rotated_metric import ROTATED
+from mfac_jax._src.mfac.rotated_metric import rotated_metric
 
 
 def _unchanged(tree: optax.Updates) -> optax.Updates:
@@ -22,4 +22,4 @@ IDENTITY = Metric(
 )
 
 MetricName = Literal["identity", "diagonal", "rotated"]
-METRICS = {metric.name: metric for metric in (IDENTITY, DIAGONAL, ROTATED)}
+METRICS = {metric.name: metric for metric in (IDENTITY, DIAGONAL, rotated_metric())}

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mfac_jax._src.base.trees import leaf_name
 from mfac_jax._src.mfac.state import ScaleByMFACState
-from mfac_jax._src.mfac.tiles import sharding_of_sides, tiles_of
+from mfac_jax._src.mfac.tiles import sharding_of_squares
 from mfac_jax._src.rows import host_memory
 from mfac_jax._src.rows.mesh import axes_of, replicated, row_sharding, window_sharding
 
@@ -109,12 +109,10 @@ def _like_row(leaf, param, sharding: NamedSharding):
     """As `_like_param`, but an array like the parameter, or one for its tiles, is sharded as a row."""
     if isinstance(leaf, optax.MaskedNode):
         return leaf
-    row, tiles = row_sharding(param.shape, sharding), tiles_of(param.shape)
+    row = row_sharding(param.shape, sharding)
     if leaf.shape == param.shape:
         return row
-    if tiles is not None and leaf.shape in map(tiles.squares, (tiles.rows, tiles.columns)):
-        return sharding_of_sides(param.shape, row, leaf.shape[-1])
-    return _like_param(leaf, param, sharding)
+    return sharding_of_squares(param.shape, row, leaf.shape) or _like_param(leaf, param, sharding)
 
 
 def _checked(params: optax.Params, param_shardings: Any) -> tuple[Any, Any]:
