@@ -268,6 +268,7 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "diagonal, adapted": lambda run: seen(run, metric="diagonal", step_adaptation=0.3, blocks="leaf"),
         "rotated": lambda run: seen(run, metric="rotated", relative_damping=True),
         "bfloat16": lambda run: seen(run, storage=jnp.bfloat16),
+        "int8": lambda run: seen(run, storage=jnp.int8),
         "bfloat16 parameters": lambda run: trained(
             run, mfac_jax.mfac(SCHEDULE, ROWS, weight_decay=1e-3), params(jnp.bfloat16)
         ),

@@ -122,6 +122,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "diagonal metric": lambda: scale(metric="diagonal", relative_damping=True),
     "rotated metric": lambda: scale(metric="rotated", relative_damping=True),
     "bfloat16": lambda: scale(storage=jnp.bfloat16),
+    "int8": lambda: scale(storage=jnp.int8),
     "step adaptation": lambda: scale(step_adaptation=0.3),
     "step adaptation of a schedule": lambda: scale(step_adaptation=halving),
     "momentum": lambda: scale(window_momentum=0.9, nesterov=True),

@@ -62,7 +62,7 @@ CHOICES: dict[str, list[Any]] = {
     "wrapper": ["mfac", "mfac_published", "scale_by_mfac"],
     "metric": ["identity", "diagonal"],
     "solver": ["cholesky", "inverse"],
-    "storage": [None, jnp.float32, jnp.bfloat16],
+    "storage": [None, jnp.float32, jnp.bfloat16, jnp.int8],
     "adapted": [False, True],
     "blocks": [None, "leaf", first_alone, last_alone],
     "num_grads": [2, 3],

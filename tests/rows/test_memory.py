@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from mfac_jax import mfac, scale_by_mfac
 from mfac_jax._src.rows import memory, zeros
-from mfac_jax._src.rows.storages import Storage, floats
+from mfac_jax._src.rows.storage_kinds import floats
+from mfac_jax._src.rows.storages import Storage
 
 HALF = jnp.dtype(jnp.bfloat16)
 SPECS = {"kernel": P("x"), "table": P(("x", "y"), None), "bias": P(), "odd": P()}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from mfac_jax._src.base import numerics
-from mfac_jax._src.rows import host_memory, storages, window
+from mfac_jax._src.rows import host_memory, storage_kinds, storages, window
 from mfac_jax._src.rows.manual_axes import ManualAxes
-from mfac_jax._src.rows.storages import Storage, floats
+from mfac_jax._src.rows.storage_kinds import floats
+from mfac_jax._src.rows.storages import Storage
 from mfac_jax._src.rows.zeros import empty_row, empty_window
 
 DTYPES = pytest.mark.parametrize(
@@ -202,18 +203,20 @@ def test_what_a_storage_leaves_out_is_done_a_row_at_a_time():
 
 
 def test_storages_are_known_by_their_names():
-    for value in (None, jnp.float32, jnp.bfloat16):
-        storage = storages.as_storage(value)
-        assert storages.by_name(storage.name) is storage
-    assert storages.as_storage(SCALED) is SCALED
-    assert storages.by_name("scaled") is None
+    for value in (None, jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2):
+        storage = storage_kinds.as_storage(value)
+        assert storage_kinds.by_name(storage.name) is storage
+    assert storage_kinds.as_storage(SCALED) is SCALED
+    assert storage_kinds.by_name("scaled") is None
 
 
 @pytest.mark.parametrize("storage", [jnp.float16, jnp.int8, "half", 16])
 def test_a_storage_that_is_none_is_refused(storage):
-    message = r"storage must be None, jnp\.float32, jnp\.bfloat16 or a .*Storage, got .*Pass jnp\.bfloat16"
+    message = (
+        r"storage must be None, jnp\.float32, jnp\.bfloat16, jnp\.int8, .*Storage, got .*Pass jnp\.int8"
+    )
     with pytest.raises(ValueError, match=message):
-        storages.as_storage(storage)
+        storage_kinds.as_storage(storage)
 
 
 def test_a_tree_that_does_not_fit_the_window_has_no_plan():

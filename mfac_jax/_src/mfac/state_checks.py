@@ -3,7 +3,6 @@
 Shapes, dtypes and nodes are known before tracing, so all of this runs under jit and outside alike.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from mfac_jax._src.base import numerics
 from mfac_jax._src.base.fields import CURE, check_field, dtype_of, shape_of
 from mfac_jax._src.mfac.state import Kinds, ScaleByMFACState, labels
 from mfac_jax._src.mfac.step_length import AdaptedStepState
-from mfac_jax._src.rows import storages
+from mfac_jax._src.rows import storage_kinds, storages
 from mfac_jax._src.rows.blocks import number_of_blocks
 from mfac_jax._src.rows.storages import Storage
 
@@ -92,7 +91,7 @@ def kind_of(state: ScaleByMFACState, argument: str) -> str:
 def storage_of(state: ScaleByMFACState, storage: Storage | None) -> Storage:
     """The storage of the state's window, if it is the package's; else the one that is given."""
     name = kind_of(state, "storage")
-    found = storage or storages.by_name(name)
+    found = storage or storage_kinds.by_name(name)
     if found is None or found.name != name:
         raise ValueError(
             f"storage must be the one that the state was made with, {name!r}, got "
@@ -207,7 +206,8 @@ def _rows(state: ScaleByMFACState, holder: Holder) -> Any:
     if like is None and labels == (max(1, len(leaves)),) != (max(1, count),):
         like = list(map(_canonical, leaves))
     if like is None:
-        return jax.tree.map(functools.partial(_own_row, storage), window)
+        own = [_own_row(storage, rows) for rows in storages.split(storage, window)]
+        return storages.join(storage, jax.tree.structure(storages.first_tree(storage, window)), own)
     rows = storages.join(storage, structure, list(map(storage.row, like)))
     if holder.local and jax.tree.structure(rows) == jax.tree.structure(window):
         return jax.tree.map(lambda row, x: jax.ShapeDtypeStruct(shape_of(x)[1:], row.dtype), rows, window)
@@ -226,13 +226,17 @@ def _first_tree(storage: Storage, window: Any) -> Any:
         ) from None
 
 
-def _own_row(storage: Storage, rows: Any) -> jax.ShapeDtypeStruct:
-    """A row of one array of the window, in the dtype that its storage would have it in."""
-    dtype = dtype_of(rows)
-    if storages.by_name(storage.name) is not storage:
-        return jax.ShapeDtypeStruct(shape_of(rows)[1:], dtype or jnp.float32)
-    is_floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-    return storage.row(jax.ShapeDtypeStruct(shape_of(rows)[1:], dtype if is_floating else jnp.float32))
+def _own_row(storage: Storage, rows: storages.Rows) -> Any:
+    """A row of a leaf of the window, in the dtypes that its storage would have it in."""
+    if storage_kinds.by_name(storage.name) is not storage:
+        return jax.tree.map(lambda x: _without_rows(x, dtype_of(x) or jnp.float32), rows)
+    *_, last = map(dtype_of, jax.tree.leaves(rows))  # that of the scales, where there are some
+    is_floating = last is not None and jnp.issubdtype(last, jnp.floating)
+    return storage.row(_without_rows(storages.main_array(rows), last if is_floating else jnp.float32))
+
+
+def _without_rows(x: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape_of(x)[1:], dtype)
 
 
 def _dtype_of_sums(state: ScaleByMFACState, holder: Holder | None) -> Any:

@@ -4,6 +4,7 @@ A leaf of the window follows its parameter, and may be split further: `rows/mesh
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,13 @@ from mfac_jax._src.base.trees import leaf_name
 from mfac_jax._src.mfac.state import ScaleByMFACState
 from mfac_jax._src.mfac.tiles import sharding_of_squares
 from mfac_jax._src.rows import host_memory
-from mfac_jax._src.rows.mesh import axes_of, replicated, row_sharding, window_sharding
+from mfac_jax._src.rows.mesh import (
+    axes_of,
+    replicated,
+    row_sharding,
+    sharding_of_groups,
+    window_sharding,
+)
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params, param_shardings: Any) -> Any:
@@ -28,7 +35,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
     - An array shaped like a parameter is sharded as the parameter.
     - An array with one more axis in front (a window, the memory of L-BFGS) is sharded as the parameter, and
       further over mesh axes that the parameter does not use: M-FAC's window is split as far as it can be.
-      Rows are never split.
+      Rows are never split. Scales of such a window go with their parts of it.
     - The state of M-FAC's metric goes with the window. All else is replicated.
 
     The further mesh axes all go to the longest axis of the parameter that they divide together, to the last
@@ -102,7 +109,15 @@ def _like_param(leaf, param, sharding: NamedSharding):
         on_host = leaf.memory_space == jax.memory.Space.Host
         on_host &= host_memory.may_be_on_host(found.shard_shape(leaf.shape)[1:])
         return found.with_memory_kind(host_memory.HOST) if on_host else found
+    if leaf.ndim == len(param.shape) + 1 and _are_groups(param.shape, leaf.shape[1:]):
+        row = row_sharding(param.shape, sharding)
+        return window_sharding(sharding_of_groups(param.shape, row, leaf.shape[1:]))
     return replicated(sharding.mesh, leaf.ndim)
+
+
+def _are_groups(shape: Sequence[int], groups: Sequence[int]) -> bool:
+    """Whether the array has entries for groups of entries: of a window, the scales."""
+    return all(number and length % number == 0 for length, number in zip(shape, groups, strict=True))
 
 
 def _like_row(leaf, param, sharding: NamedSharding):

@@ -25,7 +25,7 @@ from mfac_jax._src.mfac.state_checks import (
     on_device,
 )
 from mfac_jax._src.mfac.step_length import StepLength, StepView
-from mfac_jax._src.rows import host_memory, storages
+from mfac_jax._src.rows import host_memory, storage_kinds, storages
 from mfac_jax._src.rows.blocks import Blocks, block_of_leaf
 from mfac_jax._src.rows.manual_axes import (
     AxisName,
@@ -143,7 +143,7 @@ def scale_by_mfac(
     kinds = Kinds(
         metric=checks.check_component("metric", metric, METRICS, Metric),
         solver=checks.check_component("solver", solver, solvers, Solver),
-        storage=storages.as_storage(storage),
+        storage=storage_kinds.as_storage(storage),
         step_adaptation=_as_step_length(step_adaptation),
     )
     _check_axes(kinds, axis_name)

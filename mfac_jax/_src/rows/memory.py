@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mfac_jax._src.rows import host_memory, zeros
 from mfac_jax._src.rows.manual_axes import ManualAxes
-from mfac_jax._src.rows.storages import Storage, floats
+from mfac_jax._src.rows.storage_kinds import floats
+from mfac_jax._src.rows.storages import Storage
 
 _NONE = ManualAxes()
 _MACHINE = "this machine"

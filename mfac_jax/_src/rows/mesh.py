@@ -81,6 +81,21 @@ def window_sharding(row: NamedSharding) -> NamedSharding:
     return NamedSharding(row.mesh, PartitionSpec(None, *row.spec))
 
 
+def sharding_of_groups(shape: Sequence[int], row: NamedSharding, groups: Sequence[int]) -> NamedSharding:
+    """The sharding of an array with an entry for each group of entries of a row of the window.
+
+    Its axes are the row's, as long or shorter: split as those where the devices divide them, else whole.
+    """
+    if len(groups) != len(shape):
+        return replicated(row.mesh, len(groups))
+    of_row = [axes_of(entry) for entry in (*row.spec, *[None] * (len(shape) - len(row.spec)))]
+    entries = (
+        names if length % math.prod(row.mesh.shape[name] for name in names) == 0 else ()
+        for length, names in zip(groups, of_row, strict=True)
+    )
+    return NamedSharding(row.mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+
 def without_rows(sharding: NamedSharding) -> NamedSharding:
     """The sharding of a row of a window with this sharding, not of its rows."""
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
@@ -110,15 +125,18 @@ def named_sharding(leaf) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
-def with_automatic_axes(function: Callable[..., Result], like: Any) -> Callable[..., Result]:
+def with_automatic_axes(
+    function: Callable[..., Result], like: Any, axes: slice = slice(None)
+) -> Callable[..., Result]:
     """The function with XLA choosing the shardings inside of it; its results are sharded as `like`.
 
     That is for products of matrices: where mesh axes are explicit, types would have to tell all of them.
+    Of `like` the `axes` count.
     """
 
     def spec_of(x) -> PartitionSpec:
         sharding = explicit_sharding(x)
-        return PartitionSpec() if sharding is None else sharding.spec
+        return PartitionSpec() if sharding is None else PartitionSpec(*sharding.spec[axes])
 
     if all(explicit_sharding(x) is None for x in jax.tree.leaves(like)):
         return function

@@ -1,23 +1,17 @@
-"""How the rows of the window are stored: the seam, and the storages of plain floating-point numbers.
+"""How the rows of the window are stored: the seam.
 
 A storage sees one leaf of the parameters at a time. It says what a row of the leaf is made of, brings
 gradients into that form and back, and contracts many rows. Where the rows lie (on one device, on a mesh, in
 memory of the host) and when they are written is the window's business: `window.py`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from mfac_jax._src.base import checks, numerics
-from mfac_jax._src.rows import contractions
-
-_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 Rows = Any  # what `row` returns, each array with a leading axis of m rows
 
 
@@ -61,48 +55,6 @@ class Storage(NamedTuple):
     combine: Callable[[jax.Array, Rows], jax.Array]
     gram: Callable[[Rows, Any], jax.Array] | None = None
     map: Callable[[Callable[[jax.Array], jax.Array], Rows], Rows] | None = None
-
-
-@functools.cache  # one object for each dtype: compiled functions take storages as static arguments
-def floats(dtype: Any = None) -> Storage:
-    """Rows as plain arrays of the dtype; None: that of each leaf."""
-    return Storage(
-        name="None" if dtype is None else jnp.dtype(dtype).name,
-        row=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype),
-        encode=lambda x, rows: numerics.narrow(x, rows.dtype),
-        decode=lambda row: row,
-        dots=contractions.dots,
-        combine=contractions.combine,
-        gram=contractions.gram,
-        map=lambda function, rows: function(rows),
-    )
-
-
-def as_storage(storage: Any) -> Storage:
-    """A storage from what users pass: None, a dtype, or a storage."""
-    if isinstance(storage, Storage):
-        if storage is not by_name(storage.name):
-            known = (floats(dtype).name for dtype in (None, *_DTYPES))
-            checks.check_own_name("storage", storage.name, tuple(known))
-        return storage
-    # It has a dtype too. optax.inject_hyperparams calls jnp.bfloat16 as if it were a schedule.
-    is_array = isinstance(storage, (jax.Array, np.ndarray))
-    try:
-        found = None if storage is None else jnp.dtype(storage)
-    except TypeError:
-        found = storage
-    if is_array or (found is not None and found not in _DTYPES):
-        raise ValueError(
-            "storage must be None, jnp.float32, jnp.bfloat16 or a mfac_jax.components.Storage, got "
-            f"{storage!r}. Pass jnp.bfloat16 for a window of half the size."
-            f"{checks.static_hint('storage', storage)}"
-        )
-    return floats(found)
-
-
-def by_name(name: str) -> Storage | None:
-    """The storage that a state of this name was made with; None where it is a user's own."""
-    return {storage.name: storage for storage in map(floats, (None, *_DTYPES))}.get(name)
 
 
 def gram(storage: Storage, rows: Rows, dtype: Any) -> jax.Array:

@@ -12,7 +12,13 @@ from jax.sharding import NamedSharding
 
 from mfac_jax._src.rows import host_memory, manual_axes, storages
 from mfac_jax._src.rows.manual_axes import ManualAxes, local_shape, varying
-from mfac_jax._src.rows.mesh import named_sharding, names_in, replicated, row_sharding, window_sharding
+from mfac_jax._src.rows.mesh import (
+    named_sharding,
+    names_in,
+    row_sharding,
+    sharding_of_groups,
+    window_sharding,
+)
 from mfac_jax._src.rows.storages import Storage
 
 
@@ -73,15 +79,12 @@ def empty_window(
 
 
 def placed(row: jax.ShapeDtypeStruct, part: Part) -> tuple[NamedSharding | None, tuple[int, ...]]:
-    """The sharding of one array that a row is made of, and its shape on each device.
-
-    Such an array has the leaf's axes, or is whole.
-    """
+    """The sharding of one array that a row is made of, and its shape on each device."""
     own = part.sharding
     if own is None:
         return None, row.shape
     if row.shape != part.shape:
-        own = replicated(own.mesh, len(row.shape))
+        own = sharding_of_groups(part.shape, own, row.shape)
     return own, own.shard_shape(row.shape)
 
 
