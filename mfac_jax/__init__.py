@@ -12,6 +12,7 @@ from mfac_jax._src.mfac.alias import mfac, mfac_published
 from mfac_jax._src.mfac.diagnostics import Diagnostics, diagnostics
 from mfac_jax._src.mfac.diagnostics_log import DiagnosticsLog
 from mfac_jax._src.mfac.ihvp import ihvp
+from mfac_jax._src.mfac.memory_estimate import MemoryEstimate, memory_estimate
 from mfac_jax._src.mfac.state import ScaleByMFACState
 from mfac_jax._src.mfac.state_shardings import state_shardings
 from mfac_jax._src.mfac.transform import scale_by_mfac
@@ -26,6 +27,7 @@ __all__ = [
     "FisherInverse",
     "KernelLayout",
     "LayerFactors",
+    "MemoryEstimate",
     "ScaleByCGFACState",
     "ScaleByMFACState",
     "cgfac",
@@ -35,6 +37,7 @@ __all__ = [
     "empirical_fisher",
     "gauss_newton",
     "ihvp",
+    "memory_estimate",
     "mfac",
     "mfac_published",
     "nnx_value_and_grad_with_factors",

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from mfac_jax import mfac, scale_by_mfac
 from mfac_jax._src.rows import memory, zeros
-from mfac_jax._src.rows.storage_kinds import floats
+from mfac_jax._src.rows.storage_kinds import as_storage, floats
 from mfac_jax._src.rows.storages import Storage
 
 HALF = jnp.dtype(jnp.bfloat16)
@@ -40,13 +40,13 @@ def limits(monkeypatch):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("dtype", [None, HALF])
+@pytest.mark.parametrize("dtype", [None, HALF, jnp.int8])
 @pytest.mark.parametrize("host_chunk", [None, 2])
 def test_the_bytes_of_a_window_are_those_of_its_arrays_on_each_device(axis_type, dtype, host_chunk):
     params = params_on_mesh(axis_type)
     tx = scale_by_mfac(6, storage=dtype, host_chunk=host_chunk)
     window = optax.tree.get(tx.init(params), "window")
-    (found,) = memory.window_bytes(params, 6, floats(dtype), on_host=host_chunk is not None).values()
+    (found,) = memory.window_bytes(params, 6, as_storage(dtype), on_host=host_chunk is not None).values()
     expected = {"device": 0, "pinned_host": 0}
     for leaf in jax.tree.leaves(window):
         kind = leaf.sharding.memory_kind
@@ -86,7 +86,7 @@ def test_what_fits_exactly_is_made_and_a_row_more_is_refused(limits):
     message = str(error.value)
     assert f"21 x {row.device:,} bytes = {21 * row.device:,} bytes beside {held:,} bytes" in message
     # What it suggests leaves room for four rows of a step.
-    assert "Pass num_grads=16, or storage=jnp.bfloat16 with num_grads up to 32, or host_chunk=8" in message
+    assert "Pass num_grads=16, or storage=jnp.int8 with num_grads up to 38, or host_chunk=8" in message
 
 
 @pytest.mark.parametrize("storage", [None, jnp.bfloat16])
@@ -96,9 +96,9 @@ def test_what_the_message_suggests_fits(limits, storage):
     with pytest.raises(ValueError, match="got 1000: ") as error:
         mfac(num_grads=1000, storage=storage).init(params)
     numbers = [int(n) for n in re.findall(r"num_grads(?:=| up to )(\d+)", str(error.value))]
-    assert numbers == ([45, 90] if storage is None else [90])
+    assert numbers == ([45, 169] if storage is None else [90, 169])
     mfac(num_grads=numbers[0], storage=storage).init(params)
-    mfac(num_grads=numbers[-1], storage=jnp.bfloat16).init(params)
+    mfac(num_grads=numbers[-1], storage=jnp.int8).init(params)
 
 
 def test_a_window_on_the_host_is_not_asked_of_the_device(limits):

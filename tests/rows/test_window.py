@@ -210,7 +210,7 @@ def test_storages_are_known_by_their_names():
     assert storage_kinds.by_name("scaled") is None
 
 
-@pytest.mark.parametrize("storage", [jnp.float16, jnp.int8, "half", 16])
+@pytest.mark.parametrize("storage", [jnp.float16, jnp.int16, jnp.complex64, "half", 16])
 def test_a_storage_that_is_none_is_refused(storage):
     message = (
         r"storage must be None, jnp\.float32, jnp\.bfloat16, jnp\.int8, .*Storage, got .*Pass jnp\.int8"

@@ -15,12 +15,13 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mfac_jax._src.rows import host_memory, zeros
 from mfac_jax._src.rows.manual_axes import ManualAxes
+from mfac_jax._src.rows.scaled import scaled
 from mfac_jax._src.rows.storage_kinds import floats
 from mfac_jax._src.rows.storages import Storage
 
 _NONE = ManualAxes()
 _MACHINE = "this machine"
-_HALF = floats(jnp.dtype(jnp.bfloat16))
+_FLOATS, _BYTES = floats(jnp.dtype(jnp.float32)), scaled(jnp.dtype(jnp.int8))
 _SPARE_ROWS = 4  # float32 rows that a step needs beside the window: left free by what messages suggest
 
 
@@ -99,9 +100,10 @@ def enough_for_window(
         return
 
     def message(place):
-        asked = _Asked(num_grads, rows[place], of_rows(_HALF)[place], held[place], _limit(place))
+        others = (of_rows(storage)[place] for storage in (_FLOATS, _BYTES))
+        asked = _Asked(num_grads, rows[place], *others, held[place], _limit(place))
         may_move = not on_host and axes.names is None and place != _MACHINE
-        return _message(place, asked, may_move)
+        return _message(place, asked, may_move, axes.names is None)
 
     def of_rows(storage):
         return _of_rows(window_bytes(params, 1, storage, axes, on_host), probe)
@@ -155,41 +157,43 @@ class _Asked(NamedTuple):
     Attributes:
       num_grads: rows of the window.
       row: bytes of a row.
-      half_row: the same in bfloat16.
+      float_row: the same in float32.
+      byte_row: the same in int8.
       held: bytes of the parameters.
       limit: bytes of the memory; None where they are not known.
     """
 
     num_grads: int
     row: int
-    half_row: int
+    float_row: int
+    byte_row: int
     held: int
     limit: int | None
 
     def most(self, row: int) -> int:
         """The most rows of so many bytes that leave room for a step."""
-        free = (self.limit or 0) - self.held - _SPARE_ROWS * 2 * self.half_row
+        free = (self.limit or 0) - self.held - _SPARE_ROWS * self.float_row
         return max(0, free // max(1, row))
 
 
-def _message(place: Any, asked: _Asked, may_move: bool) -> str:
+def _message(place: Any, asked: _Asked, may_move: bool, may_scale: bool) -> str:
     """What does not fit, and what would."""
     cures = [f"num_grads={asked.most(asked.row)}"] if asked.most(asked.row) else []
-    if asked.half_row < asked.row and asked.most(asked.half_row):
-        cures.append(f"storage=jnp.bfloat16 with num_grads up to {asked.most(asked.half_row)}")
+    if asked.byte_row < asked.row and asked.most(asked.byte_row) and may_scale:
+        cures.append(f"storage=jnp.int8 with num_grads up to {asked.most(asked.byte_row)}")
     if may_move:
         cures.append("host_chunk=8 for a window in memory of the host")
     cures.append("parameters that are sharded over more devices")
-    size = "" if asked.limit is None else f", {_in_words(asked.limit)}"
-    held = f" beside {_in_words(asked.held)} of parameters" if asked.held else ""
-    total = f"{asked.num_grads} x {_in_words(asked.row)} = {_in_words(asked.num_grads * asked.row)}"
+    size = "" if asked.limit is None else f", {in_words(asked.limit)}"
+    held = f" beside {in_words(asked.held)} of parameters" if asked.held else ""
+    total = f"{asked.num_grads} x {in_words(asked.row)} = {in_words(asked.num_grads * asked.row)}"
     return (
         f"num_grads must be small enough for the memory of {place}{size}, got {asked.num_grads}: the "
         f"window takes {total}{held}. Pass {', or '.join(cures)}."
     )
 
 
-def _in_words(size: int) -> str:
+def in_words(size: int) -> str:
     """Bytes as people read them: 1,500,000 bytes are 1.5 MB."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
         if size >= unit:

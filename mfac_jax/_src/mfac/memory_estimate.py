@@ -1,0 +1,127 @@
+"""What a state will take, before anything is made."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mfac_jax._src.mfac.metric import Metric
+from mfac_jax._src.mfac.metrics import MetricName
+from mfac_jax._src.mfac.solvers import Solver, SolverName
+from mfac_jax._src.mfac.state_shardings import state_shardings
+from mfac_jax._src.mfac.transform import NUM_GRADS, scale_by_mfac
+from mfac_jax._src.rows.blocks import Blocks
+from mfac_jax._src.rows.memory import in_words
+from mfac_jax._src.rows.mesh import named_sharding
+
+
+class MemoryEstimate(NamedTuple):
+    """The bytes of a state of `scale_by_mfac`. As a string it is a table.
+
+    Attributes:
+      window: of the rows, all devices together; what several devices hold counts once.
+      metric: of what the metric keeps.
+      gram: of the m x m matrices: the Gram matrix and what the solver keeps.
+      other: of all else.
+      total: of the whole state.
+      device: on each device.
+      host: in pinned memory of each device's host.
+    """
+
+    window: int
+    metric: int
+    gram: int
+    other: int
+    total: int
+    device: int
+    host: int
+
+    def __str__(self) -> str:
+        lines = [f"{name:<10}{in_words(size):>16}" for name, size in self._asdict().items()]
+        return "\n".join(lines)
+
+
+def memory_estimate(
+    params: optax.Params,
+    num_grads: int = NUM_GRADS,
+    *,
+    metric: MetricName | Metric = "identity",
+    solver: SolverName | Solver = "auto",
+    storage: Any = None,
+    blocks: Blocks = None,
+    host_chunk: int | None = None,
+    param_shardings: Any = None,
+) -> MemoryEstimate:
+    """The bytes that the state of `scale_by_mfac` with these arguments takes. Nothing is allocated.
+
+    A training step takes a few more copies of the parameters while it runs, some ten with the rotated
+    metric on CPU. `mfac` has `metric='rotated'` where nothing else is said.
+
+    Args:
+      params: arrays, or `jax.ShapeDtypeStruct`. Where all lie on a mesh, their shardings count.
+      num_grads: rows of the window.
+      metric: as in `scale_by_mfac`, and so are the next four.
+      solver: see there.
+      storage: see there.
+      blocks: see there.
+      host_chunk: see there; with one the window is in memory of the host, as far as it can be.
+      param_shardings: as `state_shardings` takes them; None for those of `params`.
+
+    Returns:
+      The bytes by part, in all, and on each device.
+
+    Raises:
+      ValueError: as `scale_by_mfac` and `state_shardings`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mfac_jax
+      >>> params = {'w': jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+      >>> estimate = mfac_jax.memory_estimate(params, num_grads=16, storage=jnp.int8)
+      >>> estimate.total / (4 * 1024 ** 2)  # in copies of the parameters
+      4.06...
+      >>> print(estimate)
+      window          17 MB
+      ...
+    """
+    tx = scale_by_mfac(
+        num_grads, metric=metric, solver=solver, storage=storage, blocks=blocks, host_chunk=host_chunk
+    )
+    if param_shardings is None:
+        own = jax.tree.map(named_sharding, params)
+        is_on_mesh = len(jax.tree.leaves(own)) == len(jax.tree.leaves(params)) > 0
+        param_shardings = own if is_on_mesh else None
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
+    jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
+    arrays = jax.tree.unflatten(jax.tree.structure(state), jaxpr.out_avals)  # the types know the memory
+    places = jax.tree.map(lambda _: None, state)
+    if param_shardings is not None:
+        places = state_shardings(tx, params, param_shardings)
+    parts = {name: _bytes(getattr(arrays, name)) for name in ("window", "metric", "gram", "solver")}
+    total = _bytes(arrays)
+    gram = parts["gram"] + parts["solver"]
+    on_host, on_device = _on_each(arrays, places)
+    return MemoryEstimate(
+        window=parts["window"],
+        metric=parts["metric"],
+        gram=gram,
+        other=total - parts["window"] - parts["metric"] - gram,
+        total=total,
+        device=on_device,
+        host=on_host,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _on_each(arrays: Any, places: Any) -> tuple[int, int]:
+    """The bytes in memory of the host, and of the device."""
+    found = {True: 0, False: 0}
+    is_place = lambda x: x is None or isinstance(x, jax.sharding.Sharding)  # noqa: E731
+    for x, place in zip(jax.tree.leaves(arrays), jax.tree.leaves(places, is_leaf=is_place), strict=True):
+        shape = x.shape if place is None else place.shard_shape(x.shape)
+        found[x.memory_space == jax.memory.Space.Host] += math.prod(shape) * x.dtype.itemsize
+    return found[True], found[False]
