@@ -38,8 +38,9 @@ def bytes_on_device(tree: Any) -> int:
 
 def split_updates(params: Any, window: Any) -> int:
     """Count one device's bytes of the updates whose window is split further than the parameters."""
-    size = 0
-    for param, rows in zip(jax.tree.leaves(params), jax.tree.leaves(window), strict=True):
+    size, leaves = 0, jax.tree.leaves(params)
+    main = jax.tree.leaves(window)[: len(leaves)]  # scales come behind
+    for param, rows in zip(leaves, main, strict=True):
         own = param.sharding.shard_shape(param.shape)
         if own != rows.sharding.shard_shape(rows.shape)[1:]:
             size += math.prod(own) * param.dtype.itemsize
