@@ -90,7 +90,9 @@ def scale_by_mfac(
       solver: 'cholesky'; 'inverse', which keeps the inverse of the m x m system and takes O(m^2), not
         O(m^3) operations; 'auto' for Cholesky, but on CPU from m = 1024 on the inverse, which states of
         that size hold on all platforms; or a `components.Solver`.
-      storage: `jnp.float32`, `jnp.bfloat16`, None for the parameters' dtype, or a `components.Storage`.
+      storage: `jnp.float32`, `jnp.bfloat16`, None for the parameters' dtype; `jnp.int8`,
+        `jnp.float8_e4m3fn`, `jnp.float8_e5m2` for a byte an entry, with a scale for each row or column of a
+        matrix (docs/options.md); or a `components.Storage`.
       axis_name: in `jax.shard_map` and `jax.pmap`, the mesh axes that parameters or window are spread over.
         Under `jax.jit` alone leave it out: `state_shardings` says where the window lies.
       param_specs: how the parameters are spread, as `PartitionSpec`s in a tree like them or a prefix of
