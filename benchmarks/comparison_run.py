@@ -19,7 +19,8 @@ class Run(NamedTuple):
     """What distinguishes a run from all others, in the words of runs.jsonl.
 
     Attributes:
-      study: "tuning", "grid" for the scan of --grid, "variants" for that of --variants.
+      study: "tuning", "grid" for the scan of --grid, "variants" for that of --variants, "frontier" for
+        `storage_frontier`.
       problem: one of `PROBLEMS`.
       optimizer: one of `optimizers.TRANSFORMS`, or "kfac".
       rate: peak learning rate.
@@ -93,6 +94,7 @@ def _train(run: Run, setting: Setting) -> dict[str, Any]:
         "diverged": not math.isfinite(evaluations[-1]["train_loss"]),
         "steps": total,
         "parameters": sum(x.size for x in jax.tree.leaves(workload.params)),
+        "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
         "source": _without_folder(workload.source, setting.data_dir),
         "jobs": setting.jobs,
         "device": jax.devices()[0].device_kind,

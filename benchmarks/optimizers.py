@@ -93,6 +93,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mfac, num_grads=256": {"num_grads": 256},
 }
 
+# storage_frontier: windows of several sizes and storages, each metric at its own rate and damping.
+STORAGES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
+FRONTIER_NUM_GRADS = (4, 8, 16, 32, 64)
+FRONTIER_RATES = {"rotated": MFAC_RATE, "diagonal": 3e-3}
+FRONTIER_DAMPINGS = {"rotated": 1.0, "diagonal": 0.2}
+
+
+def frontier_name(metric: str, num_grads: int, storage: str) -> str:
+    """What such a window is called in the results."""
+    return f"mfac, {metric}, {storage}, num_grads={num_grads}"
+
+
+def frontier_line(name: str) -> str:
+    """The name without the size."""
+    return name.removeprefix("mfac, ").rpartition(",")[0]
+
+
+FRONTIER: dict[str, dict[str, Any]] = {
+    frontier_name(metric, num_grads, storage): {
+        "metric": metric,
+        "damping": FRONTIER_DAMPINGS[metric],
+        "num_grads": num_grads,
+        "storage": dtype,
+    }
+    for metric in FRONTIER_RATES
+    for num_grads in FRONTIER_NUM_GRADS
+    for storage, dtype in STORAGES.items()
+}
+
 
 def rates(grids: Mapping[str, tuple[float, ...]], problem: str) -> tuple[float, ...]:
     """Choose the grid of the problem's family."""
@@ -112,7 +141,9 @@ TRANSFORMS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     # So large a damping hides the window: metric, momentum and step factor are left.
     "mfac-metric": functools.partial(mfac_jax.mfac, damping=1000.0),
     "cgfac": mfac_jax.cgfac,
-    **{name: functools.partial(mfac_jax.mfac, **options) for name, options in VARIANTS.items()},
+    **{
+        name: functools.partial(mfac_jax.mfac, **options) for name, options in (VARIANTS | FRONTIER).items()
+    },
     **IDEAS,
 }
 # Where an optimizer is left out, and why.

@@ -1,0 +1,137 @@
+"""What windows of several sizes and storages cost in bytes, and what they end at: a table and a picture.
+
+`mfac()` with each combination of rows, storage and metric, at the metric's own rate and damping, trains the
+problems of `compare_optimizers`. Runs are kept in frontier.jsonl, and are not repeated.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks import optimizers as opt
+from benchmarks.comparison_pool import Runner, Store, read_records
+from benchmarks.comparison_run import Run, Setting
+from benchmarks.peers import OptionalExistingFolder
+from benchmarks.problems import PROBLEMS
+from examples.common import markdown
+from examples.common.command_line import Count, Folder, OptionalCount, choices, parse
+
+STUDY = "frontier"
+FRONTIER_PROBLEMS = ("digits-mlp", "digits-cnn", "text", "cifar10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user can choose; every combination is run."""
+
+    problems: Annotated[tuple[str, ...], choices(PROBLEMS)] = (
+        "digits-mlp",
+        "digits-cnn",
+        "text",
+        "cifar10",
+    )
+    """which problems to run"""
+    storages: Annotated[tuple[str, ...], choices(opt.STORAGES)] = tuple(opt.STORAGES)
+    """of the window's rows"""
+    num_grads: tuple[int, ...] = opt.FRONTIER_NUM_GRADS
+    """rows of the window"""
+    metrics: Annotated[tuple[str, ...], choices(opt.FRONTIER_RATES)] = ("rotated",)
+    """in which the window works"""
+    seeds: Count = 3
+    """runs of each, with seeds from 1 on"""
+    steps: OptionalCount = None
+    """cut every run to so many steps, for a quick trial"""
+    jobs: Count = 1
+    """processes side by side, one thread each"""
+    data_dir: OptionalExistingFolder = None
+    """folder with data for cifar10 and text, as in examples/"""
+    out: Folder = Path("out", "frontier")
+    """folder of frontier.jsonl and the picture"""
+
+
+def runs_of(options: Options, problem: str) -> list[Run]:
+    """List the runs on a problem."""
+    data = "given" if options.data_dir and PROBLEMS[problem].reads_data_dir else "default"
+    return [
+        Run(STUDY, problem, name, opt.FRONTIER_RATES[metric], None, seed, data, options.steps)
+        for metric in options.metrics
+        for num_grads in options.num_grads
+        for storage in options.storages
+        for name in [opt.frontier_name(metric, num_grads, storage)]
+        for seed in range(1, 1 + options.seeds)
+    ]
+
+
+def points(records: Sequence[dict[str, Any]], problem: str) -> dict[str, dict[str, np.ndarray]]:
+    """Bytes a parameter, and the losses of all seeds, of every entry on the problem."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        if record.get("study") == STUDY and record["problem"] == problem and "evaluations" in record:
+            found.setdefault(record["optimizer"], {})[record["seed"]] = record
+    return {
+        name: {
+            "bytes": np.mean([run["state_bytes"] / run["parameters"] for run in runs.values()]),
+            "train": np.array([run["evaluations"][-1]["train_loss"] for run in runs.values()], float),
+            "valid": np.array([run["evaluations"][-1]["valid_loss"] for run in runs.values()], float),
+        }
+        for name, runs in found.items()
+    }
+
+
+def table(records: Sequence[dict[str, Any]], problem: str) -> str:
+    """Write the losses beside the bytes, in Markdown."""
+    rows = [
+        [
+            name,
+            f"{found['bytes']:.1f}",
+            *(f"{found[loss].mean():.4g} ± {found[loss].std(ddof=1):.2g}" for loss in ("train", "valid")),
+            str(len(found["train"])),
+        ]
+        for name, found in sorted(points(records, problem).items(), key=lambda item: item[1]["bytes"])
+        if len(found["train"]) > 1
+    ]
+    return markdown.table(["", "bytes a parameter", "training loss", "validation loss", "seeds"], rows)
+
+
+def draw(records: Sequence[dict[str, Any]], problems: Sequence[str], path: Path) -> None:
+    """Draw the training loss over the bytes of the state, a line for each storage and metric."""
+    figure, row = plt.subplots(1, len(problems), figsize=(4.5 * len(problems), 4), squeeze=False)
+    for axes, problem in zip(row[0], problems, strict=True):
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for name, found in points(records, problem).items():
+            spread = found["train"].std(ddof=1) if len(found["train"]) > 1 else 0.0
+            line = lines.setdefault(opt.frontier_line(name), [])
+            line.append((found["bytes"], found["train"].mean(), spread))
+        for label, line in sorted(lines.items()):
+            x, y, error = np.array(sorted(line)).T
+            axes.errorbar(x, y, error, label=label, marker="o", capsize=3)
+        axes.set(title=problem, xscale="log", yscale="log", xlabel="bytes of the state a parameter")
+    row[0][0].set_ylabel("final training loss")
+    row[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, then make table and picture; `argv` is the command line."""
+    options = parse(Options, argv, __doc__)
+    store = Store(options.out / "frontier.jsonl")
+    runner = Runner(Setting(options.data_dir, options.jobs), store)
+    try:
+        for problem in options.problems:
+            runner.run(runs_of(options, problem), problem)
+    finally:
+        runner.pool.shutdown(cancel_futures=True)
+    records = read_records(store.path)
+    for problem in options.problems:
+        print(f"{problem}\n\n{table(records, problem)}")
+    draw(records, options.problems, options.out / "frontier.png")
+    print(f"Picture: {options.out / 'frontier.png'}")
+
+
+if __name__ == "__main__":
+    main()
