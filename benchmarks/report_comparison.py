@@ -63,7 +63,11 @@ def summary_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
     rows = {name: [STYLES[name]["label"]] for name in names}
     for own in problems.values():
         losses = {name: [final_loss(run) for run in summary.runs] for name, summary in own.items()}
-        means = {name: float(np.mean(values)) if values else math.inf for name, values in losses.items()}
+        most = max((len(values) for values in losses.values()), default=0)
+        means = {  # of several seeds, where others have them: the luck of one is no result
+            name: float(np.mean(values)) if len(values) > (most > 1) else math.inf
+            for name, values in losses.items()
+        }
         lowest = min(means.values())
         for name in names:
             text = spread(losses[name]) if losses.get(name) else why_empty(own.get(name))
