@@ -28,6 +28,17 @@ class MemoryEstimate(NamedTuple):
       total: of the whole state.
       device: on each device.
       host: in pinned memory of each device's host.
+
+    Example:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> print(mfac_jax.memory_estimate(jnp.zeros((1000, 1000)), num_grads=8, storage=jnp.int8))
+      window             8.03 MB
+      metric             0 bytes
+      gram             256 bytes
+      other             56 bytes
+      total              8.03 MB
+      device             8.03 MB
+      host               0 bytes
     """
 
     window: int
@@ -79,11 +90,8 @@ def memory_estimate(
       >>> import jax, jax.numpy as jnp, mfac_jax
       >>> params = {'w': jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
       >>> estimate = mfac_jax.memory_estimate(params, num_grads=16, storage=jnp.int8)
-      >>> estimate.total / (4 * 1024 ** 2)  # in copies of the parameters
-      4.06...
-      >>> print(estimate)
-      window          17 MB
-      ...
+      >>> print(round(estimate.total / (4 * 1024 ** 2), 2), 'copies of the parameters')
+      4.02 copies of the parameters
     """
     tx = scale_by_mfac(
         num_grads, metric=metric, solver=solver, storage=storage, blocks=blocks, host_chunk=host_chunk
