@@ -238,6 +238,20 @@ def test_a_leaf_that_looks_like_its_tiles_is_sharded_as_a_row():
         assert found.metric.second_moment == sharding
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec"), [((64, 16), P(None, "x")), ((8, 64, 16), P(None, "y", "x")), ((64, 64), P("x"))]
+)
+def test_tiles_on_several_devices_have_the_covariances_of_one(shape, spec):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    g = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    tx = scale_by_mfac(2, metric=rotated_metric(8 if min(shape) < 64 else 32))
+    update: Any = jax.jit(lambda g, state: tx.update(g, state)[1].metric)
+    on_mesh = jax.device_put(g, NamedSharding(mesh, spec))
+    expected, found = update(g, tx.init(g)), update(on_mesh, tx.init(on_mesh))
+    for name in ("row_covariance", "column_covariance", "second_moment"):
+        assert relative_error(getattr(found, name), np.asarray(getattr(expected, name))) < 1e-5
+
+
 @pytest.mark.parametrize("block_size", [0, 7, 100, 2**14])
 def test_a_size_that_blocks_cannot_have_is_refused(block_size):
     message = f"block_size must be .*, got {block_size}. Pass e.g. 128." if block_size else "block_size"
@@ -261,6 +275,6 @@ def test_tiles_lie_where_their_part_of_the_leaf_is():
     found: Any = state_shardings(scale_by_mfac(2, metric="rotated"), params, shardings).metric
     for side in (found.row_basis, found.column_covariance):
         assert side["large"].spec == P(("x",), ("y",), None, None)
-        # Of one tile the sides are split.
-        assert side["small"].spec == P(None, None, ("x", "y"), None)
+        # One tile is whole on all devices.
+        assert side["small"].is_fully_replicated
     assert found.row_basis["odd"].is_fully_replicated

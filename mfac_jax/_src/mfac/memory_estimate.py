@@ -13,8 +13,11 @@ from mfac_jax._src.mfac.solvers import Solver, SolverName
 from mfac_jax._src.mfac.state_shardings import state_shardings
 from mfac_jax._src.mfac.transform import NUM_GRADS, scale_by_mfac
 from mfac_jax._src.rows.blocks import Blocks
+from mfac_jax._src.rows.host_memory import HOST
 from mfac_jax._src.rows.memory import in_words
 from mfac_jax._src.rows.mesh import named_sharding
+
+_NO_MESH = object()  # a leaf, in place of a sharding: None would be a node of the tree
 
 
 class MemoryEstimate(NamedTuple):
@@ -103,7 +106,7 @@ def memory_estimate(
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
     jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
     arrays = jax.tree.unflatten(jax.tree.structure(state), jaxpr.out_avals)  # the types know the memory
-    places = jax.tree.map(lambda _: None, state)
+    places = jax.tree.map(lambda _: _NO_MESH, state)
     if param_shardings is not None:
         places = state_shardings(tx, params, param_shardings)
     parts = {name: _bytes(getattr(arrays, name)) for name in ("window", "metric", "gram", "solver")}
@@ -128,8 +131,9 @@ def _bytes(tree: Any) -> int:
 def _on_each(arrays: Any, places: Any) -> tuple[int, int]:
     """The bytes in memory of the host, and of the device."""
     found = {True: 0, False: 0}
-    is_place = lambda x: x is None or isinstance(x, jax.sharding.Sharding)  # noqa: E731
-    for x, place in zip(jax.tree.leaves(arrays), jax.tree.leaves(places, is_leaf=is_place), strict=True):
-        shape = x.shape if place is None else place.shard_shape(x.shape)
-        found[x.memory_space == jax.memory.Space.Host] += math.prod(shape) * x.dtype.itemsize
+    for x, place in zip(jax.tree.leaves(arrays), jax.tree.leaves(places), strict=True):
+        is_alone = place is _NO_MESH
+        shape = x.shape if is_alone else place.shard_shape(x.shape)
+        on_host = x.memory_space == jax.memory.Space.Host if is_alone else place.memory_kind == HOST
+        found[on_host] += math.prod(shape) * x.dtype.itemsize
     return found[True], found[False]

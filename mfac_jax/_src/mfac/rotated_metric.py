@@ -109,7 +109,7 @@ def rotated_metric(block_size: int = BLOCK_SIZE) -> Metric:
             f"block_size must be a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, got "
             f"{block_size!r}. Pass e.g. 128."
         )
-    return _of_size(block_size)
+    return _of_size(int(block_size))
 
 
 @functools.cache  # one object for each size: a metric is told from a user's own by it
@@ -150,7 +150,9 @@ def _first(leaf: jax.Array, tiles: Tiles | None) -> _Leaf:
 
 def _with_ones(zeros: jax.Array) -> jax.Array:
     """The identities of this shape; of no basis, the zero."""
-    return zeros + jnp.eye(zeros.shape[-1], dtype=zeros.dtype) if zeros.ndim else zeros
+    if not zeros.ndim:
+        return zeros
+    return zeros + jnp.broadcast_to(jnp.eye(zeros.shape[-1], dtype=zeros.dtype), zeros.shape)
 
 
 def _state_of(structure: Any, leaves: Sequence[_Leaf]) -> RotatedMetricState:

@@ -105,14 +105,18 @@ def _like_param(leaf, param, sharding: NamedSharding):
     if leaf.shape == param.shape:
         return sharding
     if leaf.shape[1:] == param.shape:
-        found = window_sharding(row_sharding(param.shape, sharding))
-        on_host = leaf.memory_space == jax.memory.Space.Host
-        on_host &= host_memory.may_be_on_host(found.shard_shape(leaf.shape)[1:])
-        return found.with_memory_kind(host_memory.HOST) if on_host else found
+        return _in_memory_of(leaf, window_sharding(row_sharding(param.shape, sharding)))
     if leaf.ndim == len(param.shape) + 1 and _are_groups(param.shape, leaf.shape[1:]):
         row = row_sharding(param.shape, sharding)
-        return window_sharding(sharding_of_groups(param.shape, row, leaf.shape[1:]))
+        return _in_memory_of(leaf, window_sharding(sharding_of_groups(param.shape, row, leaf.shape[1:])))
     return replicated(sharding.mesh, leaf.ndim)
+
+
+def _in_memory_of(leaf, sharding: NamedSharding) -> NamedSharding:
+    """The sharding in memory of the host, where the traced leaf is there and its parts may be."""
+    on_host = leaf.memory_space == jax.memory.Space.Host
+    on_host &= host_memory.may_be_on_host(sharding.shard_shape(leaf.shape)[1:])
+    return sharding.with_memory_kind(host_memory.HOST) if on_host else sharding
 
 
 def _are_groups(shape: Sequence[int], groups: Sequence[int]) -> bool:

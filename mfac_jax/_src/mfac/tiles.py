@@ -116,8 +116,9 @@ def sharding_of_squares(
 ) -> NamedSharding | None:
     """Where covariances and bases of this shape lie: each tile with its part of the leaf, if it can.
 
-    `row` is the leaf's sharding. Mesh axes that do not divide the tiles split the sides. None if the shape
-    is not that of covariances or bases of the leaf.
+    `row` is the leaf's sharding. Mesh axes that do not divide the tiles are not used: of sides that they
+    split, XLA for CPU gave wrong products (jax 0.10.2). None if the shape is not that of covariances or
+    bases of the leaf.
     """
     of_sizes = [tiles_of(leaf_shape, size) for size in BLOCK_SIZES]
     found = (
@@ -131,14 +132,11 @@ def sharding_of_squares(
     spec = (*row.spec, *[None] * (len(leaf_shape) - len(row.spec)))
     names = [mesh.axes_of(entry) for entry in spec]
     first = _first_column(leaf_shape)
-    entries, rest = [], []
+    entries = []
     for side, axes in ((tiles.above, names[:first]), (tiles.behind, names[first:])):
         cut = len(side.ahead)
-        kept = _dividing(side.parts, axes[cut], row.mesh)
-        entries += [*axes[:cut], kept]
-        rest += [*axes[cut][len(kept) :], *(name for more in axes[cut + 1 :] for name in more)]
-    beyond = _dividing(shape[-1], rest, row.mesh)
-    return NamedSharding(row.mesh, PartitionSpec(*(entry or None for entry in (*entries, beyond, ()))))
+        entries += [*axes[:cut], _dividing(side.parts, axes[cut], row.mesh)]
+    return NamedSharding(row.mesh, PartitionSpec(*(entry or None for entry in (*entries, (), ()))))
 
 
 def _dividing(length: int, names: Sequence[str], mesh_) -> tuple[str, ...]:

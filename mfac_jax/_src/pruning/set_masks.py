@@ -8,8 +8,8 @@ import optax
 
 from mfac_jax._src.base.fields import CURE
 from mfac_jax._src.base.trees import leaf_name
-from mfac_jax._src.mfac import step_length
-from mfac_jax._src.mfac.metrics import METRICS
+from mfac_jax._src.mfac import metrics, step_length
+from mfac_jax._src.mfac.metric import Metric
 from mfac_jax._src.mfac.solvers import CHOLESKY, SOLVERS
 from mfac_jax._src.mfac.state import Kinds, ScaleByMFACState
 from mfac_jax._src.mfac.state_checks import Holder, as_state, check_fields, kind_of, storage_of
@@ -84,7 +84,7 @@ def set_masks(
 
     def settled(node, before, masks_of):
         if isinstance(node, ScaleByMFACState):
-            if not METRICS[kind_of(node, "metric")].elementwise:
+            if not _metric_of(node).elementwise:
                 node = node._replace(metric=before.metric)  # its entries do not belong to single weights
             return _of_survivors(node, before.window, masks_of.window, storage)
         if not isinstance(node, KeepPrunedState):
@@ -161,9 +161,10 @@ def _check_state(opt_state: optax.OptState, masks: Any, storage: Storage | None)
         )
     for state in _states(opt_state, ScaleByMFACState):
         metric = kind_of(as_state(state), "metric")
-        if metric not in METRICS:
+        if metrics.by_name(metric) is None:
+            known = ", ".join(map(repr, metrics.METRICS))
             raise ValueError(
-                f"opt_state must hold M-FAC's window in a metric of {', '.join(map(repr, METRICS))}, got "
+                f"opt_state must hold M-FAC's window in a metric of {known}, got "
                 f"{metric!r}: in another one, an entry of a row may not belong to one weight. Start anew "
                 "with keep_pruned(inner, masks).init(params)."
             )
@@ -176,6 +177,13 @@ def _check_state(opt_state: optax.OptState, masks: Any, storage: Storage | None)
     _check_leaves([keeper.masks for keeper in keepers], masks)
 
 
+def _metric_of(state: ScaleByMFACState) -> Metric:
+    """The metric of a state that was checked."""
+    found = metrics.by_name(kind_of(state, "metric"))
+    assert found is not None
+    return found
+
+
 def _check_fields(state: ScaleByMFACState, storage: Storage) -> None:
     """Raise for a field that `init` would have made otherwise, as far as the state alone tells."""
     solver, fields = kind_of(state, "solver"), [*state._fields[1:]]
@@ -183,8 +191,8 @@ def _check_fields(state: ScaleByMFACState, storage: Storage) -> None:
         fields.remove("step_length")
     if solver not in SOLVERS:
         fields.remove("solver")
-    metric, known = METRICS[kind_of(state, "metric")], SOLVERS.get(solver, CHOLESKY)
-    kinds = Kinds(metric, known, storage, step_length.adapted(0.0))
+    known = SOLVERS.get(solver, CHOLESKY)
+    kinds = Kinds(_metric_of(state), known, storage, step_length.adapted(0.0))
     tree = storages.first_tree(storage, state.window)
     check_fields(state, fields, "a function that calls set_masks", Holder(storage, tree, kinds=kinds))
 

@@ -64,8 +64,10 @@ def _row(dtype: jnp.dtype, leaf: jax.ShapeDtypeStruct) -> ScaledRow:
 @jax.jit
 def _encode(x: jax.Array, rows: ScaledRow) -> ScaledRow:
     dtype, largest = rows.values.dtype, _largest(rows.values.dtype)
-    size = jnp.max(jnp.abs(x), axis=grouped_axes(x.shape), keepdims=True, initial=0)
-    scales = numerics.narrow(size / largest, rows.scales.dtype)  # a NaN stays one
+    grouped = grouped_axes(x.shape)
+    size = jnp.max(jnp.abs(x), axis=grouped, keepdims=True, initial=0)
+    size += jnp.sum(0 * x, axis=grouped, keepdims=True)  # XLA for CPU may lose a NaN in a maximum
+    scales = numerics.narrow(size / largest, rows.scales.dtype)
     used = scales.astype(x.dtype)
     quotients = jnp.where(used > 0, x / jnp.where(used > 0, used, 1), 0)
     if dtype == jnp.int8:
