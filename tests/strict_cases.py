@@ -298,6 +298,10 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
             run, mfac_jax.mfac(0.1, ROWS), jax.device_put(params(), replicated())
         ),
     },
+    "memory_estimate": {
+        "": lambda run: list(mfac_jax.memory_estimate(params(), ROWS, metric="rotated", storage=jnp.int8))
+    },
+    "MemoryEstimate": {"": lambda run: str(mfac_jax.memory_estimate(params(), ROWS))},
     "ihvp": {"": lambda run: run(mfac_jax.ihvp)(mfac_state(past()[1]), params(), 0.1)},
     "diagnostics": {
         "": lambda run: run(mfac_jax.diagnostics)(past()[1]),
