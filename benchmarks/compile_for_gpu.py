@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.targets, options.modes, options.trees, options.transforms, options.storages
     ):
         if not exists(choice[1], choice[-1]):
+            print(f"{', '.join(choice)}: refused by scale_by_mfac, left out", file=sys.stderr)
             continue
         row = measure(Case(*choice))
         rows.append(row | provenance.record(("jax", "jaxlib", "jax-cuda13-plugin", "optax")))

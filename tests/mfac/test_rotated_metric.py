@@ -259,6 +259,16 @@ def test_a_size_that_blocks_cannot_have_is_refused(block_size):
         rotated_metric(block_size)
 
 
+def test_a_size_of_numpy_is_that_size():
+    assert rotated_metric(int(np.int64(64))) is rotated_metric(np.int64(64))  # pyright: ignore[reportArgumentType]
+    scale_by_mfac(2, metric=rotated_metric(np.int64(1024)))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_first_state_promotes_no_ranks():
+    with jax.numpy_rank_promotion("raise"):
+        scale_by_mfac(2, metric="rotated").init({"w": jnp.ones((64, 64))})
+
+
 def test_a_state_with_other_blocks_is_refused():
     params = jnp.ones((32, 16))
     state = scale_by_mfac(2, metric=rotated_metric(8)).init(params)

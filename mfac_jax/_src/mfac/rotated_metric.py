@@ -129,7 +129,7 @@ def _tiles_of_all(block_size: int, leaves: Sequence[jax.Array]) -> tuple[Tiles |
 def _init(tiles_of_all: TilesOfAll, new: Callable[[], optax.Params]) -> RotatedMetricState:
     leaves, structure = jax.tree.flatten(new())
     firsts = list(map(_first, leaves, tiles_of_all(leaves)))
-    return _state_of(structure, firsts)._replace(second_moment=new())
+    return _state_of(structure, firsts)
 
 
 def _first(leaf: jax.Array, tiles: Tiles | None) -> _Leaf:

@@ -6,6 +6,7 @@ bfloat16 products that are the default on GPU and TPU would cost the Gram matrix
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if rows.dtype == jnp.bfloat16:
         on_cpu = summed  # a product would make a float32 copy of the rows
     elif rows.dtype == jnp.float16 and alone:
-        on_cpu = functools.partial(_dots_one_by_one, dtype=dtype)  # here a sum would too
+        on_cpu = functools.partial(sums_in_turn, dtype=dtype, axes=range(x.ndim))  # here a sum would too
     elif is_long and parts and rows.dtype == dtype and alone:
         on_cpu = functools.partial(_dots_in_parts, dtype=dtype, parts=parts)
     if on_cpu is default:
@@ -55,13 +56,13 @@ def dots(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.platform_dependent(rows, x, cpu=on_cpu, default=default)
 
 
-def _dots_one_by_one(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """As `dots`, a row at a time."""
+def sums_in_turn(rows: jax.Array, x: jax.Array, dtype: jnp.dtype, axes: Sequence[int]) -> jax.Array:
+    """The sums over these axes of `x` of each row times `x`, a row at a time: none is copied as floats."""
 
     def of_row(number):
-        held, number = lax.optimization_barrier((rows, number))  # see `_combine_half`
+        held, number = lax.optimization_barrier((rows, number))  # see `combine_in_turn`
         row = lax.dynamic_index_in_dim(held, number, 0, keepdims=False)
-        return jnp.sum(row.astype(dtype) * x.astype(dtype))
+        return jnp.sum(row.astype(dtype) * x.astype(dtype), axis=tuple(axes))
 
     return lax.map(of_row, jnp.arange(len(rows)))
 
@@ -86,7 +87,7 @@ def combine(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
         return jnp.sum(c * rows.astype(c.dtype), axis=0)
 
     # For a product XLA for TPU may copy the window into another layout (TPU7x, 512 rows on a device).
-    cpu = _combine_half if rows.dtype in (jnp.bfloat16, jnp.float16) else contracted
+    cpu = combine_in_turn if rows.dtype in (jnp.bfloat16, jnp.float16) else contracted
     return lax.platform_dependent(coefficients, rows, cpu=cpu, tpu=summed, default=contracted)
 
 
@@ -140,9 +141,10 @@ def column_squares(rows: jax.Array) -> jax.Array:
     return lax.fori_loop(0, chunks, add, jnp.sum(jnp.square(rows[len(rows) - rest :]), axis=0))
 
 
-def _combine_half(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
-    """As `combine`, of rows of 16-bit numbers on CPU: some are added at a time, and none is copied.
+def combine_in_turn(coefficients: jax.Array, rows: jax.Array) -> jax.Array:
+    """As `combine`, of rows of short numbers on CPU: some are added at a time, and none is copied.
 
+    Behind their first axis, coefficients may have those of the rows too, of length one where all are alike.
     Without the barrier XLA would make all rows float32 before the loop.
     """
     length = min(len(rows), _ROWS_AT_A_TIME)

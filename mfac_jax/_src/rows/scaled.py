@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from mfac_jax._src.base import numerics
+from mfac_jax._src.rows import contractions
 from mfac_jax._src.rows.mesh import with_automatic_axes
 from mfac_jax._src.rows.storages import Storage
 
 DTYPES = tuple(map(jnp.dtype, (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)))
 _SMALLEST_GROUP = 128  # float32 scales take at most 3 % of the values
 _ROW, _PRODUCTS = slice(1, None), slice(0, 1)  # the axes of rows that results have
-_ROWS_AT_A_TIME = 8  # added one by one: XLA for CPU takes 30 times as long for a sum over an axis of rows
 
 
 class ScaledRow(NamedTuple):
@@ -99,14 +99,8 @@ def _dots_at_once(rows: ScaledRow, x: jax.Array, dtype: Any) -> jax.Array:
 
 def _dots_in_turn(rows: ScaledRow, x: jax.Array, dtype: Any) -> jax.Array:
     """As `_dots_at_once`, a row at a time: XLA for CPU takes 20 times as long for all at once."""
-    grouped = grouped_axes(x.shape)
-
-    def of_groups(number):
-        held, number = lax.optimization_barrier((rows.values, number))
-        row = lax.dynamic_index_in_dim(held, number, 0, keepdims=False)
-        return jnp.sum(row.astype(dtype) * x.astype(dtype), axis=grouped, keepdims=True)
-
-    products = lax.map(of_groups, jnp.arange(len(rows.values))) * rows.scales.astype(dtype)
+    sums = contractions.sums_in_turn(rows.values, x, dtype, grouped_axes(x.shape))
+    products = sums.reshape(rows.scales.shape) * rows.scales.astype(dtype)
     return jnp.sum(products, axis=tuple(range(1, products.ndim)))
 
 
@@ -114,31 +108,14 @@ def _dots_in_turn(rows: ScaledRow, x: jax.Array, dtype: Any) -> jax.Array:
 def _combine(coefficients: jax.Array, rows: ScaledRow) -> jax.Array:
     scales = rows.scales.astype(coefficients.dtype)
     scales *= coefficients.reshape(-1, *[1] * (scales.ndim - 1))
-    return lax.platform_dependent(scales, rows.values, cpu=_sum_in_turn, default=_sum_at_once)
+    return lax.platform_dependent(
+        scales, rows.values, cpu=contractions.combine_in_turn, default=_sum_at_once
+    )
 
 
 def _sum_at_once(scales: jax.Array, values: jax.Array) -> jax.Array:
     """The sum over the rows of values times scales."""
     return jnp.sum(values.astype(scales.dtype) * scales, axis=0)
-
-
-def _sum_in_turn(scales: jax.Array, values: jax.Array) -> jax.Array:
-    """As `_sum_at_once`, some rows at a time."""
-    length = min(len(values), _ROWS_AT_A_TIME)
-
-    def add(total, held, start, number):
-        for row in range(number):
-            scale, x = (lax.dynamic_index_in_dim(y, start + row, 0, keepdims=False) for y in held)
-            total += scale * x.astype(scale.dtype)
-        return total
-
-    def add_some(i, total):
-        held, start = lax.optimization_barrier(((scales, values), rest + i * length))
-        return add(total, held, start, length)
-
-    rest = len(values) % length
-    first = add(jnp.zeros_like(scales, shape=values.shape[1:]), (scales, values), 0, rest)
-    return lax.fori_loop(0, len(values) // length, add_some, first)
 
 
 @functools.cache
