@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mfac_jax import mfac, scale_by_mfac, state_shardings
+from mfac_jax.components import rotated_metric
 from mfac_jax.pruning import KeepPrunedState, keep_pruned, kernel_masks, set_masks, sparsity
 from tests.pruning.pruned_training import (
     ALL_KEPT,
@@ -124,8 +125,9 @@ def test_the_window_is_that_of_one_who_only_saw_the_survivors(metric, blocks):
     assert_close(train(tx, PARAMS, late)[0], train(tx, PARAMS, always)[0])
 
 
-def test_means_in_bases_belong_to_no_weight_and_stay():
-    tx = keep_pruned(scale_by_mfac(M, 0.5, metric="rotated"), ALL_KEPT)
+@pytest.mark.parametrize("metric", ["rotated", rotated_metric(8)], ids=["rotated", "blocks of 8"])
+def test_means_in_bases_belong_to_no_weight_and_stay(metric):
+    tx = keep_pruned(scale_by_mfac(M, 0.5, metric=metric), ALL_KEPT)
     _, params, state = train(tx, PARAMS, tx.init(PARAMS))
     after: Any = set_masks(tx, state, MASKS)
     chex.assert_trees_all_equal(after.inner_state.metric, state.inner_state.metric)
