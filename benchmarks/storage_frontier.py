@@ -66,7 +66,7 @@ def runs_of(options: Options, problem: str) -> list[Run]:
     ]
 
 
-def points(records: Sequence[dict[str, Any]], problem: str) -> dict[str, dict[str, np.ndarray]]:
+def points(records: Sequence[dict[str, Any]], problem: str) -> dict[str, dict[str, Any]]:
     """Bytes a parameter, and the losses of all seeds, of every entry on the problem."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
@@ -101,7 +101,7 @@ def draw(records: Sequence[dict[str, Any]], problems: Sequence[str], path: Path)
     """Draw the training loss over the bytes of the state, a line for each storage and metric."""
     figure, row = plt.subplots(1, len(problems), figsize=(4.5 * len(problems), 4), squeeze=False)
     for axes, problem in zip(row[0], problems, strict=True):
-        lines: dict[str, list[tuple[float, float, float]]] = {}
+        lines: dict[str, list[Any]] = {}
         for name, found in points(records, problem).items():
             spread = found["train"].std(ddof=1) if len(found["train"]) > 1 else 0.0
             line = lines.setdefault(opt.frontier_line(name), [])

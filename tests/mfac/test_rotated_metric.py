@@ -244,7 +244,7 @@ def test_a_leaf_that_looks_like_its_tiles_is_sharded_as_a_row():
 def test_tiles_on_several_devices_have_the_covariances_of_one(shape, spec):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     g = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-    tx = scale_by_mfac(2, metric=rotated_metric(8 if min(shape) < 64 else 32))
+    tx: Any = scale_by_mfac(2, metric=rotated_metric(8 if min(shape) < 64 else 32))
     update: Any = jax.jit(lambda g, state: tx.update(g, state)[1].metric)
     on_mesh = jax.device_put(g, NamedSharding(mesh, spec))
     expected, found = update(g, tx.init(g)), update(on_mesh, tx.init(on_mesh))

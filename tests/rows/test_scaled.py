@@ -45,7 +45,7 @@ def decoded(dtype, rows) -> np.ndarray:
     return np.stack([as_storage(dtype).decode(row) for row in of_each])
 
 
-def normal(*shape, seed=0, dtype=np.float32):
+def normal(*shape, seed=0, dtype: Any = np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
@@ -95,7 +95,7 @@ def test_products_are_those_of_what_the_rows_stand_for(dtype, shape):
     rows, x, c = rows_of(dtype, normal(13, *shape)), normal(*shape, seed=2), normal(13, seed=3)
     exact = decoded(dtype, rows).astype(np.float64)
     expected = exact.reshape(13, -1) @ x.reshape(-1)
-    scale = 1e-6 * (1 + np.linalg.norm(exact) * np.linalg.norm(x))
+    scale = 1e-6 * (1 + float(np.linalg.norm(exact) * np.linalg.norm(x)))
     for dots in (as_storage(dtype).dots, scaled._dots_at_once):
         np.testing.assert_allclose(dots(rows, jnp.asarray(x), jnp.float32), expected, atol=scale)
     combined = np.tensordot(c, exact, 1)
@@ -112,7 +112,7 @@ def test_products_are_those_of_what_the_rows_stand_for(dtype, shape):
 @pytest.mark.parametrize("shape", [(40, 8), (64, 64), (32, 160)], ids=str)  # XLA's maxima may lose a NaN
 def test_a_gradient_that_is_not_finite_is_not_stored(shape, dtype, bad):
     params = {"w": jnp.ones(shape), "b": jnp.ones(8)}
-    tx = mfac_jax.scale_by_mfac(4, 1.0, storage=dtype)
+    tx: Any = mfac_jax.scale_by_mfac(4, 1.0, storage=dtype)
     good = jax.tree.map(lambda p: jnp.asarray(normal(*p.shape)), params)
     _, state = tx.update(good, tx.init(params))
     _, after = tx.update(good | {"w": good["w"].at[3, 2].set(bad)}, state)
@@ -157,6 +157,8 @@ def stream(steps, params=PARAMS):
 )
 def test_an_update_is_that_of_the_window_as_stored(dtype, options):
     tx = mfac_jax.scale_by_mfac(6, 0.1, storage=dtype, **options)
+    u: Any = None
+    state: Any
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     for gradient in stream(9):
         u, state = update(gradient, state)
@@ -186,7 +188,7 @@ def test_on_a_mesh_it_is_the_run_on_one_device(axis_type, metric):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     specs = {"bias": P("y"), "kernel": P("x", "y"), "conv": P(None, None, None, "x")}
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    tx = mfac_jax.scale_by_mfac(6, 1.0, storage=jnp.int8, metric=metric)
+    tx: Any = mfac_jax.scale_by_mfac(6, 1.0, storage=jnp.int8, metric=metric)
     places = mfac_jax.state_shardings(tx, LONG, shardings)
     params = jax.device_put(LONG, shardings)
     state, spread = tx.init(LONG), tx.init(params)
@@ -204,7 +206,7 @@ def test_on_a_mesh_it_is_the_run_on_one_device(axis_type, metric):
 
 def test_a_donated_step_copies_no_window():
     params = {"kernel": jnp.ones((512, 256)), "conv": jnp.ones((3, 3, 64, 128))}
-    tx = mfac_jax.scale_by_mfac(64, 1.0, storage=jnp.int8)
+    tx: Any = mfac_jax.scale_by_mfac(64, 1.0, storage=jnp.int8)
     state = tx.init(params)
     size = sum(x.nbytes for x in jax.tree.leaves(state.window))
     compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state).compile()

@@ -100,7 +100,7 @@ def _cut(lengths: Sequence[int], other: int, block_size: int) -> Side:
     At most twice the other side of the matrix, so that covariances and bases take few copies of the leaf.
     Where only small parts divide a long axis the side stays whole, and has no basis.
     """
-    most, side = min(block_size, max(2 * other, _SHORT)), 1
+    most, side, axis, part = min(block_size, max(2 * other, _SHORT)), 1, 0, 1
     for axis in reversed(range(len(lengths))):
         part = max(n for n in range(1, most // side + 1) if lengths[axis] % n == 0)
         side *= part
@@ -124,7 +124,7 @@ def sharding_of_squares(
     found = (
         tiles
         for tiles in of_sizes
-        if tiles is not None and shape in map(tiles.squares, (tiles.above, tiles.behind))
+        if tiles is not None and tuple(shape) in (tiles.squares(tiles.above), tiles.squares(tiles.behind))
     )
     tiles = next(found, None)
     if tiles is None:

@@ -100,8 +100,8 @@ def enough_for_window(
         return
 
     def message(place):
-        others = (of_rows(storage)[place] for storage in (_FLOATS, _BYTES))
-        asked = _Asked(num_grads, rows[place], *others, held[place], _limit(place))
+        floats, scaled = of_rows(_FLOATS)[place], of_rows(_BYTES)[place]
+        asked = _Asked(num_grads, rows[place], floats, scaled, held[place], _limit(place))
         may_move = not on_host and axes.names is None and place != _MACHINE
         return _message(place, asked, may_move, axes.names is None)
 

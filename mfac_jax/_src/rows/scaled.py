@@ -57,8 +57,9 @@ def _row(dtype: jnp.dtype, leaf: jax.ShapeDtypeStruct) -> ScaledRow:
     grouped = grouped_axes(leaf.shape)
     shape = [1 if axis in grouped else length for axis, length in enumerate(leaf.shape)]
     of_scales = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
-    scales = jax.ShapeDtypeStruct(shape, of_scales)
-    return ScaledRow(jax.ShapeDtypeStruct(leaf.shape, dtype), scales)
+    values: Any = jax.ShapeDtypeStruct(leaf.shape, dtype)
+    scales: Any = jax.ShapeDtypeStruct(shape, of_scales)
+    return ScaledRow(values, scales)
 
 
 @jax.jit
