@@ -43,7 +43,7 @@ class Options:
 
 def exists(mode: str, storage: str) -> bool:
     """Whether there is such a program: rows of several arrays are refused on manual axes."""
-    return storage != "int8" or mode not in ("shard_map", "pmap")
+    return storage in ("float32", "bfloat16") or mode not in ("shard_map", "pmap")
 
 
 def measure(case: Case) -> dict[str, Any]:

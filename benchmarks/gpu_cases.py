@@ -41,7 +41,12 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "mfac, inverse": lambda **options: mfac_jax.mfac(3e-3, metric="diagonal", solver="inverse", **options),
     "scale_by_mfac": mfac_jax.scale_by_mfac,
 }
-STORAGES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
+STORAGES: dict[str, Any] = {
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "int8": jnp.int8,
+    "low rank": mfac_jax.components.low_rank(),
+}
 MODES = ("one GPU", "jit", "explicit", "shard_map", "pmap")
 
 

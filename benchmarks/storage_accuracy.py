@@ -32,6 +32,7 @@ STORAGES: dict[str, Any] = {
     "int8": jnp.int8,
     "float8_e4m3fn": jnp.float8_e4m3fn,
     "float8_e5m2": jnp.float8_e5m2,
+    "low rank": mfac_jax.components.low_rank(),
 }
 REFERENCE = "float32"
 RATE = 1e-2

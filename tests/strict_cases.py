@@ -269,6 +269,7 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "rotated": lambda run: seen(run, metric="rotated", relative_damping=True),
         "bfloat16": lambda run: seen(run, storage=jnp.bfloat16),
         "int8": lambda run: seen(run, storage=jnp.int8),
+        "low rank": lambda run: seen(run, storage=components.low_rank(0.4), window_momentum=0.9),
         "bfloat16 parameters": lambda run: trained(
             run, mfac_jax.mfac(SCHEDULE, ROWS, weight_decay=1e-3), params(jnp.bfloat16)
         ),

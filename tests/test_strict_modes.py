@@ -115,6 +115,7 @@ def test_every_public_name_has_a_case():
         "StepLength",
         "StepView",
         "Storage",
+        "low_rank",
         "rotated_metric",
     }
 

@@ -65,6 +65,11 @@ def check_share(name: str, value, example: str) -> None:
     _check_number(name, value, "a finite number >= 0 and <= 1", lambda x: 0 <= x <= 1, example)
 
 
+def check_density(name: str, value, example: str) -> None:
+    """Raise for anything but a number in (0, 1]."""
+    _check_number(name, value, "a finite number > 0 and <= 1", lambda x: 0 < x <= 1, example)
+
+
 def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> None:
     message = f"{name} must be {allowed}, got {value!r}. Pass e.g. {example}."
     dtype = type(value) if isinstance(value, (int, float)) else getattr(value, "dtype", bool)

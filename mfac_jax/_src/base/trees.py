@@ -58,14 +58,14 @@ def check_structure(
     raise ValueError(f"{name} must have the tree of {of}, {found}. {cure}")
 
 
-def check_shapes(name: str, tree: optax.Updates, window: Sequence[jax.Array]) -> None:
-    """Raise for a leaf with another shape than the rows `(m, *shape)` of its leaf of the window."""
+def check_shapes(name: str, tree: optax.Updates, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise for a leaf with another shape than that of the gradients in the window."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), rows in zip(leaves, window, strict=True):
-        if leaf.shape != rows.shape[1:]:
+    for (path, leaf), shape in zip(leaves, shapes, strict=True):
+        if leaf.shape != shape:
             raise ValueError(
                 f"{name} must have the shapes of the parameters given to init, but {leaf_name(path)} is "
-                f"{leaf.shape} and was {rows.shape[1:]}. Call init again with the new parameters."
+                f"{leaf.shape} and was {shape}. Call init again with the new parameters."
             )
 
 

@@ -24,7 +24,8 @@ class MemoryEstimate(NamedTuple):
     """The bytes of a state of `scale_by_mfac`. As a string it is a table.
 
     Attributes:
-      window: of the rows, all devices together; what several devices hold counts once.
+      window: of the rows and of what is kept beside them, all devices together; what several devices hold
+        counts once.
       metric: of what the metric keeps.
       gram: of the m x m matrices: the Gram matrix and what the solver keeps.
       other: of all else.
@@ -109,15 +110,18 @@ def memory_estimate(
     places = jax.tree.map(lambda _: _NO_MESH, state)
     if param_shardings is not None:
         places = state_shardings(tx, params, param_shardings)
-    parts = {name: _bytes(getattr(arrays, name)) for name in ("window", "metric", "gram", "solver")}
+    parts = {
+        name: _bytes(getattr(arrays, name)) for name in ("window", "remainder", "metric", "gram", "solver")
+    }
     total = _bytes(arrays)
     gram = parts["gram"] + parts["solver"]
     on_host, on_device = _on_each(arrays, places)
+    window = parts["window"] + parts["remainder"]
     return MemoryEstimate(
-        window=parts["window"],
+        window=window,
         metric=parts["metric"],
         gram=gram,
-        other=total - parts["window"] - parts["metric"] - gram,
+        other=total - window - parts["metric"] - gram,
         total=total,
         device=on_device,
         host=on_host,

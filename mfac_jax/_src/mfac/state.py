@@ -32,6 +32,8 @@ class ScaleByMFACState(NamedTuple):
       next_row: row of the window that the next gradient will take, in [0, num_grads).
       window: the last `num_grads` gradients in the metric's coordinates, the parameter tree with a leading
         axis on every leaf. Rows are zero until they are first used.
+      remainder: running mean of what the rows leave out of the gradients, for a storage that keeps it, as
+        `components.low_rank` does; without leaves for others.
       metric: the metric's state: a `second_moment` for the diagonal metric, no leaves for the identity.
       gram: inner products of the rows of the window, one matrix for each block.
       solver: the solver's state: the inverse, where it is kept; without leaves for Cholesky.
@@ -47,6 +49,7 @@ class ScaleByMFACState(NamedTuple):
     grads_rejected: jax.Array  # () int32
     next_row: jax.Array  # () int32
     window: Any  # leaves (num_grads, *leaf.shape), of the dtype `storage`
+    remainder: Any  # leaves like the parameters', of the dtype of gram
     metric: Any
     gram: jax.Array  # (blocks, num_grads, num_grads) float32, float64 with a float64 leaf
     solver: Any
@@ -97,6 +100,7 @@ def first_state(
         grads_rejected=zeros_on_mesh((), jnp.int32),
         next_row=zeros_on_mesh((), jnp.int32),
         window=window,
+        remainder=zeros.empty_row(params, dtype, axes) if kinds.storage.keeps_remainder else (),
         metric=kinds.metric.init(lambda: zeros.empty_row(params, dtype, axes)),
         gram=new((num_blocks, num_grads, num_grads)),
         solver=kinds.solver.init(new, num_blocks, num_grads),

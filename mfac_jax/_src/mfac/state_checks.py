@@ -171,10 +171,18 @@ def _with_leaves(
     window = jax.tree.map(
         lambda row: jax.ShapeDtypeStruct((num_grads, *row.shape), too_wide.get(row.dtype, row.dtype)), rows
     )
-    first = storages.first_tree(holder.storage, rows)
-    like = jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape, dtype), first)
-    leaves = max(1, len(jax.tree.leaves(like)))
-    expected = {"window": window, "block_of_leaf": jax.ShapeDtypeStruct((leaves,), jnp.int32)}
+    structure = jax.tree.structure(storages.first_tree(holder.storage, rows))
+    shapes = [
+        storages.shape_of_leaf(holder.storage, leaf) for leaf in storages.split(holder.storage, window)
+    ]
+    like = structure.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape in shapes])
+    leaves = max(1, len(shapes))
+    remainder = like if holder.storage.keeps_remainder else ()
+    expected = {
+        "window": window,
+        "remainder": remainder,
+        "block_of_leaf": jax.ShapeDtypeStruct((leaves,), jnp.int32),
+    }
     if holder.kinds is None:
         return expected
     metric, solver, _, step_adaptation = holder.kinds
@@ -232,7 +240,9 @@ def _own_row(storage: Storage, rows: storages.Rows) -> Any:
         return jax.tree.map(lambda x: _without_rows(x, dtype_of(x) or jnp.float32), rows)
     *_, last = map(dtype_of, jax.tree.leaves(rows))  # that of the scales, where there are some
     is_floating = last is not None and jnp.issubdtype(last, jnp.floating)
-    return storage.row(_without_rows(storages.main_array(rows), last if is_floating else jnp.float32))
+    return storage.row(
+        jax.ShapeDtypeStruct(storages.shape_of_leaf(storage, rows), last if is_floating else jnp.float32)
+    )
 
 
 def _without_rows(x: Any, dtype: Any) -> jax.ShapeDtypeStruct:

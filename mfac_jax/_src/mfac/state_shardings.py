@@ -88,7 +88,9 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
 
     def with_metric(node, as_rows):
         """A metric sees the gradient as the window does: its arrays are sharded as rows."""
-        return node._replace(metric=as_rows.metric) if _is_mfac(node) else node
+        if not _is_mfac(node):
+            return node
+        return node._replace(metric=as_rows.metric, remainder=as_rows.remainder)
 
     shardings, as_rows = shardings_with(_like_param), shardings_with(_like_row)
     return jax.tree.map(with_metric, shardings, as_rows, is_leaf=_is_mfac)
@@ -120,8 +122,8 @@ def _in_memory_of(leaf, sharding: NamedSharding) -> NamedSharding:
 
 
 def _are_groups(shape: Sequence[int], groups: Sequence[int]) -> bool:
-    """Whether the array has entries for groups of entries: of a window, the scales."""
-    return all(number and length % number == 0 for length, number in zip(shape, groups, strict=True))
+    """Whether its axes can be the parameter's, as long or shorter: scales of a window, or factors."""
+    return all(0 < number <= length for length, number in zip(shape, groups, strict=True))
 
 
 def _like_row(leaf, param, sharding: NamedSharding):

@@ -9,7 +9,7 @@ import optax
 from mfac_jax._src.base import checks, numerics, schedules, trees
 from mfac_jax._src.linalg.gram import cosine_of, replace_row
 from mfac_jax._src.mfac import damping as damping_rules
-from mfac_jax._src.mfac import step_length
+from mfac_jax._src.mfac import remainder, step_length
 from mfac_jax._src.mfac.metric import Metric
 from mfac_jax._src.mfac.metrics import METRICS, MetricName
 from mfac_jax._src.mfac.momentum import weights_by_age
@@ -92,7 +92,7 @@ def scale_by_mfac(
         that size hold on all platforms; or a `components.Solver`.
       storage: `jnp.float32`, `jnp.bfloat16`, None for the parameters' dtype; `jnp.int8`,
         `jnp.float8_e4m3fn`, `jnp.float8_e5m2` for a byte an entry, with a scale for each row or column of a
-        matrix (docs/options.md); or a `components.Storage`.
+        matrix; `components.low_rank()` for less (docs/options.md); or a `components.Storage`.
       axis_name: in `jax.shard_map` and `jax.pmap`, the mesh axes that parameters or window are spread over.
         Under `jax.jit` alone leave it out: `state_shardings` says where the window lies.
       param_specs: how the parameters are spread, as `PartitionSpec`s in a tree like them or a prefix of
@@ -192,7 +192,7 @@ def _step(
     settings: _Settings, plan: Plan, has_blocks: Any, updates: optax.Updates, state: ScaleByMFACState
 ) -> tuple[optax.Updates, ScaleByMFACState]:
     """The update and the state after a gradient; `has_blocks` tells whether the state's are the plan's."""
-    metric, solver, _, step_adaptation = settings.kinds
+    metric, solver, storage, step_adaptation = settings.kinds
     newest, seen = state.next_row, jnp.asarray(optax.safe_increment(state.grads_seen))
 
     # What is not finite becomes NaN, and a NaN anywhere in the gradient makes all products NaN. So every
@@ -200,8 +200,10 @@ def _step(
     own = plan.own_parts(updates, state.window)
     gradient = jax.tree.map(lambda x: numerics.bounded(x, state.gram.dtype), own)
     metric_state, coordinates = metric.update(state.metric, gradient, seen)
-    row = plan.encode(coordinates.into(gradient), state.window)
-    inner, square = plan.dots(state.window, plan.decode(row), state.coefficients)
+    exact = coordinates.into(gradient)
+    row = plan.encode(exact, state.window)
+    stored = plan.decode(row)
+    inner, square = plan.dots(state.window, stored, state.coefficients)
     is_newest = jnp.arange(settings.num_grads, dtype=newest.dtype)[None] == newest
     products = jnp.where(is_newest, square[:, None], inner)
     accept = jnp.all(jnp.isfinite(products)) & has_blocks
@@ -220,12 +222,23 @@ def _step(
     view = StepView(gram, state.coefficients, cosine, newest, state.grads_seen, state.log_step)
     step_state, log_step = step_adaptation.update(state.step_length, view)
 
-    combined = coordinates.out_of(plan.combine(coefficients * jnp.exp(log_step), window))
-    preconditioned = plan.whole(combined, updates)
+    factor = jnp.exp(log_step)
+    if storage.keeps_remainder:
+        left_out = jax.tree.map(jnp.subtract, exact, stored)
+        mean, vector = remainder.next_mean(state.remainder, left_out, seen, *_momentum(settings))
+        inside = jnp.where(accept, plan.dots(window, vector, coefficients)[0], 0)
+        correction, solver_state = solver.solve(solver_state, gram, shift, inside)
+        outside = remainder.outside(shift, gain)
+        within = plan.combine((coefficients - outside[:, None] * correction) * factor, window)
+        combined = plan.add(within, outside * factor, vector)
+    else:
+        mean, combined = state.remainder, plan.combine(coefficients * factor, window)
+    preconditioned = plan.whole(coordinates.out_of(combined), updates)
     after = state._replace(
         grads_seen=seen,
         next_row=(newest + 1) % settings.num_grads,
         window=window,
+        remainder=mean,
         metric=metric_state,
         gram=gram,
         solver=solver_state,
@@ -263,10 +276,13 @@ def _system(settings: _Settings, gram: jax.Array, seen: jax.Array) -> damping_ru
     return damping_rules.absolute(gram, damping)
 
 
+def _momentum(settings: _Settings) -> tuple[float | jax.Array, bool]:
+    return settings.window_momentum, settings.nesterov
+
+
 def _weights(settings: _Settings, gram: jax.Array, newest: jax.Array, seen: jax.Array) -> jax.Array:
     """Which mean of the rows is preconditioned, `(blocks, m)`."""
-    momentum = (settings.window_momentum, settings.nesterov)
-    weights = weights_by_age(newest, seen, settings.num_grads, *momentum, gram.dtype)
+    weights = weights_by_age(newest, seen, settings.num_grads, *_momentum(settings), gram.dtype)
     return jnp.broadcast_to(weights, gram.shape[:-1])
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Sharding
 
 from mfac_jax._src.rows import chunks
-from mfac_jax._src.rows.storages import Rows, Storage, main_array
+from mfac_jax._src.rows.storages import Rows, Storage, main_array, shape_of_leaf
 
 HOST = "pinned_host"
 
@@ -80,7 +80,8 @@ def dots(storage: Storage, rows: Rows, x: jax.Array, dtype: Any, length: int | N
 @functools.partial(jax.jit, static_argnames=("storage", "length"))
 def combine(storage: Storage, coefficients: jax.Array, rows: Rows, length: int | None) -> jax.Array:
     """`storage.combine`, of rows that come to the device `length` at a time; None: 2^21 entries."""
-    total = jnp.zeros_like(to_device(main_array(rows)[0]), coefficients.dtype)
+    shape = shape_of_leaf(storage, rows)
+    total = jnp.zeros_like(to_device(main_array(rows)[0]), coefficients.dtype, shape=shape)
 
     def of_chunk(own, chunk):
         return storage.combine(own, jax.tree.map(to_device, chunk))

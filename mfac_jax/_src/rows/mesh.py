@@ -96,6 +96,12 @@ def sharding_of_groups(shape: Sequence[int], row: NamedSharding, groups: Sequenc
     return NamedSharding(row.mesh, PartitionSpec(*(entry or None for entry in entries)))
 
 
+def as_row(x: jax.Array) -> jax.Array:
+    """A gradient, sharded as the rows that take it, where types tell how it is sharded."""
+    sharding = explicit_sharding(x)
+    return x if sharding is None else jax.reshard(x, row_sharding(x.shape, sharding))
+
+
 def without_rows(sharding: NamedSharding) -> NamedSharding:
     """The sharding of a row of a window with this sharding, not of its rows."""
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mfac_jax._src.base import checks, numerics
-from mfac_jax._src.rows import contractions, scaled
+from mfac_jax._src.rows import contractions, low_rank, scaled
 from mfac_jax._src.rows.storages import Storage
 
 _PLAIN = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -52,7 +52,7 @@ def as_storage(storage: Any) -> Storage:
 
 def by_name(name: str) -> Storage | None:
     """The storage that a state of this name was made with; None where it is a user's own."""
-    return _by_names().get(name)
+    return _by_names().get(name) or low_rank.by_name(name)
 
 
 def _by_names() -> dict[str, Storage]:

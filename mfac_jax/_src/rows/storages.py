@@ -19,7 +19,8 @@ class Storage(NamedTuple):
     """Stores the window's rows in a form of your choice: pass it as `storage` to `scale_by_mfac`.
 
     A row is an array or a NamedTuple of arrays, the same for all leaves. Its first array has the leaf's
-    shape, and an axis of it is sharded as the leaf's. All functions are pure, and see one leaf.
+    shape, if `shape` does not say otherwise. Arrays with as many axes as the leaf, as long or shorter, are
+    sharded as it. All functions are pure, and see one leaf.
 
     Attributes:
       name: recorded in the state. A state is refused by a storage of another name.
@@ -31,6 +32,9 @@ class Storage(NamedTuple):
       gram: `(rows, dtype)` to the inner products `(m, m)`. None: from `dots`, a row at a time.
       map: `(function, rows)` to the rows of `function(gradient)`. None: by `encode` and `decode`, a row at
         a time.
+      shape: from a row, of arrays or of shapes, to the shape of the leaf. None: that of the first array.
+      keeps_remainder: keep a running mean of what rows leave out, gradient minus decoded row, in float32,
+        and precondition it with them: for rows that are far from the gradients.
 
     Example:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -55,6 +59,8 @@ class Storage(NamedTuple):
     combine: Callable[[jax.Array, Rows], jax.Array]
     gram: Callable[[Rows, Any], jax.Array] | None = None
     map: Callable[[Callable[[jax.Array], jax.Array], Rows], Rows] | None = None
+    shape: Callable[[Any], tuple[int, ...]] | None = None
+    keeps_remainder: bool = False
 
 
 def gram(storage: Storage, rows: Rows, dtype: Any) -> jax.Array:
@@ -80,8 +86,14 @@ def map_rows(storage: Storage, function: Callable[[jax.Array], jax.Array], rows:
 
 
 def main_array(rows: Rows) -> jax.Array:
-    """The array of the rows that has the axes of the leaf: the first."""
+    """The first array of the rows: of most storages, that with the axes of the leaf."""
     return jax.tree.leaves(rows)[0]
+
+
+def shape_of_leaf(storage: Storage, rows: Rows) -> tuple[int, ...]:
+    """The shape of the leaf, from the rows of it."""
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.float32), rows)
+    return main_array(row).shape if storage.shape is None else storage.shape(row)
 
 
 def is_one_array(storage: Storage) -> bool:

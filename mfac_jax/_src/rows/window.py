@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from mfac_jax._src.base import numerics, trees
-from mfac_jax._src.rows import host_memory, manual_axes, storages
+from mfac_jax._src.rows import host_memory, manual_axes, mesh, storages
 from mfac_jax._src.rows.manual_axes import Layout, ManualAxes
 from mfac_jax._src.rows.storages import Rows, Storage, main_array
 
@@ -37,6 +37,8 @@ class Plan(NamedTuple):
 
     def own_parts(self, tree: optax.Updates, window: Any) -> optax.Updates:
         """The parts of the tree that this device's part of the window belongs to."""
+        if self.storage.shape is not None:  # never on manual axes
+            return jax.tree.map(mesh.as_row, tree)
         arrays = map(main_array, storages.split(self.storage, window))
         return self._map_leaves(manual_axes.own_part, tree, arrays)
 
@@ -95,6 +97,11 @@ class Plan(NamedTuple):
             combined.append(y)
         return self.structure.unflatten(combined)
 
+    def add(self, tree: optax.Updates, weights: jax.Array, other: optax.Updates) -> optax.Updates:
+        """The tree plus the other one, each leaf times the weight of its block."""
+        leaves = zip(jax.tree.leaves(tree), self.blocks, jax.tree.leaves(other), strict=True)
+        return self.structure.unflatten([x + weights[block] * y for x, block, y in leaves])
+
     def _combine_leaf(self, coefficients: jax.Array, rows: Rows) -> jax.Array:
         if host_memory.is_on_host(rows):
             return host_memory.combine(self.storage, coefficients, rows, self.host_chunk)
@@ -111,13 +118,13 @@ def make_plan(
     host_chunk: int | None = None,
 ) -> Plan:
     """The plan of a tree that fits the window; `name` is what errors call the tree."""
-    rows = [main_array(leaf) for leaf in storages.split(storage, window)]
+    shapes = [storages.shape_of_leaf(storage, rows) for rows in storages.split(storage, window)]
     structure = jax.tree.structure(tree)
     trees.check_tree(name, tree, storages.first_tree(storage, window))
     if axes.names is None:
-        trees.check_shapes(name, tree, rows)
+        trees.check_shapes(name, tree, shapes)
     manual_axes.check_bound(axes.names)
-    layouts = manual_axes.layouts(name, tree, [x.shape[1:] for x in rows], axes)
+    layouts = manual_axes.layouts(name, tree, shapes, axes)
     return Plan(storage, structure, tuple(blocks), tuple(layouts), host_chunk)
 
 
