@@ -249,15 +249,16 @@ def test_a_donated_step_copies_no_window():
 
 def test_masks_are_forgotten_in_what_rows_left_out():
     mask = jnp.ones((64, 48), bool).at[:32].set(False)
-    tx = mfac_jax.pruning.keep_pruned(mfac_jax.scale_by_mfac(4, 1.0, storage=STORAGE), jnp.ones_like(mask))
+    inner = mfac_jax.scale_by_mfac(4, 1.0, storage=STORAGE)
+    tx: Any = mfac_jax.pruning.keep_pruned(inner, jnp.ones_like(mask))
     params = jnp.ones((64, 48))
     state: Any = tx.init(params)
     _, state = tx.update(jnp.asarray(normal(64, 48)), state, params)
     state = mfac_jax.pruning.set_masks(tx, state, mask)
-    inner = state.inner_state
-    assert np.all(np.asarray(inner.remainder)[:32] == 0)
-    assert np.any(np.asarray(inner.remainder)[32:])
-    rows = decoded(inner.window)
+    remainder = np.asarray(state.inner_state.remainder)
+    assert np.all(remainder[:32] == 0)
+    assert np.any(remainder[32:])
+    rows = decoded(state.inner_state.window)
     assert np.linalg.norm(rows[:, :32]) < 0.01 * np.linalg.norm(rows)
     updates, _ = tx.update(jnp.asarray(normal(64, 48, seed=1)), state, params)
     assert np.all(np.asarray(params + updates)[:32] == 0)
