@@ -145,9 +145,16 @@ def blocks_of(params) -> list[slice]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"blocks": "leaf"}, {"solver": "inverse"}, {"host_chunk": 4}], ids=str
+    ("options", "momentum"),
+    [
+        ({"blocks": "leaf"}, 0.9),
+        pytest.param({}, 0.0, marks=pytest.mark.slow),
+        pytest.param({}, 0.9, marks=pytest.mark.slow),
+        pytest.param({"solver": "inverse"}, 0.9, marks=pytest.mark.slow),
+        pytest.param({"host_chunk": 4}, 0.9, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_an_update_is_that_of_the_exact_mean_in_the_window_as_stored(options, momentum):
     """The mean of the rows of the window, and the running mean of what rows left out."""
     tx = mfac_jax.scale_by_mfac(6, 0.1, storage=STORAGE, window_momentum=momentum, nesterov=True, **options)
@@ -190,14 +197,22 @@ def test_nothing_is_lost_over_a_thousand_steps_and_a_checkpoint():
     assert relative_error(np.asarray(total), np.asarray(exact)) < 1e-3
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("leaf", ["kernel", "conv", "bias"])
+@pytest.mark.parametrize(
+    ("leaf", "bad"),
+    [
+        ("kernel", np.nan),
+        pytest.param("kernel", np.inf, marks=pytest.mark.slow),
+        pytest.param("conv", np.nan, marks=pytest.mark.slow),
+        pytest.param("bias", np.nan, marks=pytest.mark.slow),
+    ],
+)
 def test_a_gradient_that_is_not_finite_changes_nothing(leaf, bad):
     tx: Any = mfac_jax.scale_by_mfac(4, 1.0, storage=STORAGE, window_momentum=0.9)
     state: Any = tx.init(PARAMS)
+    update: Any = jax.jit(tx.update)
     first, second = (jax.tree.map(jnp.asarray, gradient) for gradient in stream(2))
-    _, state = tx.update(first, state)
-    _, after = tx.update(second | {leaf: second[leaf].at[(0,) * second[leaf].ndim].set(bad)}, state)
+    _, state = update(first, state)
+    _, after = update(second | {leaf: second[leaf].at[(0,) * second[leaf].ndim].set(bad)}, state)
     assert after.grads_rejected == 1
     jax.tree.map(np.testing.assert_array_equal, after.window, state.window)
     jax.tree.map(np.testing.assert_array_equal, after.remainder, state.remainder)

@@ -142,6 +142,16 @@ def test_running_out_of_memory_says_the_same(limits, monkeypatch):
     assert "RESOURCE_EXHAUSTED" in str(error.value.__cause__)
 
 
+def test_a_storage_that_the_device_lacks_is_named(monkeypatch):
+    def lacking(*args):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no arrays of f8e5m2")
+
+    monkeypatch.setattr(zeros, "empty_window", lacking)
+    cure = "storage must be one that the device has arrays of, got 'float8_e5m2'. Pass jnp.float32"
+    with pytest.raises(ValueError, match=cure):
+        scale_by_mfac(5, storage=jnp.float8_e5m2).init({"w": jnp.ones((8, 16))})
+
+
 def test_other_errors_stay_as_they_are(monkeypatch):
     def broken(*args):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -89,7 +89,7 @@ def machine_bytes() -> int | None:
 def enough_for_window(
     params: optax.Params, num_grads: int, storage: Storage, axes: ManualAxes, on_host: bool
 ) -> Iterator[None]:
-    """Raise before a window is made that cannot fit, and where making it runs out of memory.
+    """Raise before a window is made that cannot fit, and where the device cannot make it.
 
     Only for arrays that are made now: a trace may be for other devices, or for shapes alone. What other
     arrays and programs hold does not count before, because they may give it back.
@@ -116,6 +116,11 @@ def enough_for_window(
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        if "UNIMPLEMENTED" in str(error):
+            raise ValueError(
+                f"storage must be one that the device has arrays of, got {storage.name!r}. Pass "
+                f"jnp.float32, jnp.bfloat16 or jnp.int8: {error}"
+            ) from error
         if "RESOURCE_EXHAUSTED" not in str(error) or not rows:
             raise
         raise ValueError(message(max(rows, key=lambda place: rows[place]))) from error
