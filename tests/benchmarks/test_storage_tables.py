@@ -24,6 +24,7 @@ def test_distances_are_relative():
     assert storage_accuracy.distance(other, tree) == pytest.approx(0.1)
 
 
+@pytest.mark.exhaustive  # twelve programs, half a minute each
 @pytest.mark.slow
 def test_distances_of_a_few_steps(capsys, tmp_path):
     out = tmp_path / "storages.jsonl"

@@ -107,8 +107,15 @@ def test_products_are_those_of_what_the_rows_stand_for(dtype, shape):
         np.testing.assert_allclose(found, combined, atol=1e-5)
 
 
-@EACH
-@pytest.mark.parametrize("bad", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [
+        (jnp.int8, np.nan),
+        pytest.param(jnp.int8, np.inf, marks=pytest.mark.slow),
+        pytest.param(jnp.float8_e4m3fn, np.nan, marks=pytest.mark.slow),
+        pytest.param(jnp.float8_e5m2, np.inf, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    ],
+)
 @pytest.mark.parametrize("shape", [(40, 8), (64, 64), (32, 160)], ids=str)  # XLA's maxima may lose a NaN
 def test_a_gradient_that_is_not_finite_is_not_stored(shape, dtype, bad):
     params = {"w": jnp.ones(shape), "b": jnp.ones(8)}
