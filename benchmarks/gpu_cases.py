@@ -19,6 +19,7 @@ import mfac_jax
 from benchmarks import gpu_program, timing
 from benchmarks.compiled_update import bytes_on_device, collectives, placed
 from benchmarks.parameter_trees import Shapes, resnet50_shapes, transformer_shapes
+from benchmarks.storages import STORAGES
 
 SEVERAL = 8  # GPUs of a host
 
@@ -40,12 +41,6 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "mfac": lambda **options: mfac_jax.mfac(3e-3, metric="diagonal", **options),
     "mfac, inverse": lambda **options: mfac_jax.mfac(3e-3, metric="diagonal", solver="inverse", **options),
     "scale_by_mfac": mfac_jax.scale_by_mfac,
-}
-STORAGES: dict[str, Any] = {
-    "float32": jnp.float32,
-    "bfloat16": jnp.bfloat16,
-    "int8": jnp.int8,
-    "low rank": mfac_jax.components.low_rank(),
 }
 MODES = ("one GPU", "jit", "explicit", "shard_map", "pmap")
 

@@ -15,6 +15,7 @@ import optax
 
 import mfac_jax
 from benchmarks import ideas, rivals
+from benchmarks.storages import STORAGES
 from examples.common.optimizers import NeedsFactors
 from examples.common.training import Step, TrainState, first_state, train_step
 from examples.common.workload import Workload
@@ -94,12 +95,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # storage_frontier: windows of several sizes and storages, each metric at its own rate and damping.
-STORAGES: dict[str, Any] = {
-    "float32": jnp.float32,
-    "bfloat16": jnp.bfloat16,
-    "int8": jnp.int8,
-    "low rank": mfac_jax.components.low_rank(),
-}
 FRONTIER_NUM_GRADS = (4, 8, 16, 32, 64)
 FRONTIER_RATES = {"rotated": MFAC_RATE, "diagonal": 3e-3}
 FRONTIER_DAMPINGS = {"rotated": 1.0, "diagonal": 0.2}

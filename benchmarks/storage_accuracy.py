@@ -20,19 +20,16 @@ from tqdm import tqdm
 import mfac_jax
 from benchmarks import timing
 from benchmarks.peers import OptionalExistingFolder
+from benchmarks.storages import STORAGES
 from benchmarks.training_share import start
 from examples import cifar10, text
 from examples.common import json_lines, markdown, provenance
 from examples.common.command_line import Count, OptionalPath, parse
 from examples.common.workload import Workload
 
-STORAGES: dict[str, Any] = {
-    "float32": jnp.float32,
-    "bfloat16": jnp.bfloat16,
-    "int8": jnp.int8,
+ALL: dict[str, Any] = STORAGES | {
     "float8_e4m3fn": jnp.float8_e4m3fn,
     "float8_e5m2": jnp.float8_e5m2,
-    "low rank": mfac_jax.components.low_rank(),
 }
 REFERENCE = "float32"
 RATE = 1e-2
@@ -55,7 +52,7 @@ class Options:
 def transforms(num_grads: int) -> dict[str, optax.GradientTransformation]:
     """`mfac` with each storage; without the step factor, which would differ for reasons of its own."""
     make = functools.partial(mfac_jax.mfac, RATE, num_grads, step_adaptation=0.0)
-    return {name: make(storage=storage) for name, storage in STORAGES.items()}
+    return {name: make(storage=storage) for name, storage in ALL.items()}
 
 
 def measure(workload: Workload, num_grads: int) -> dict[str, Any]:
@@ -102,7 +99,7 @@ def window_bytes(state: Any) -> int:
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Write bytes an entry, distances and milliseconds in Markdown."""
     rows = []
-    for name in STORAGES:
+    for name in ALL:
         row = [name]
         for line in lines:
             entries = line["num_grads"] * line["parameters"]

@@ -71,7 +71,11 @@ def test_on_one_gpu_a_step_reads_the_window_twice_and_writes_a_row(target, tree,
 
 @pytest.mark.parametrize(
     ("mode", "storage"),
-    [case for case in itertools.product(gpu.MODES[1:], gpu.STORAGES) if gpu.exists(*case)],
+    [
+        case
+        for case in itertools.product(gpu.MODES[1:], ("float32", "bfloat16", "int8"))
+        if gpu.exists(*case)
+    ],
 )
 def test_on_eight_gpus_too_and_only_sums_and_split_updates_are_sent(mode, storage):
     row = gpu.measure(gpu.Case("h100", mode, LAYER, "mfac", storage))
@@ -81,6 +85,14 @@ def test_on_eight_gpus_too_and_only_sums_and_split_updates_are_sent(mode, storag
     gathered = row["gradient_bytes"] * (1 + 1 / gpu.SEVERAL) if mode == "pmap" else 0
     assert set(row["collectives"]) <= {"all-reduce", "all-gather"}
     assert sum(size for _, size in row["collectives"].values()) <= sums + gathered
+
+
+def test_rows_of_low_rank_take_little_with_their_copies_and_the_host_waits_for_nothing():
+    """Their factors are converted for products of matrices, a leaf at a time."""
+    row = gpu.measure(gpu.Case("h100", "one GPU", LAYER, "scale_by_mfac", "low rank"))
+    assert row["launches"]["waits"] == 0
+    assert row["alias"] >= row["state_bytes"]
+    assert row["window_bytes"] + row["temporaries"] < 0.15 * 4 * 64 * row["parameters"]  # of float32 rows
 
 
 def sent_on_mesh(tx: Any, specs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, list[int]]:

@@ -7,39 +7,29 @@ With v the mean of the gradients, G^T w that of their rows and r = v - G^T w, fo
 This is how storages that keep little of a gradient lose nothing of it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 
-class Beside(NamedTuple):
-    """What a step adds to the combination of the rows.
-
-    Attributes:
-      mean: the running mean of what rows left out, for the state.
-      vector: r, the mean that is preconditioned.
-    """
-
-    mean: optax.Params
-    vector: optax.Params
-
-
 def next_mean(
     mean: optax.Params, left_out: optax.Params, seen: jax.Array, momentum: Any, nesterov: bool
-) -> Beside:
-    """The mean with what the newest row leaves out, weighted as the rows are: by momentum^age."""
+) -> tuple[optax.Params, optax.Params]:
+    """The running mean with what the newest row leaves out, and r; weights as the rows'."""
 
-    def of_leaf(mean, new):
+    def next_of(mean, new):
         beta = jnp.asarray(momentum, new.dtype)
-        mean = beta * mean + (1 - beta) * new
-        vector = mean / (1 - beta ** seen.astype(new.dtype))
-        return mean, beta * vector + (1 - beta) * new if nesterov else vector
+        return beta * mean + (1 - beta) * new
 
-    leaves, structure = jax.tree.flatten(left_out)
-    pairs = list(map(of_leaf, jax.tree.leaves(mean), leaves))
-    return Beside(*(structure.unflatten([pair[i] for pair in pairs]) for i in range(2)))
+    def vector_of(mean, new):
+        beta = jnp.asarray(momentum, new.dtype)
+        vector = mean / (1 - beta ** seen.astype(new.dtype))
+        return beta * vector + (1 - beta) * new if nesterov else vector
+
+    mean = jax.tree.map(next_of, mean, left_out)
+    return mean, jax.tree.map(vector_of, mean, left_out)
 
 
 def outside(shift: jax.Array, gain: jax.Array) -> jax.Array:

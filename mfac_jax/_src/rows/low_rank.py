@@ -135,7 +135,6 @@ def _matrices(rows: LowRankRow) -> LowRankRow:
 def _encode(x: jax.Array, rows: LowRankRow) -> LowRankRow:
     left, right = rows
     if right.ndim == 1:
-        # A NaN has to reach all arrays of a row: zero times it.
         return LowRankRow(numerics.narrow(x, left.dtype), jnp.ones((), right.dtype))
     largest = jnp.max(jnp.abs(x), initial=0)
     scale = jnp.where(largest > 0, largest, 1)
@@ -187,28 +186,28 @@ def _dots(rows: LowRankRow, x: jax.Array, dtype: Any) -> jax.Array:
     rows = _matrices(rows)
     matrix = x.astype(dtype).reshape(rows.left.shape[1], -1)
 
-    def of_some(numbers, rows, matrix):
-        left, right = _some(rows, numbers, dtype)
+    def at_once(rows, matrix):
+        left, right = _as_floats(rows, dtype)
         through = jnp.einsum("ab,mrb->mar", matrix, right, precision=lax.Precision.HIGHEST)
         return jnp.sum(left * through, axis=(1, 2))
 
-    def in_turn(*operands):
-        dot = functools.partial(of_some, rows=operands[0], matrix=operands[1])
-        return chunks.dots_in_chunks(dot, numbers, _AT_A_TIME)
+    def in_turn(rows, matrix):
+        def of_some(numbers):
+            return at_once(_some(rows, numbers), matrix)
 
-    numbers = jnp.arange(len(rows.left))
-    at_once = functools.partial(of_some, numbers)
+        return chunks.dots_in_chunks(of_some, jnp.arange(len(rows.left)), _AT_A_TIME)
+
     return lax.platform_dependent(rows, matrix, cpu=in_turn, default=at_once)
 
 
-def _some(rows: LowRankRow, numbers: jax.Array, dtype: Any) -> LowRankRow:
+def _as_floats(rows: LowRankRow, dtype: Any) -> LowRankRow:
+    return jax.tree.map(lambda factor: factor.astype(dtype), rows)
+
+
+def _some(rows: LowRankRow, numbers: jax.Array) -> LowRankRow:
     """The rows of these numbers, one after the other. Without the barrier XLA would convert all."""
     held, start = lax.optimization_barrier((rows, numbers[0]))
-
-    def of_factor(factor):
-        return lax.dynamic_slice_in_dim(factor, start, len(numbers)).astype(dtype)
-
-    return jax.tree.map(of_factor, held)
+    return jax.tree.map(lambda factor: lax.dynamic_slice_in_dim(factor, start, len(numbers)), held)
 
 
 def _combine_on_mesh(coefficients: jax.Array, rows: LowRankRow) -> jax.Array:
@@ -225,21 +224,19 @@ def _combine_on_mesh(coefficients: jax.Array, rows: LowRankRow) -> jax.Array:
 @jax.jit
 def _combine(coefficients: jax.Array, rows: LowRankRow) -> jax.Array:
     shape = (*rows.left.shape[1:-1], *rows.right.shape[2:])
-    rows, dtype = _matrices(rows), coefficients.dtype
+    rows = _matrices(rows)
 
-    def of_some(own, numbers, rows):
-        left, right = _some(rows, numbers, dtype)
-        left *= own[:, None, None]
+    def at_once(coefficients, rows):
+        left, right = _as_floats(rows, coefficients.dtype)
+        left *= coefficients[:, None, None]
         return jnp.einsum("mar,mrb->ab", left, right, precision=lax.Precision.HIGHEST)
 
     def in_turn(coefficients, rows):
-        total = jnp.zeros((rows.left.shape[1], rows.right.shape[2]), dtype)
-        contract = functools.partial(of_some, rows=rows)
-        return chunks.combine_in_chunks(contract, total, coefficients, numbers, _AT_A_TIME)
+        def of_some(own, numbers):
+            return at_once(own, _some(rows, numbers))
 
-    def at_once(coefficients, rows):
-        return of_some(coefficients, numbers, rows)
+        total = jnp.zeros((rows.left.shape[1], rows.right.shape[2]), coefficients.dtype)
+        numbers = jnp.arange(len(rows.left))
+        return chunks.combine_in_chunks(of_some, total, coefficients, numbers, _AT_A_TIME)
 
-    numbers = jnp.arange(len(rows.left))
-    found = lax.platform_dependent(coefficients, rows, cpu=in_turn, default=at_once)
-    return found.reshape(shape)
+    return lax.platform_dependent(coefficients, rows, cpu=in_turn, default=at_once).reshape(shape)
