@@ -18,6 +18,7 @@ import mfac_jax
 from mfac_jax._src.rows import low_rank, storage_kinds, storages
 from tests.dense_reference import inverse_product, relative_error
 from tests.mfac.on_mesh import assert_sharded_as
+from tests.rows.encoded import decoded, rows_of
 
 STORAGE = mfac_jax.components.low_rank(1 / 4)
 SHAPES = ((), (7,), (64, 48), (3, 3, 16, 32), (2, 96, 40), (0, 3), (50, 1), (3, 5))
@@ -33,23 +34,10 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def rows_of(gradients, storage=STORAGE) -> Any:
-    """The gradients `(m, *shape)` as rows."""
-    row = storage.row(jax.ShapeDtypeStruct(gradients.shape[1:], gradients.dtype))
-    empty = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), row)
-    encoded = [storage.encode(jnp.asarray(x), empty) for x in gradients]
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *encoded)
-
-
-def decoded(rows) -> np.ndarray:
-    of_each = [jax.tree.map(lambda x, i=i: x[i], rows) for i in range(len(rows.left))]
-    return np.stack([np.asarray(STORAGE.decode(row), np.float64) for row in of_each])
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_shape_of_the_leaf_is_known_from_its_rows(shape):
-    rows = rows_of(normal(3, *shape))
-    assert storages.shape_of_leaf(STORAGE, rows) == decoded(rows).shape[1:] == shape
+    rows = rows_of(STORAGE, normal(3, *shape))
+    assert storages.shape_of_leaf(STORAGE, rows) == decoded(STORAGE, rows).shape[1:] == shape
 
 
 def test_a_row_is_nearly_the_best_of_its_rank():
@@ -57,8 +45,8 @@ def test_a_row_is_nearly_the_best_of_its_rank():
         u, v = (np.linalg.qr(normal(n, 40, seed=n))[0] for n in (96, 200))
         values = np.exp(-steepness * np.arange(40))
         gradient = (u * values @ v.T * 1e-4).astype(np.float32)
-        found = decoded(rows_of(gradient[None]))[0]
-        rank = rows_of(gradient[None]).left.shape[-1]
+        found = decoded(STORAGE, rows_of(STORAGE, gradient[None]))[0]
+        rank = rows_of(STORAGE, gradient[None]).left.shape[-1]
         best = 1e-4 * np.linalg.norm(values[rank:])
         assert np.linalg.norm(found - gradient) < 1.1 * best + 0.01 * np.linalg.norm(gradient)
 
@@ -66,9 +54,9 @@ def test_a_row_is_nearly_the_best_of_its_rank():
 @pytest.mark.parametrize("shape", [(64, 48), (3, 3, 16, 32)], ids=str)
 def test_what_has_the_rank_is_kept_to_rounding_and_zeros_are(shape):
     gradient = np.outer(normal(math.prod(shape[:-1])), normal(shape[-1], seed=1)).reshape(shape)
-    rows = rows_of(np.stack([gradient, 0 * gradient, 1e12 * gradient, 1e-12 * gradient]))
+    rows = rows_of(STORAGE, np.stack([gradient, 0 * gradient, 1e12 * gradient, 1e-12 * gradient]))
     for number, factor in enumerate((1, 0, 1e12, 1e-12)):
-        found = decoded(rows)[number]
+        found = decoded(STORAGE, rows)[number]
         assert np.linalg.norm(found - factor * gradient) <= 0.01 * np.linalg.norm(factor * gradient)
 
 
@@ -86,8 +74,8 @@ def test_a_row_takes_no_more_than_its_share(shape, density):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_those_of_what_the_rows_stand_for(shape):
-    rows, x, c = rows_of(normal(13, *shape)), normal(*shape, seed=2), normal(13, seed=3)
-    exact = decoded(rows)
+    rows, x, c = rows_of(STORAGE, normal(13, *shape)), normal(*shape, seed=2), normal(13, seed=3)
+    exact = decoded(STORAGE, rows)
     expected = exact.reshape(13, -1) @ x.reshape(-1)
     scale = 1e-6 * (1 + float(np.linalg.norm(exact) * np.linalg.norm(x)))
     found = STORAGE.dots(rows, jnp.asarray(x), jnp.float32)
@@ -134,7 +122,8 @@ def flat(tree) -> np.ndarray:
 def flat_window(window) -> np.ndarray:
     """The rows as stored, `(m, d)` in float64."""
     leaves = [
-        decoded(low_rank.LowRankRow(window.left[name], window.right[name])) for name in sorted(window.left)
+        decoded(STORAGE, low_rank.LowRankRow(window.left[name], window.right[name]))
+        for name in sorted(window.left)
     ]
     return np.concatenate([rows.reshape(len(rows), -1) for rows in leaves], axis=1)
 
@@ -273,7 +262,7 @@ def test_masks_are_forgotten_in_what_rows_left_out():
     remainder = np.asarray(state.inner_state.remainder)
     assert np.all(remainder[:32] == 0)
     assert np.any(remainder[32:])
-    rows = decoded(state.inner_state.window)
+    rows = decoded(STORAGE, state.inner_state.window)
     assert np.linalg.norm(rows[:, :32]) < 0.01 * np.linalg.norm(rows)
     updates, _ = tx.update(jnp.asarray(normal(64, 48, seed=1)), state, params)
     assert np.all(np.asarray(params + updates)[:32] == 0)

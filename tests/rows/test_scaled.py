@@ -20,6 +20,7 @@ from mfac_jax._src.rows import scaled
 from mfac_jax._src.rows.storage_kinds import as_storage
 from tests.dense_reference import inverse_product, relative_error
 from tests.mfac.on_mesh import assert_sharded_as
+from tests.rows.encoded import decoded, rows_of
 
 # The largest distance of a number from the nearest of the dtype, in parts of the largest in its group.
 STEPS = {jnp.int8: 0.5 / 127, jnp.float8_e4m3fn: 2**-4, jnp.float8_e5m2: 2**-3}
@@ -29,20 +30,6 @@ EACH = pytest.mark.parametrize(
     ids=lambda dtype: dtype.__name__,
 )
 SHAPES = ((), (7,), (300,), (1009, 3), (64, 10), (3, 3, 16, 32), (2, 512, 4), (0, 3), (50, 1))
-
-
-def rows_of(dtype, gradients) -> Any:
-    """The gradients `(m, *shape)` as rows."""
-    storage = as_storage(dtype)
-    row = storage.row(jax.ShapeDtypeStruct(gradients.shape[1:], gradients.dtype))
-    empty = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), row)
-    encoded = [storage.encode(jnp.asarray(x), empty) for x in gradients]
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *encoded)
-
-
-def decoded(dtype, rows) -> np.ndarray:
-    of_each = [jax.tree.map(lambda x, i=i: x[i], rows) for i in range(len(rows.values))]
-    return np.stack([as_storage(dtype).decode(row) for row in of_each])
 
 
 def normal(*shape, seed=0, dtype: Any = np.float32):
