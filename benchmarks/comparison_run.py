@@ -14,6 +14,8 @@ from benchmarks import optimizers, timing
 from benchmarks.problems import PROBLEMS
 from examples.common.workload import Workload
 
+REPORTED = ("tuning", "frontier")  # studies whose courses are reported, of all seeds but that for tuning
+
 
 class Run(NamedTuple):
     """What distinguishes a run from all others, in the words of runs.jsonl.
@@ -74,7 +76,7 @@ def _train(run: Run, setting: Setting) -> dict[str, Any]:
     state, step = optimizers.start(workload, run.optimizer, run.rate, run.damping, run.seed)
     evaluate = jax.jit(workload.evaluate)
     total = len(workload.batches)
-    is_reported = run.study == "tuning" and run.seed != optimizers.TUNING_SEED
+    is_reported = run.study in REPORTED and run.seed != optimizers.TUNING_SEED
     every = math.ceil(total / PROBLEMS[run.problem].evaluations) if is_reported else total
     evaluations, seconds = [], []
     for done in range(total + 1):

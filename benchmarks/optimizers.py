@@ -15,7 +15,7 @@ import optax
 
 import mfac_jax
 from benchmarks import ideas, rivals
-from benchmarks.storages import STORAGES
+from benchmarks.storages import ALL
 from examples.common.optimizers import NeedsFactors
 from examples.common.training import Step, TrainState, first_state, train_step
 from examples.common.workload import Workload
@@ -119,7 +119,7 @@ FRONTIER: dict[str, dict[str, Any]] = {
     }
     for metric in FRONTIER_RATES
     for num_grads in FRONTIER_NUM_GRADS
-    for storage, dtype in STORAGES.items()
+    for storage, dtype in ALL.items()
 }
 
 

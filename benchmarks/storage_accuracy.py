@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -20,17 +19,13 @@ from tqdm import tqdm
 import mfac_jax
 from benchmarks import timing
 from benchmarks.peers import OptionalExistingFolder
-from benchmarks.storages import STORAGES
+from benchmarks.storages import ALL
 from benchmarks.training_share import start
 from examples import cifar10, text
 from examples.common import json_lines, markdown, provenance
 from examples.common.command_line import Count, OptionalPath, parse
 from examples.common.workload import Workload
 
-ALL: dict[str, Any] = STORAGES | {
-    "float8_e4m3fn": jnp.float8_e4m3fn,
-    "float8_e5m2": jnp.float8_e5m2,
-}
 REFERENCE = "float32"
 RATE = 1e-2
 

@@ -17,6 +17,7 @@ from benchmarks.comparison_pool import Runner, Store, read_records
 from benchmarks.comparison_run import Run, Setting
 from benchmarks.peers import OptionalExistingFolder
 from benchmarks.problems import PROBLEMS
+from benchmarks.storages import ALL
 from examples.common import markdown
 from examples.common.command_line import Count, Folder, OptionalCount, choices, parse
 
@@ -35,7 +36,7 @@ class Options:
         "cifar10",
     )
     """which problems to run"""
-    storages: Annotated[tuple[str, ...], choices(opt.STORAGES)] = tuple(opt.STORAGES)
+    storages: Annotated[tuple[str, ...], choices(ALL)] = tuple(ALL)
     """of the window's rows"""
     num_grads: tuple[int, ...] = opt.FRONTIER_NUM_GRADS
     """rows of the window"""

@@ -1,4 +1,4 @@
-"""The storages that are compared, by name."""
+"""The storages that are compared, by name; programs for accelerators are compiled with the first ones."""
 
 from typing import Any
 
@@ -11,4 +11,8 @@ STORAGES: dict[str, Any] = {
     "bfloat16": jnp.bfloat16,
     "int8": jnp.int8,
     "low rank": mfac_jax.components.low_rank(),
+}
+ALL: dict[str, Any] = STORAGES | {
+    "float8_e4m3fn": jnp.float8_e4m3fn,
+    "float8_e5m2": jnp.float8_e5m2,
 }
