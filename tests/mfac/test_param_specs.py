@@ -1,112 +1,23 @@
 """What is a shard and what every device holds: told by types or declared, and never guessed."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
 
-from mfac_jax import ihvp, mfac, scale_by_mfac, state_shardings
-from tests.mfac.on_mesh import P, make_mesh
+from mfac_jax import ihvp, mfac, scale_by_mfac
+from tests.mfac.on_devices import MODES, NUM_GRADS, STEPS, OnDevices, gradients, on_one_device
+from tests.mfac.on_mesh import P
 from tests.training_runs import relative_error
 
 slow = pytest.mark.slow
-NUM_GRADS, STEPS, DEVICES = 3, 5, 8
-SHAPES: dict[str, tuple[int, ...]] = {"kernel": (16, 3), "table": (3, 24), "odd": (3,)}
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "replicated": {"kernel": P(), "table": P(), "odd": P()},
     "sharded": {"kernel": P("x"), "table": P(None, "x")},
     "mixed": {"kernel": P("x"), "table": P(), "odd": P()},
 }
-MODES = ("types", "no types", "pmap")
-
-
-def gradients(specs) -> list[dict[str, np.ndarray]]:
-    rng = np.random.default_rng(3)
-    return [
-        {name: rng.standard_normal(SHAPES[name]).astype(np.float32) for name in specs} for _ in range(STEPS)
-    ]
-
-
-@functools.cache
-def on_one_device(placement: str) -> tuple[list[Any], Any]:
-    tx = mfac(0.1, NUM_GRADS, metric="diagonal")  # as with axis_name
-    grads = gradients(PLACEMENTS[placement])
-    state, step, updates = tx.init(grads[0]), jax.jit(tx.update), []
-    for g in grads:
-        u, state = step(g, state, g)
-        updates.append(u)
-    return updates, optax.tree.get(state, "ScaleByMFACState")
-
-
-def stacked(x, spec, rows: int = 0):
-    """As pmap has it: a part for each device in front; `rows` axes of a window stay whole."""
-    if "x" not in spec:
-        return np.broadcast_to(x, (DEVICES, *x.shape))
-    return np.stack(np.split(x, DEVICES, axis=rows + tuple(spec).index("x")))
-
-
-def unstacked(x, spec):
-    return np.concatenate(x, axis=tuple(spec).index("x")) if "x" in spec else np.asarray(x[5])
-
-
-class OnDevices:
-    """One optimizer on eight devices, in one of the modes."""
-
-    def __init__(self, mode: str, specs: dict[str, Any], **options):
-        self.mode, self.specs = mode, specs
-        self.tx: Any = mfac(0.1, NUM_GRADS, axis_name="x", **options)
-        self.mesh = make_mesh(AxisType.Auto, ("x",), (DEVICES,))
-        params = {name: np.ones(SHAPES[name], np.float32) for name in specs}
-        shardings = {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}
-        self.params = params
-        self.state_specs = jax.tree.map(lambda s: s.spec, state_shardings(self.tx, params, shardings))
-
-    def mapped(self, function, in_specs, out_specs):
-        if self.mode == "pmap":
-            return jax.pmap(function, axis_name="x")
-        options = {"mesh": self.mesh, "check_vma": self.mode == "types"}
-        return jax.jit(jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **options))
-
-    def placed(self, tree):
-        return jax.tree.map(stacked, tree, self.specs) if self.mode == "pmap" else tree
-
-    def init(self, inside: bool):
-        if inside:
-            return self.mapped(self.tx.init, (self.specs,), self.state_specs)(self.placed(self.params))
-        state = self.tx.init(self.params)
-        if self.mode != "pmap":
-            return state
-        preconditioner = state[0]
-        parts = jax.tree.map(lambda x: stacked(x, P()), preconditioner)._replace(
-            window=jax.tree.map(lambda x, s: stacked(x, s, 1), preconditioner.window, self.specs),
-            metric=jax.tree.map(
-                stacked, preconditioner.metric, preconditioner.metric._replace(second_moment=self.specs)
-            ),
-        )
-        return (parts, *jax.tree.map(lambda x: stacked(x, P()), state[1:]))
-
-    def updates(self, state):
-        specs = (self.specs, self.state_specs)
-        step = self.mapped(self.tx.update, (*specs, self.specs), specs)
-        for g in gradients(self.specs):
-            g = self.placed(g)
-            u, state = step(g, state, g)
-            u = jax.device_get(u)
-            yield jax.tree.map(unstacked, u, self.specs) if self.mode == "pmap" else u
-        self.state = state
-
-    def product(self, tree):
-        def product(state, tree):
-            return ihvp(state, tree, 0.1, axis_name="x", param_specs=self.specs)
-
-        mapped = self.mapped(product, (self.state_specs[0], self.specs), self.specs)
-        found = jax.device_get(mapped(self.state[0], self.placed(tree)))
-        return jax.tree.map(unstacked, found, self.specs) if self.mode == "pmap" else found
 
 
 QUICK = [("no types", "mixed", True)]
@@ -121,7 +32,7 @@ CASES = [
 )
 def test_declared_shards_give_the_updates_of_one_device(mode, placement, inside):
     run = OnDevices(mode, PLACEMENTS[placement], param_specs=PLACEMENTS[placement])
-    for found, wanted in zip(run.updates(run.init(inside)), on_one_device(placement)[0], strict=True):
+    for found, wanted in zip(run.updates(run.init(inside)), on_one_device(run.specs)[0], strict=True):
         assert relative_error(found, wanted) < 1e-5
 
 
@@ -132,7 +43,7 @@ def test_with_declared_shards_products_are_those_of_one_device(mode, placement):
     run = OnDevices(mode, PLACEMENTS[placement], param_specs=PLACEMENTS[placement])
     assert len(list(run.updates(run.init(True)))) == STEPS
     vector = gradients(run.specs)[0]
-    assert relative_error(run.product(vector), ihvp(on_one_device(placement)[1], vector, 0.1)) < 1e-4
+    assert relative_error(run.product(vector), ihvp(on_one_device(run.specs)[1], vector, 0.1)) < 1e-4
 
 
 @slow
@@ -140,7 +51,7 @@ def test_with_declared_shards_products_are_those_of_one_device(mode, placement):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_where_types_tell_nothing_has_to_be_declared(placement, inside):
     run = OnDevices("types", PLACEMENTS[placement])
-    for found, wanted in zip(run.updates(run.init(inside)), on_one_device(placement)[0], strict=True):
+    for found, wanted in zip(run.updates(run.init(inside)), on_one_device(run.specs)[0], strict=True):
         assert relative_error(found, wanted) < 1e-5
 
 
@@ -176,7 +87,7 @@ def test_every_device_may_hold_a_whole_window(mode):
     run = OnDevices(mode, PLACEMENTS["replicated"])
     run.tx = mfac(0.1, NUM_GRADS, metric="diagonal", param_specs=P())
     run.state_specs = jax.tree.map(lambda spec: P(), run.state_specs)
-    for found, wanted in zip(run.updates(run.init(True)), on_one_device("replicated")[0], strict=True):
+    for found, wanted in zip(run.updates(run.init(True)), on_one_device(run.specs)[0], strict=True):
         assert relative_error(found, wanted) < 1e-5
 
 

@@ -13,7 +13,14 @@ from mfac_jax._src.linalg.solve import solve
 from mfac_jax._src.mfac.state import ScaleByMFACState
 from mfac_jax._src.mfac.state_checks import Holder, as_state, check_fields, on_device, storage_of
 from mfac_jax._src.mfac.transform import DAMPING
-from mfac_jax._src.rows.manual_axes import AxisName, ManualAxes, check_named, check_param_specs, shards
+from mfac_jax._src.rows.manual_axes import (
+    AxisName,
+    ManualAxes,
+    bound_axes,
+    check_named,
+    check_param_specs,
+    shards,
+)
 from mfac_jax._src.rows.storages import Storage
 from mfac_jax._src.rows.window import make_plan
 
@@ -74,7 +81,7 @@ def ihvp(
     axes = ManualAxes(axis_name, param_specs)
     check_param_specs(axes)
     storage = storage_of(as_state(state), storage)
-    check_fields(state, _READ, "mfac_jax.ihvp", Holder(storage, tree))
+    check_fields(state, _READ, "mfac_jax.ihvp", Holder(storage, tree, local=bool(bound_axes(axis_name))))
     state = on_device(state)
     leaves, gram = len(jax.tree.leaves(tree)), state.gram
     # A block for each leaf here, and sums over them: the state's own blocks may be traced.

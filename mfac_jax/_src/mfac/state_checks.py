@@ -215,8 +215,10 @@ def _rows(state: ScaleByMFACState, holder: Holder) -> Any:
         like = list(map(_canonical, leaves))
     if like is None:
         own = [_own_row(storage, rows) for rows in storages.split(storage, window)]
-        return storages.join(storage, jax.tree.structure(storages.first_tree(storage, window)), own)
-    rows = storages.join(storage, structure, list(map(storage.row, like)))
+        structure = jax.tree.structure(storages.first_tree(storage, window))
+    else:
+        own = list(map(storage.row, like))
+    rows = storages.join(storage, structure, own)
     if holder.local and jax.tree.structure(rows) == jax.tree.structure(window):
         return jax.tree.map(lambda row, x: jax.ShapeDtypeStruct(shape_of(x)[1:], row.dtype), rows, window)
     return rows

@@ -97,7 +97,8 @@ def scale_by_mfac(
         Under `jax.jit` alone leave it out: `state_shardings` says where the window lies.
       param_specs: how the parameters are spread, as `PartitionSpec`s in a tree like them or a prefix of
         one: what `in_specs` has for them. `jax.pmap`, and `jax.shard_map` with `check_vma=False`, need it:
-        `PartitionSpec()` if every device holds all of every parameter. Elsewhere types tell.
+        `PartitionSpec()` if every device holds all of every parameter. Elsewhere types tell, but not which
+        axis of a shard is split, as rows of one byte have to know.
       host_chunk: None for a window in memory of the device. An int keeps it in pinned memory of the host,
         and brings that many rows of a leaf to the device at a time. Not for `jax.pmap`.
 
@@ -308,10 +309,10 @@ def _check_axes(kinds: Kinds, axis_name: AxisName) -> None:
             f"metric must be elementwise with axis_name={axis_name!r}, got {kinds.metric.name!r}, which "
             "sees whole leaves. Leave axis_name out and use jax.jit, or give the Metric elementwise=True."
         )
-    if not storages.is_one_array(kinds.storage):
+    if not storages.takes_parts(kinds.storage):
         raise ValueError(
-            f"storage must have one array for a row with axis_name={axis_name!r}, got "
-            f"{kinds.storage.name!r}. Leave axis_name out and use jax.jit."
+            f"storage must have one array for a row, or encode_part, with axis_name={axis_name!r}, got "
+            f"{kinds.storage.name!r}. Leave axis_name out and use jax.jit, or pass jnp.int8."
         )
 
 

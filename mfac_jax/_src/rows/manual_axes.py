@@ -42,15 +42,13 @@ class Layout(NamedTuple):
     Attributes:
       split: of the axes of its rows.
       summed: the mesh axes over which inner products with the leaf are partial.
+      along: for each axis of its rows the mesh axes that parts of it are spread over; None where types
+        tell that the leaf is a shard, and nothing declares how.
     """
 
     split: Split
     summed: tuple[str, ...]
-
-    @staticmethod
-    def local(ndim: int) -> "Layout":
-        """The layout of a leaf that is not split."""
-        return Layout(((),) * ndim, ())
+    along: Split | None
 
 
 def names_of(axis_name: AxisName) -> tuple[str, ...]:
@@ -86,6 +84,17 @@ def varying(x) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
+def varying_as(tree: Any, like: Any) -> Any:
+    """The tree, whose arrays vary along what those of `like` do, also where that is one device."""
+    return jax.tree.map(lambda x, y: vary(x, tuple(varying(y))), tree, like)
+
+
+def vary(x: jax.Array, names: Sequence[str]) -> jax.Array:
+    """The value as one that varies along the mesh axes, where types tell."""
+    told = tuple(n for n in names if n in varying(lax.axis_index(n)) and n not in varying(x))
+    return lax.pcast(x, told, to="varying") if told else x
+
+
 def silent_axes() -> tuple[str, ...]:
     """The manual axes of two devices or more whose types do not tell what differs along them.
 
@@ -102,7 +111,8 @@ def shards(name: str, tree: optax.Params, axes: ManualAxes) -> list[tuple[str, .
     if axes.param_specs is None:
         return [tuple(axis for axis in bound if axis in varying(x)) for _, x in leaves]
     found = []
-    for (path, x), names in zip(leaves, _declared(name, leaves, axes.param_specs), strict=True):
+    for (path, x), spec in zip(leaves, _declared(name, leaves, axes.param_specs), strict=True):
+        names = {axis for entry in spec for axis in axes_of(entry)}
         told = {axis: axis in varying(x) for axis in bound if axis not in silent and bound[axis] > 1}
         wrong = tuple(axis for axis in told if told[axis] != (axis in names))
         if wrong:
@@ -117,8 +127,8 @@ def shards(name: str, tree: optax.Params, axes: ManualAxes) -> list[tuple[str, .
     return found
 
 
-def _declared(name: str, leaves: Sequence[tuple[Any, Any]], specs: Any) -> list[set[str]]:
-    """The mesh axes in the spec of each leaf; specs are a tree like the leaves', or a prefix of one."""
+def _declared(name: str, leaves: Sequence[tuple[Any, Any]], specs: Any) -> list[PartitionSpec]:
+    """The spec of each leaf; specs are a tree like the leaves', or a prefix of one."""
     given = dict(jax.tree_util.tree_leaves_with_path(specs))
     found = []
     for path, _ in leaves:
@@ -128,8 +138,39 @@ def _declared(name: str, leaves: Sequence[tuple[Any, Any]], specs: Any) -> list[
                 f"param_specs must be a tree like {name}, or a prefix of one, but there is none for "
                 f"{leaf_name(path)}. Pass PartitionSpec() for what is equal on all devices."
             )
-        found.append({axis for entry in own[0] for axis in axes_of(entry)})
+        found.append(own[0])
     return found
+
+
+def spread(name: str, tree: optax.Params, axes: ManualAxes) -> list[tuple[tuple[str, ...], Split | None]]:
+    """The mesh axes along which each leaf is a shard, and those of each of its axes, where that is known."""
+    leaves, sharded = jax.tree_util.tree_leaves_with_path(tree), shards(name, tree, axes)
+    known: list[Split | None] = [
+        None if names else ((),) * x.ndim for (_, x), names in zip(leaves, sharded, strict=True)
+    ]
+    if axes.param_specs is not None and bound_axes(axes.names):
+        specs = _declared(name, leaves, axes.param_specs)
+        known = [
+            (*map(axes_of, spec), *[()] * x.ndim)[: x.ndim]
+            for (_, x), spec in zip(leaves, specs, strict=True)
+        ]
+    return list(zip(sharded, known, strict=True))
+
+
+def joined(along: Split | None, beyond: Split) -> Split | None:
+    """The mesh axes that split a leaf, and then those that split its window further."""
+    return None if along is None else tuple(a + b for a, b in zip(along, beyond, strict=True))
+
+
+def check_along(name: str, tree: optax.Params, splits: Sequence[Split | None], storage: str) -> None:
+    """Raise where nothing tells which axis of a leaf is split, for a storage that has to know."""
+    for (path, _), known in zip(jax.tree_util.tree_leaves_with_path(tree), splits, strict=True):
+        if known is None:
+            raise ValueError(
+                f"param_specs must say which axes of {name} are sharded with storage={storage!r}, whose "
+                f"scales go along whole axes: {leaf_name(path)} is a shard. Pass what in_specs of "
+                "jax.shard_map has for the parameters."
+            )
 
 
 def check_declared(
@@ -173,11 +214,10 @@ def layouts(
     name: str, tree: optax.Updates, rows: Sequence[tuple[int, ...]], axes: ManualAxes
 ) -> list[Layout]:
     """The layout of every leaf of the window, whose rows have these shapes on a device."""
-    bound, along = bound_axes(axes.names), shards(name, tree, axes)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    bound, leaves = bound_axes(axes.names), jax.tree_util.tree_leaves_with_path(tree)
     found = [
-        _layout_of(path, x, row, bound, sharded)
-        for (path, x), row, sharded in zip(leaves, rows, along, strict=True)
+        _layout_of(path, x, row, bound, *shard)
+        for (path, x), row, shard in zip(leaves, rows, spread(name, tree, axes), strict=True)
     ]
     check_declared(name, tree, axes, [layout.split for layout in found])
     return found
@@ -189,15 +229,20 @@ def beyond(shape: Sequence[int], axes: Mapping[str, int], sharded: Sequence[str]
 
 
 def _layout_of(
-    path, x: jax.Array, row: tuple[int, ...], axes: Mapping[str, int], sharded: tuple[str, ...]
+    path,
+    x: jax.Array,
+    row: tuple[int, ...],
+    axes: Mapping[str, int],
+    sharded: tuple[str, ...],
+    along: Split | None,
 ) -> Layout:
     """The layout of a leaf whose window has rows of this shape on a device."""
     planned = beyond(x.shape, axes, sharded)
     if names_in(planned) and row == local_shape(planned, x.shape):
         used = (*names_in(planned), *sharded)
-        return Layout(planned, tuple(name for name in axes if name in used))
+        return Layout(planned, tuple(name for name in axes if name in used), joined(along, planned))
     if row == x.shape:
-        return Layout.local(x.ndim)._replace(summed=sharded)
+        return Layout(((),) * x.ndim, sharded, along)
     if sharded and row == local_shape(split(x.shape, axes), x.shape):
         raise ValueError(
             f"updates must be equal along the mesh axes that their window is split over, but "
@@ -226,8 +271,16 @@ def check_named(name: str, tree: optax.Updates, gram: jax.Array, axis_name: Axis
 
 def local_shape(split: Split, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a row of the window on one device."""
-    parts = [lax.axis_size(names) if names else 1 for names in split]
-    return tuple(length // part for length, part in zip(shape, parts, strict=True))
+    return tuple(length // _parts(names) for names, length in zip(split, shape, strict=True))
+
+
+def whole_shape(split: Split, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape on all devices of what has this one on one."""
+    return tuple(length * _parts(names) for names, length in zip(split, shape, strict=True))
+
+
+def _parts(names: Sequence[str]) -> int:
+    return lax.axis_size(names) if names else 1
 
 
 def own_part(x: jax.Array, rows: jax.Array, split: Split) -> jax.Array:

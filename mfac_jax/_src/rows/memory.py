@@ -54,14 +54,13 @@ def window_bytes(
       on_host: whether the window is kept on the host, as far as it can be.
     """
     found: dict[Mesh | AbstractMesh | None, Bytes] = {}
-    for leaf, part in zip(jax.tree.leaves(params), zeros.parts_of(params, axes), strict=True):
-        mesh = None if part.sharding is None else part.sharding.mesh
-        for row in jax.tree.leaves(storage.row(jax.ShapeDtypeStruct(part.shape, jnp.result_type(leaf)))):
-            _, shape = zeros.placed(row, part)
-            size = num_grads * math.prod(shape) * row.dtype.itemsize
-            to_host = on_host and host_memory.may_be_on_host(shape)
-            device, host = found.get(mesh, Bytes(0, 0))
-            found[mesh] = Bytes(device, host + size) if to_host else Bytes(device + size, host)
+    rows = zeros.rows_like(params, storage, axes)
+    for row in jax.tree.leaves(rows, is_leaf=lambda node: isinstance(node, zeros.Array)):
+        mesh, shape = None if row.sharding is None else row.sharding.mesh, row.on_device()
+        size = num_grads * math.prod(shape) * row.dtype.itemsize
+        to_host = on_host and host_memory.may_be_on_host(shape)
+        device, host = found.get(mesh, Bytes(0, 0))
+        found[mesh] = Bytes(device, host + size) if to_host else Bytes(device + size, host)
     return found
 
 
@@ -103,7 +102,7 @@ def enough_for_window(
         floats, scaled = of_rows(_FLOATS)[place], of_rows(_BYTES)[place]
         asked = _Asked(num_grads, rows[place], floats, scaled, held[place], _limit(place))
         may_move = not on_host and axes.names is None and place != _MACHINE
-        return _message(place, asked, may_move, axes.names is None)
+        return _message(place, asked, may_move)
 
     def of_rows(storage):
         return _of_rows(window_bytes(params, 1, storage, axes, on_host), probe)
@@ -181,10 +180,10 @@ class _Asked(NamedTuple):
         return max(0, free // max(1, row))
 
 
-def _message(place: Any, asked: _Asked, may_move: bool, may_scale: bool) -> str:
+def _message(place: Any, asked: _Asked, may_move: bool) -> str:
     """What does not fit, and what would."""
     cures = [f"num_grads={asked.most(asked.row)}"] if asked.most(asked.row) else []
-    if asked.byte_row < asked.row and asked.most(asked.byte_row) and may_scale:
+    if asked.byte_row < asked.row and asked.most(asked.byte_row):
         cures.append(f"storage=jnp.int8 with num_grads up to {asked.most(asked.byte_row)}")
     if may_move:
         cures.append("host_chunk=8 for a window in memory of the host")

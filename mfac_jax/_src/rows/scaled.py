@@ -20,7 +20,8 @@ from jax import lax
 
 from mfac_jax._src.base import numerics
 from mfac_jax._src.rows import contractions
-from mfac_jax._src.rows.mesh import with_automatic_axes
+from mfac_jax._src.rows.manual_axes import whole_shape
+from mfac_jax._src.rows.mesh import Split, with_automatic_axes
 from mfac_jax._src.rows.storages import Storage
 
 DTYPES = tuple(map(jnp.dtype, (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)))
@@ -47,6 +48,7 @@ def scaled(dtype: jnp.dtype) -> Storage:
         name=dtype.name,
         row=functools.partial(_row, dtype),
         encode=lambda x, rows: with_automatic_axes(_encode, rows, _ROW)(x, rows),
+        encode_part=_encode_part,
         decode=_decode,
         dots=_dots_on_mesh,
         combine=lambda c, rows: with_automatic_axes(_combine, rows.values, _ROW)(c, rows),
@@ -62,18 +64,31 @@ def _row(dtype: jnp.dtype, leaf: jax.ShapeDtypeStruct) -> ScaledRow:
     return ScaledRow(values, scales)
 
 
-@jax.jit
-def _encode(x: jax.Array, rows: ScaledRow) -> ScaledRow:
+@functools.partial(jax.jit, static_argnames="shared")
+def _encode(x: jax.Array, rows: ScaledRow, shared: tuple[str, ...] = ()) -> ScaledRow:
     dtype, largest = rows.values.dtype, _largest(rows.values.dtype)
-    grouped = grouped_axes(x.shape)
+    grouped = _grouped(rows)
     size = jnp.max(jnp.abs(x), axis=grouped, keepdims=True, initial=0)
     size += jnp.sum(0 * x, axis=grouped, keepdims=True)  # XLA for CPU may lose a NaN in a maximum
+    size = _largest_of_parts(size, shared) if shared else size
     scales = numerics.narrow(size / largest, rows.scales.dtype)
     used = scales.astype(x.dtype)
     quotients = jnp.where(used > 0, x / jnp.where(used > 0, used, 1), 0)
     if dtype == jnp.int8:
         quotients = jnp.round(quotients)
     return ScaledRow(jnp.clip(quotients, -largest, largest).astype(dtype), scales)
+
+
+def _largest_of_parts(size: jax.Array, shared: tuple[str, ...]) -> jax.Array:
+    """The maximum over the devices; NaN where one has a NaN, which a maximum may lose."""
+    found = lax.pmax(jnp.where(jnp.isnan(size), jnp.inf, size), shared)
+    return jnp.where(jnp.isinf(found), jnp.nan, found)
+
+
+def _encode_part(x: jax.Array, rows: ScaledRow, along: Split) -> ScaledRow:
+    """As `_encode`, of the part of a leaf that this device has: groups may go on on other devices."""
+    grouped = grouped_axes(whole_shape(along, x.shape))
+    return _encode(x, rows, tuple(name for axis in grouped for name in along[axis]))
 
 
 def _decode(row: ScaledRow) -> jax.Array:
@@ -100,7 +115,7 @@ def _dots_at_once(rows: ScaledRow, x: jax.Array, dtype: Any) -> jax.Array:
 
 def _dots_in_turn(rows: ScaledRow, x: jax.Array, dtype: Any) -> jax.Array:
     """As `_dots_at_once`, a row at a time: XLA for CPU takes 20 times as long for all at once."""
-    sums = contractions.sums_in_turn(rows.values, x, dtype, grouped_axes(x.shape))
+    sums = contractions.sums_in_turn(rows.values, x, dtype, _grouped(rows))
     products = sums.reshape(rows.scales.shape) * rows.scales.astype(dtype)
     return jnp.sum(products, axis=tuple(range(1, products.ndim)))
 
@@ -117,6 +132,11 @@ def _combine(coefficients: jax.Array, rows: ScaledRow) -> jax.Array:
 def _sum_at_once(scales: jax.Array, values: jax.Array) -> jax.Array:
     """The sum over the rows of values times scales."""
     return jnp.sum(values.astype(scales.dtype) * scales, axis=0)
+
+
+def _grouped(rows: ScaledRow) -> tuple[int, ...]:
+    """The axes of the leaf that a group goes along, which on a device may be parts of longer ones."""
+    return tuple(axis for axis, length in enumerate(rows.scales.shape[1:]) if length == 1)
 
 
 @functools.cache

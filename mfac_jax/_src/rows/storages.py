@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mfac_jax._src.rows.mesh import Split
+
 Rows = Any  # what `row` returns, each array with a leading axis of m rows
 
 
@@ -35,6 +37,9 @@ class Storage(NamedTuple):
       shape: from a row, of arrays or of shapes, to the shape of the leaf. None: that of the first array.
       keeps_remainder: keep a running mean of what rows leave out, gradient minus decoded row, in float32,
         and precondition it with them: for rows that are far from the gradients.
+      encode_part: `(gradient, rows, along)` to a row, of the part of a leaf that a device has with
+        `axis_name`; `along` has, for each axis of the leaf, the mesh axes that parts of it are spread over.
+        None: `encode`, for rows of one array; others are refused with `axis_name`.
 
     Example:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -61,6 +66,7 @@ class Storage(NamedTuple):
     map: Callable[[Callable[[jax.Array], jax.Array], Rows], Rows] | None = None
     shape: Callable[[Any], tuple[int, ...]] | None = None
     keeps_remainder: bool = False
+    encode_part: Callable[[jax.Array, Rows, Split], Any] | None = None
 
 
 def gram(storage: Storage, rows: Rows, dtype: Any) -> jax.Array:
@@ -96,9 +102,9 @@ def shape_of_leaf(storage: Storage, rows: Rows) -> tuple[int, ...]:
     return main_array(row).shape if storage.shape is None else storage.shape(row)
 
 
-def is_one_array(storage: Storage) -> bool:
-    """Whether a row of a leaf is one array."""
-    return _structure(storage).num_leaves == 1
+def takes_parts(storage: Storage) -> bool:
+    """Whether it works where a device has a part of a leaf alone."""
+    return storage.encode_part is not None or _structure(storage).num_leaves == 1
 
 
 def split(storage: Storage, window: Any) -> list[Rows]:

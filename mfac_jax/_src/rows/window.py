@@ -52,9 +52,13 @@ class Plan(NamedTuple):
 
     def encode(self, tree: optax.Updates, window: Any) -> Any:
         """The row of the window that stores the tree."""
-        rows = storages.split(self.storage, window)
-        encoded = map(self.storage.encode, jax.tree.leaves(tree), rows)
-        return storages.join(self.storage, self.structure, list(encoded))
+        leaves = (jax.tree.leaves(tree), storages.split(self.storage, window), self.layouts)
+        return storages.join(self.storage, self.structure, list(map(self._encode_leaf, *leaves)))
+
+    def _encode_leaf(self, x: jax.Array, rows: Rows, layout: Layout) -> Any:
+        if self.storage.encode_part is None or layout.along is None or not layout.summed:
+            return self.storage.encode(x, rows)
+        return manual_axes.varying_as(self.storage.encode_part(x, rows, layout.along), rows)
 
     def decode(self, row: Any) -> optax.Updates:
         """The tree that a row of the window stands for."""
@@ -125,6 +129,8 @@ def make_plan(
         trees.check_shapes(name, tree, shapes)
     manual_axes.check_bound(axes.names)
     layouts = manual_axes.layouts(name, tree, shapes, axes)
+    if storage.encode_part is not None:
+        manual_axes.check_along(name, tree, [layout.along for layout in layouts], storage.name)
     return Plan(storage, structure, tuple(blocks), tuple(layouts), host_chunk)
 
 

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from mfac_jax._src.rows import host_memory, manual_axes, storages
-from mfac_jax._src.rows.manual_axes import ManualAxes, local_shape, varying
+from mfac_jax._src.rows.manual_axes import ManualAxes, local_shape
 from mfac_jax._src.rows.mesh import (
+    Split,
     named_sharding,
     names_in,
     row_sharding,
@@ -29,31 +29,52 @@ class Part(NamedTuple):
       shape: on manual axes that of one device, else that of the whole leaf.
       sharding: of a row; None where the leaf lies on no mesh.
       varies_over: the manual axes along which devices have different parts.
+      along: the same for each axis of the leaf; None where that is not known.
     """
 
     shape: tuple[int, ...]
     sharding: NamedSharding | None
     varies_over: tuple[str, ...]
+    along: Split | None
+
+
+class Array(NamedTuple):
+    """One of the arrays that a row of the window is made of.
+
+    Attributes:
+      shape: on manual axes that on one device, else that of the whole array.
+      dtype: of the entries.
+      sharding: None where the leaf lies on no mesh.
+      varies_over: as of a `Part`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    sharding: NamedSharding | None
+    varies_over: tuple[str, ...]
+
+    def on_device(self) -> tuple[int, ...]:
+        """The shape of what each device has."""
+        return self.shape if self.sharding is None else self.sharding.shard_shape(self.shape)
 
 
 def parts_of(params: optax.Params, axes: ManualAxes) -> list[Part]:
     """Those of all leaves; raises where a leaf may be a shard or equal on all devices."""
     manual_axes.check_declared("params", params, axes)
     bound = manual_axes.bound_axes(axes.names)
+    spread = manual_axes.spread("params", params, axes)
     return [
-        _part_of(leaf, bound, sharded)
-        for leaf, sharded in zip(
-            jax.tree.leaves(params), manual_axes.shards("params", params, axes), strict=True
-        )
+        _part_of(leaf, bound, *shard) for leaf, shard in zip(jax.tree.leaves(params), spread, strict=True)
     ]
 
 
-def _part_of(leaf: Any, axes: Mapping[str, int], sharded: tuple[str, ...]) -> Part:
+def _part_of(leaf: Any, axes: Mapping[str, int], sharded: tuple[str, ...], along: Split | None) -> Part:
     """Inside of shard_map the leaf is this device's shard; the other axes split it further."""
     sharding = named_sharding(leaf)
     row = None if sharding is None else row_sharding(leaf.shape, sharding)
     beyond = manual_axes.beyond(leaf.shape, axes, sharded)
-    return Part(local_shape(beyond, leaf.shape), row, (*names_in(beyond), *sharded))
+    varies_over = (*names_in(beyond), *sharded)
+    return Part(local_shape(beyond, leaf.shape), row, varies_over, manual_axes.joined(along, beyond))
 
 
 def empty_row(params: optax.Params, dtype: Any, axes: ManualAxes) -> optax.Params:
@@ -69,40 +90,58 @@ def empty_window(
     params: optax.Params, storage: Storage, num_grads: int, axes: ManualAxes, on_host: bool
 ) -> Any:
     """A window of rows of zeros; on the host where it may be."""
-
-    def rows_of(leaf, part):
-        row = storage.row(jax.ShapeDtypeStruct(part.shape, jnp.result_type(leaf)))
-        return jax.tree.map(lambda array: _empty_rows(array, leaf, part, num_grads, on_host), row)
-
     leaves, structure = jax.tree.flatten(params)
-    return storages.join(storage, structure, list(map(rows_of, leaves, parts_of(params, axes))))
+
+    def rows_of(leaf, row):
+        is_array = lambda node: isinstance(node, Array)  # noqa: E731
+        return jax.tree.map(
+            lambda array: _empty_rows(array, leaf, num_grads, on_host), row, is_leaf=is_array
+        )
+
+    rows = list(map(rows_of, leaves, rows_like(params, storage, axes)))
+    return storages.join(storage, structure, rows)
 
 
-def placed(row: jax.ShapeDtypeStruct, part: Part) -> tuple[NamedSharding | None, tuple[int, ...]]:
-    """The sharding of one array that a row is made of, and its shape on each device."""
+def rows_like(params: optax.Params, storage: Storage, axes: ManualAxes) -> list[Any]:
+    """What a row of each leaf is made of here: the storage's structure, with an `Array` for each."""
+    parts = parts_of(params, axes)
+    if storage.encode_part is not None:
+        manual_axes.check_along("params", params, [part.along for part in parts], storage.name)
+
+    def row_of(leaf, part):
+        along = part.along or ((),) * len(part.shape)
+        whole = manual_axes.whole_shape(along, part.shape)
+        row = storage.row(jax.ShapeDtypeStruct(whole, jnp.result_type(leaf)))
+        return jax.tree.map(lambda array: _array_of(array, whole, along, part), row)
+
+    return list(map(row_of, jax.tree.leaves(params), parts))
+
+
+def _array_of(array: jax.ShapeDtypeStruct, whole: tuple[int, ...], along: Split, part: Part) -> Array:
+    """Of what the whole leaf has in a row, the part that belongs to this part of the leaf."""
+    if array.shape == whole:
+        return Array(part.shape, array.dtype, part.sharding, part.varies_over)
     own = part.sharding
-    if own is None:
-        return None, row.shape
-    if row.shape != part.shape:
-        own = sharding_of_groups(part.shape, own, row.shape)
-    return own, own.shard_shape(row.shape)
+    sharding = None if own is None else sharding_of_groups(part.shape, own, array.shape)
+    if not names_in(along):
+        return Array(array.shape, array.dtype, sharding, part.varies_over)
+    split = tuple(
+        names if number == length else ()
+        for number, length, names in zip(array.shape, whole, along, strict=True)
+    )
+    return Array(local_shape(split, array.shape), array.dtype, sharding, names_in(split))
 
 
-def _empty_rows(
-    row: jax.ShapeDtypeStruct, leaf: Any, part: Part, num_grads: int, on_host: bool
-) -> jax.Array:
+def _empty_rows(row: Array, leaf: Any, num_grads: int, on_host: bool) -> jax.Array:
     """Of one array that a row of the leaf is made of."""
-    own, on_device = placed(row, part)
-    sharding = None if own is None else window_sharding(own)
-    if on_host and host_memory.may_be_on_host(on_device):
-        like_row = (row.shape, row.dtype, own, part.varies_over)
+    sharding = None if row.sharding is None else window_sharding(row.sharding)
+    if on_host and host_memory.may_be_on_host(row.on_device()):
         outside = None if isinstance(leaf, Tracer) else sharding or getattr(leaf, "sharding", None)
-        return host_memory.zero_rows(_varying_zeros, like_row, num_grads, outside)
-    return _varying_zeros((num_grads, *row.shape), row.dtype, sharding, part.varies_over)
+        return host_memory.zero_rows(_varying_zeros, row, num_grads, outside)
+    return _varying_zeros((num_grads, *row.shape), row.dtype, sharding, row.varies_over)
 
 
 def _varying_zeros(shape, dtype, sharding: NamedSharding | None, axes: tuple[str, ...]) -> jax.Array:
     """Zeros that vary along manual axes as what will take their place, where types tell."""
     zeros = jnp.zeros(shape, dtype, device=sharding)
-    axes = tuple(name for name in axes if name in varying(lax.axis_index(name)))
-    return lax.pcast(zeros, axes, to="varying") if axes else zeros
+    return manual_axes.vary(zeros, axes)
