@@ -143,7 +143,7 @@ def _declared(name: str, leaves: Sequence[tuple[Any, Any]], specs: Any) -> list[
 
 
 def spread(name: str, tree: optax.Params, axes: ManualAxes) -> list[tuple[tuple[str, ...], Split | None]]:
-    """The mesh axes along which each leaf is a shard, and those of each of its axes, where that is known."""
+    """The mesh axes along which each leaf is a shard, and those of each of its axes if they are known."""
     leaves, sharded = jax.tree_util.tree_leaves_with_path(tree), shards(name, tree, axes)
     known: list[Split | None] = [
         None if names else ((),) * x.ndim for (_, x), names in zip(leaves, sharded, strict=True)
