@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mfac_jax
+from benchmarks import compiled_update
 from mfac_jax._src.rows import low_rank, storage_kinds, storages
 from tests.dense_reference import inverse_product, relative_error
 from tests.mfac.on_mesh import assert_sharded_as
@@ -233,6 +234,21 @@ def test_on_a_mesh_it_is_the_run_on_one_device(axis_type, metric):
             found, spread = on_mesh(jax.device_put(gradient, shardings), spread)
         for name in PARAMS:  # a number on the edge may be rounded either way
             assert relative_error(found[name], np.asarray(expected[name])) < 1e-2
+
+
+def test_factors_are_split_as_the_axes_that_they_go_along_and_not_gathered():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    params = {"kernel": jnp.ones((512, 256)), "layers": jnp.ones((4, 256, 512)), "bias": jnp.ones(64)}
+    specs = {"kernel": P("x", "y"), "layers": P(None, "x", "y"), "bias": P(("x", "y"))}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    tx: Any = mfac_jax.scale_by_mfac(16, 1.0, storage=mfac_jax.components.low_rank(), metric="diagonal")
+    places = mfac_jax.state_shardings(tx, params, shardings)
+    assert places.window.left["layers"].spec == P(None, None, "x", None)
+    assert places.window.right["layers"].spec == P(None, None, "y")
+    params = jax.device_put(params, shardings)
+    options: dict[str, Any] = {"donate_argnums": 1, "out_shardings": (shardings, places)}
+    compiled: Any = jax.jit(tx.update, **options).lower(params, tx.init(params)).compile()
+    assert set(compiled_update.collectives(compiled.as_text())) == {"all-reduce"}
 
 
 def test_a_donated_step_copies_no_window():

@@ -5,7 +5,7 @@ A leaf of the window follows its parameter, and may be split further: `rows/mesh
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mfac_jax._src.base.trees import leaf_name
 from mfac_jax._src.mfac.state import ScaleByMFACState
+from mfac_jax._src.mfac.state_checks import kind_of
 from mfac_jax._src.mfac.tiles import sharding_of_squares
-from mfac_jax._src.rows import host_memory
+from mfac_jax._src.rows import host_memory, storage_kinds, storages
 from mfac_jax._src.rows.mesh import (
     axes_of,
     replicated,
     row_sharding,
-    sharding_of_groups,
+    sharding_of_array,
     window_sharding,
 )
 
@@ -86,18 +87,46 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
 
-    def with_metric(node, as_rows):
+    def with_own(node, as_rows, as_arrays):
         """A metric sees the gradient as the window does: its arrays are sharded as rows."""
         if not _is_mfac(node):
             return node
-        return node._replace(metric=as_rows.metric, remainder=as_rows.remainder)
+        window = _placed(node, as_arrays.window)
+        return node._replace(window=window, metric=as_rows.metric, remainder=as_rows.remainder)
 
-    shardings, as_rows = shardings_with(_like_param), shardings_with(_like_row)
-    return jax.tree.map(with_metric, shardings, as_rows, is_leaf=_is_mfac)
+    shardings, as_rows, as_arrays = map(shardings_with, (_like_param, _like_row, _array_of))
+    return jax.tree.map(with_own, shardings, as_rows, as_arrays, is_leaf=_is_mfac)
 
 
 def _is_mfac(node) -> bool:
     return isinstance(node, ScaleByMFACState)
+
+
+class _Array(NamedTuple):
+    """An array of the window, beside the parameter that it belongs to and the sharding of that."""
+
+    array: Any
+    param: Any
+    sharding: NamedSharding
+
+
+def _array_of(leaf, param, sharding: NamedSharding):
+    return leaf if isinstance(leaf, optax.MaskedNode) else _Array(leaf, param, sharding)
+
+
+def _placed(shardings: ScaleByMFACState, window: Any) -> Any:
+    """The shardings of the window, or others if its storage says along which axes its arrays go."""
+    storage = storage_kinds.by_name(kind_of(shardings, "storage"))
+    if storage is None or storage.axes is None:
+        return shardings.window
+
+    def place(number: int, leaf: _Array) -> NamedSharding:
+        axes = storages.axes_of_leaf(storage, storage.row(leaf.param), leaf.param.ndim)[number]
+        row = row_sharding(leaf.param.shape, leaf.sharding)
+        own = sharding_of_array(leaf.array.shape[1:], axes, row)
+        return _in_memory_of(leaf.array, window_sharding(own))
+
+    return storages.map_arrays(storage, place, window, lambda node: isinstance(node, _Array))
 
 
 def _like_param(leaf, param, sharding: NamedSharding):
@@ -110,7 +139,8 @@ def _like_param(leaf, param, sharding: NamedSharding):
         return _in_memory_of(leaf, window_sharding(row_sharding(param.shape, sharding)))
     if leaf.ndim == len(param.shape) + 1 and _are_groups(param.shape, leaf.shape[1:]):
         row = row_sharding(param.shape, sharding)
-        return _in_memory_of(leaf, window_sharding(sharding_of_groups(param.shape, row, leaf.shape[1:])))
+        own = sharding_of_array(leaf.shape[1:], tuple(range(len(param.shape))), row)
+        return _in_memory_of(leaf, window_sharding(own))
     return replicated(sharding.mesh, leaf.ndim)
 
 

@@ -90,6 +90,7 @@ def _of_density(density: float) -> Storage:
         combine=_combine_on_mesh,
         shape=_shape,
         keeps_remainder=True,
+        axes=_axes,
     )
 
 
@@ -125,10 +126,12 @@ def _shape(row: LowRankRow) -> tuple[int, ...]:
     return (*left.shape[:-1], *right.shape[1:]) if right.shape else left.shape
 
 
-def _matrices(rows: LowRankRow) -> LowRankRow:
-    """Several rows, with the leaf's axes on each side as one."""
-    (m, *_, rank), right = rows.left.shape, rows.right
-    return LowRankRow(rows.left.reshape(m, -1, rank), right.reshape(m, rank, -1))
+def _axes(row: LowRankRow) -> list[tuple[int | None, ...]]:
+    """The rank lies along no axis of the leaf."""
+    left, right = (len(factor.shape) for factor in row)
+    if not right:
+        return [tuple(range(left)), ()]
+    return [(*range(left - 1), None), (None, *range(left - 1, left + right - 2))]
 
 
 @jax.jit
@@ -138,34 +141,46 @@ def _encode(x: jax.Array, rows: LowRankRow) -> LowRankRow:
         return LowRankRow(numerics.narrow(x, left.dtype), jnp.ones((), right.dtype))
     largest = jnp.max(jnp.abs(x), initial=0)
     scale = jnp.where(largest > 0, largest, 1)
-    matrix = (x / scale).reshape(math.prod(left.shape[1:-1]), -1)
-    found = _factors(matrix, left.shape[-1])
-    factors = LowRankRow(found.left.reshape(left.shape[1:]), (found.right * scale).reshape(right.shape[1:]))
+    found = _factors(x / scale, left.ndim - 2, left.shape[-1])
+    factors = found._replace(right=found.right * scale)
     return jax.tree.map(lambda factor: numerics.narrow(factor, left.dtype), factors)
 
 
-def _factors(matrix: jax.Array, rank: int) -> LowRankRow:
-    """An orthonormal basis of nearly the largest singular vectors, and the matrix in it."""
-    start = jax.random.normal(jax.random.key(0), (matrix.shape[1], rank), matrix.dtype)
-    basis = _orthonormal(_product(matrix, start))
-    basis = _orthonormal(_product(matrix, _orthonormal(_product(matrix.T, basis))))
-    return LowRankRow(basis, _product(basis.T, matrix))
+def _factors(x: jax.Array, cut: int, rank: int) -> LowRankRow:
+    """An orthonormal basis of nearly the largest singular vectors, and the matrix in it.
+
+    The matrix has the axes of x before the cut as rows. They are contracted as they are: made one, they
+    would have to be gathered where they are sharded.
+    """
+    of_rows, of_columns = tuple(range(cut)), tuple(range(cut, x.ndim))
+
+    def of_basis(basis):
+        return _product(basis, x, (of_rows, of_rows))
+
+    def times(start):
+        return _orthonormal(_product(x, start, (of_columns, tuple(range(len(of_columns))))))
+
+    start = jax.random.normal(jax.random.key(0), (*x.shape[cut:], rank), x.dtype)
+    basis = times(_orthonormal(jnp.moveaxis(of_basis(times(start)), 0, -1)))
+    return LowRankRow(basis, of_basis(basis))
 
 
 def _orthonormal(x: jax.Array) -> jax.Array:
-    """The columns made orthonormal by a Cholesky factor, which a mesh computes without a gather.
+    """The columns, along the last axis, made orthonormal by a Cholesky factor: no gather on a mesh.
 
     Where they depend on each other, up to rounding, some become smaller instead.
     """
-    square = _product(x.T, x)
-    info, rank = jnp.finfo(x.dtype), x.shape[1]
+    others, rank = tuple(range(x.ndim - 1)), x.shape[-1]
+    square = _product(x, x, (others, others))
+    info, eye = jnp.finfo(x.dtype), jnp.eye(rank, dtype=x.dtype)
     floor = 8 * rank * float(info.eps) * jnp.trace(square) + 2.0 ** (info.minexp // 4)
-    factor = jnp.linalg.cholesky(square + floor * jnp.eye(rank, dtype=x.dtype))
-    return lax.linalg.triangular_solve(factor, x, left_side=False, lower=True, transpose_a=True)
+    factor = jnp.linalg.cholesky(square + floor * eye)
+    inverse = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+    return _product(x, inverse, ((x.ndim - 1,), (1,)))
 
 
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+def _product(x: jax.Array, y: jax.Array, contracted: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    return jnp.tensordot(x, y, contracted, precision=lax.Precision.HIGHEST)
 
 
 def _decode(row: LowRankRow) -> jax.Array:
@@ -183,21 +198,20 @@ def _dots_on_mesh(rows: LowRankRow, x: jax.Array, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dots(rows: LowRankRow, x: jax.Array, dtype: Any) -> jax.Array:
-    rows = _matrices(rows)
-    matrix = x.astype(dtype).reshape(rows.left.shape[1], -1)
+    of_columns = tuple(range(rows.left.ndim - 2, x.ndim))
 
-    def at_once(rows, matrix):
+    def at_once(rows, x):
         left, right = _as_floats(rows, dtype)
-        through = jnp.einsum("ab,mrb->mar", matrix, right, precision=lax.Precision.HIGHEST)
-        return jnp.sum(left * through, axis=(1, 2))
+        through = _product(right, x.astype(dtype), (tuple(range(2, right.ndim)), of_columns))
+        return jnp.sum(left * jnp.moveaxis(through, 1, -1), axis=tuple(range(1, left.ndim)))
 
-    def in_turn(rows, matrix):
+    def in_turn(rows, x):
         def of_some(numbers):
-            return at_once(_some(rows, numbers), matrix)
+            return at_once(_some(rows, numbers), x)
 
         return chunks.dots_in_chunks(of_some, jnp.arange(len(rows.left)), _AT_A_TIME)
 
-    return lax.platform_dependent(rows, matrix, cpu=in_turn, default=at_once)
+    return lax.platform_dependent(rows, x, cpu=in_turn, default=at_once)
 
 
 def _as_floats(rows: LowRankRow, dtype: Any) -> LowRankRow:
@@ -223,20 +237,19 @@ def _combine_on_mesh(coefficients: jax.Array, rows: LowRankRow) -> jax.Array:
 
 @jax.jit
 def _combine(coefficients: jax.Array, rows: LowRankRow) -> jax.Array:
-    shape = (*rows.left.shape[1:-1], *rows.right.shape[2:])
-    rows = _matrices(rows)
+    shape, last = (*rows.left.shape[1:-1], *rows.right.shape[2:]), rows.left.ndim - 1
 
     def at_once(coefficients, rows):
         left, right = _as_floats(rows, coefficients.dtype)
-        left *= coefficients[:, None, None]
-        return jnp.einsum("mar,mrb->ab", left, right, precision=lax.Precision.HIGHEST)
+        left *= coefficients.reshape(-1, *[1] * last)
+        return _product(left, right, ((0, last), (0, 1)))
 
     def in_turn(coefficients, rows):
         def of_some(own, numbers):
             return at_once(own, _some(rows, numbers))
 
-        total = jnp.zeros((rows.left.shape[1], rows.right.shape[2]), coefficients.dtype)
+        total = jnp.zeros(shape, coefficients.dtype)
         numbers = jnp.arange(len(rows.left))
         return chunks.combine_in_chunks(of_some, total, coefficients, numbers, _AT_A_TIME)
 
-    return lax.platform_dependent(coefficients, rows, cpu=in_turn, default=at_once).reshape(shape)
+    return lax.platform_dependent(coefficients, rows, cpu=in_turn, default=at_once)

@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 Result = TypeVar("Result", bound=Any)
 # For each axis of a parameter the mesh axes that its window is split over, beyond those of the parameter.
 Split = tuple[tuple[str, ...], ...]
+# For each axis of one of the arrays that a row is made of, the leaf's axis that it goes along, or None.
+AxesOfLeaf = tuple[int | None, ...]
 
 
 def split(shape: Sequence[int], axes: Mapping[str, int]) -> Split:
@@ -81,17 +83,16 @@ def window_sharding(row: NamedSharding) -> NamedSharding:
     return NamedSharding(row.mesh, PartitionSpec(None, *row.spec))
 
 
-def sharding_of_groups(shape: Sequence[int], row: NamedSharding, groups: Sequence[int]) -> NamedSharding:
-    """The sharding of an array with an entry for each group of entries of a row of the window.
+def sharding_of_array(shape: Sequence[int], axes: AxesOfLeaf, row: NamedSharding) -> NamedSharding:
+    """The sharding of one of the arrays that a row of the window is made of.
 
-    Its axes are the row's, as long or shorter: split as those where the devices divide them, else whole.
+    Each axis is split as that of the row, as `row` has it, where the devices divide it, else whole.
     """
-    if len(groups) != len(shape):
-        return replicated(row.mesh, len(groups))
-    of_row = [axes_of(entry) for entry in (*row.spec, *[None] * (len(shape) - len(row.spec)))]
+    of_row = dict(enumerate(map(axes_of, row.spec)))
+    names = [() if axis is None else of_row.get(axis, ()) for axis in axes]
     entries = (
-        names if length % math.prod(row.mesh.shape[name] for name in names) == 0 else ()
-        for length, names in zip(groups, of_row, strict=True)
+        own if length % math.prod(row.mesh.shape[name] for name in own) == 0 else ()
+        for length, own in zip(shape, names, strict=True)
     )
     return NamedSharding(row.mesh, PartitionSpec(*(entry or None for entry in entries)))
 

@@ -5,6 +5,7 @@ gradients into that form and back, and contracts many rows. Where the rows lie (
 memory of the host) and when they are written is the window's business: `window.py`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mfac_jax._src.rows.mesh import Split
+from mfac_jax._src.rows.mesh import AxesOfLeaf, Split
 
 Rows = Any  # what `row` returns, each array with a leading axis of m rows
 
@@ -22,7 +23,7 @@ class Storage(NamedTuple):
 
     A row is an array or a NamedTuple of arrays, the same for all leaves. Its first array has the leaf's
     shape, if `shape` does not say otherwise. Arrays with as many axes as the leaf, as long or shorter, are
-    sharded as it. All functions are pure, and see one leaf.
+    sharded as it, if `axes` does not say otherwise. All functions are pure, and see one leaf.
 
     Attributes:
       name: recorded in the state. A state is refused by a storage of another name.
@@ -40,6 +41,9 @@ class Storage(NamedTuple):
       encode_part: `(gradient, rows, along)` to a row, of the part of a leaf that a device has with
         `axis_name`; `along` has, for each axis of the leaf, the mesh axes that parts of it are spread over.
         None: `encode`, for rows of one array; others are refused with `axis_name`.
+      axes: from a row, of shapes, to a list with a tuple for each of its arrays: for each axis of the array
+        the axis of the leaf that it goes along, or None. `state_shardings` asks it of the package's own
+        storages alone, and takes other arrays with fewer axes as replicated.
 
     Example:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -67,6 +71,7 @@ class Storage(NamedTuple):
     shape: Callable[[Any], tuple[int, ...]] | None = None
     keeps_remainder: bool = False
     encode_part: Callable[[jax.Array, Rows, Split], Any] | None = None
+    axes: Callable[[Any], list[AxesOfLeaf]] | None = None
 
 
 def gram(storage: Storage, rows: Rows, dtype: Any) -> jax.Array:
@@ -102,6 +107,14 @@ def shape_of_leaf(storage: Storage, rows: Rows) -> tuple[int, ...]:
     return main_array(row).shape if storage.shape is None else storage.shape(row)
 
 
+def axes_of_leaf(storage: Storage, row: Any, ndim: int) -> list[AxesOfLeaf]:
+    """For each array of a row, of shapes, the axes of the leaf that its axes go along."""
+    if storage.axes is not None:
+        return storage.axes(row)
+    shapes = [array.shape for array in jax.tree.leaves(row)]
+    return [tuple(range(ndim)) if len(shape) == ndim else (None,) * len(shape) for shape in shapes]
+
+
 def takes_parts(storage: Storage) -> bool:
     """Whether it works where a device has a part of a leaf alone."""
     return storage.encode_part is not None or _structure(storage).num_leaves == 1
@@ -121,6 +134,17 @@ def split(storage: Storage, window: Any) -> list[Rows]:
 def first_tree(storage: Storage, window: Any) -> Any:
     """A tree like the parameters out of the window."""
     return _structure(storage).flatten_up_to(window)[0]
+
+
+def map_arrays(
+    storage: Storage, function: Callable[[int, Any], Any], window: Any, is_leaf: Callable[[Any], bool]
+) -> Any:
+    """The window with `function(number, leaf)` of the leaves of the tree for each array of a row."""
+    outer = _structure(storage)
+    trees = enumerate(outer.flatten_up_to(window))
+    return outer.unflatten(
+        jax.tree.map(functools.partial(function, number), tree, is_leaf=is_leaf) for number, tree in trees
+    )
 
 
 def join(storage: Storage, structure: Any, rows: Sequence[Rows]) -> Any:

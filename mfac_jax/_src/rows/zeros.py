@@ -12,11 +12,12 @@ from jax.sharding import NamedSharding
 from mfac_jax._src.rows import host_memory, manual_axes, storages
 from mfac_jax._src.rows.manual_axes import ManualAxes, local_shape
 from mfac_jax._src.rows.mesh import (
+    AxesOfLeaf,
     Split,
     named_sharding,
     names_in,
     row_sharding,
-    sharding_of_groups,
+    sharding_of_array,
     window_sharding,
 )
 from mfac_jax._src.rows.storages import Storage
@@ -112,17 +113,23 @@ def rows_like(params: optax.Params, storage: Storage, axes: ManualAxes) -> list[
         along = part.along or ((),) * len(part.shape)
         whole = manual_axes.whole_shape(along, part.shape)
         row = storage.row(jax.ShapeDtypeStruct(whole, jnp.result_type(leaf)))
-        return jax.tree.map(lambda array: _array_of(array, whole, along, part), row)
+        arrays, structure = jax.tree.flatten(row)
+        axes = storages.axes_of_leaf(storage, row, len(whole))
+        return structure.unflatten(
+            _array_of(array, own, whole, along, part) for array, own in zip(arrays, axes, strict=True)
+        )
 
     return list(map(row_of, jax.tree.leaves(params), parts))
 
 
-def _array_of(array: jax.ShapeDtypeStruct, whole: tuple[int, ...], along: Split, part: Part) -> Array:
+def _array_of(
+    array: jax.ShapeDtypeStruct, axes: AxesOfLeaf, whole: tuple[int, ...], along: Split, part: Part
+) -> Array:
     """Of what the whole leaf has in a row, the part that belongs to this part of the leaf."""
     if array.shape == whole:
         return Array(part.shape, array.dtype, part.sharding, part.varies_over)
     own = part.sharding
-    sharding = None if own is None else sharding_of_groups(part.shape, own, array.shape)
+    sharding = None if own is None else sharding_of_array(array.shape, axes, own)
     if not names_in(along):
         return Array(array.shape, array.dtype, sharding, part.varies_over)
     split = tuple(
