@@ -248,3 +248,37 @@ def test_it_trains_as_float32_does():
             params, state = step(params, state)
         ends[storage] = loss(params, x, y)
     assert ends[jnp.int8] < 1.2 * ends[jnp.float32] < 0.3 * loss(start, x, y)
+
+
+def last_parameters(storage, start, rate):
+    """After three steps."""
+    tx = mfac_jax.mfac(rate, 4, storage=storage)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jnp.sin(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jnp.sum(jax.lax.scan(step, (start, tx.init(start)), None, length=3)[0][0])
+
+
+@EACH
+@pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, lambda f, i: jax.grad(jax.jit(f), i)])
+def test_what_has_no_derivative_says_so(dtype, transform):
+    for argument in (0, 1):  # the rate changes the gradients of later steps
+
+        def of_argument(start, rate):
+            return last_parameters(dtype, start, rate)
+
+        with pytest.raises(ValueError, match=r"storage must be jnp\.float32 or jnp\.bfloat16 where"):
+            transform(of_argument, argument)(jnp.ones(3), 0.1)
+
+
+def test_gradients_that_are_cut_off_may_be_stored_in_bytes():
+    tx = mfac_jax.mfac(0.1, 4, storage=jnp.int8)
+
+    def loss(params):
+        updates, _ = tx.update(jax.lax.stop_gradient(params), tx.init(params))
+        return jnp.sum(optax.apply_updates(params, updates))
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.ones(3)), 1)

@@ -64,6 +64,7 @@ def _row(dtype: jnp.dtype, leaf: jax.ShapeDtypeStruct) -> ScaledRow:
     return ScaledRow(values, scales)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnames="shared")
 def _encode(x: jax.Array, rows: ScaledRow, shared: tuple[str, ...] = ()) -> ScaledRow:
     dtype, largest = rows.values.dtype, _largest(rows.values.dtype)
@@ -77,6 +78,17 @@ def _encode(x: jax.Array, rows: ScaledRow, shared: tuple[str, ...] = ()) -> Scal
     if dtype == jnp.int8:
         quotients = jnp.round(quotients)
     return ScaledRow(jnp.clip(quotients, -largest, largest).astype(dtype), scales)
+
+
+@_encode.defjvp
+def _refuse_derivatives(shared: tuple[str, ...], primals: Any, tangents: Any) -> Any:
+    """Bytes have no derivative: what is rounded to them would be taken for a constant."""
+    del shared, tangents
+    raise ValueError(
+        f"storage must be jnp.float32 or jnp.bfloat16 where a step is differentiated, got "
+        f"{primals[1].values.dtype.name!r}, whose rows of one byte have no derivative. Or cut gradients "
+        "off by jax.lax.stop_gradient."
+    )
 
 
 def _largest_of_parts(size: jax.Array, shared: tuple[str, ...]) -> jax.Array:
