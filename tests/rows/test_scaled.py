@@ -259,7 +259,8 @@ def last_parameters(storage, start, rate):
         updates, state = tx.update(jnp.sin(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    return jnp.sum(jax.lax.scan(step, (start, tx.init(start)), None, length=3)[0][0])
+    (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), None, length=3)
+    return sum(map(jnp.sum, jax.tree.leaves(params)))
 
 
 @EACH
@@ -279,6 +280,6 @@ def test_gradients_that_are_cut_off_may_be_stored_in_bytes():
 
     def loss(params):
         updates, _ = tx.update(jax.lax.stop_gradient(params), tx.init(params))
-        return jnp.sum(optax.apply_updates(params, updates))
+        return sum(map(jnp.sum, jax.tree.leaves(optax.apply_updates(params, updates))))
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.ones(3)), 1)
