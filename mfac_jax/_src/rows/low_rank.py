@@ -20,8 +20,9 @@ from mfac_jax._src.rows.mesh import explicit_sharding, with_automatic_axes
 from mfac_jax._src.rows.storages import Storage
 
 _ROW, _PRODUCTS = slice(1, None), slice(0, 1)  # the axes of rows that results have
-# On CPU: rows whose factors are float32 at a time. On accelerators all of a leaf are: loops would wait.
-_AT_A_TIME = 8
+# Rows whose factors are float32 at a time. On accelerators, where loops would wait, all of a leaf that has no
+# more than 128 MiB of them.
+_AT_A_TIME, _AT_ONCE = 8, 2**25
 _NAME = "low_rank"
 
 
@@ -211,7 +212,11 @@ def _dots(rows: LowRankRow, x: jax.Array, dtype: Any) -> jax.Array:
 
         return chunks.dots_in_chunks(of_some, jnp.arange(len(rows.left)), _AT_A_TIME)
 
-    return lax.platform_dependent(rows, x, cpu=in_turn, default=at_once)
+    return lax.platform_dependent(rows, x, cpu=in_turn, default=at_once if _is_small(rows) else in_turn)
+
+
+def _is_small(rows: LowRankRow) -> bool:
+    return sum(factor.size for factor in rows) <= _AT_ONCE
 
 
 def _as_floats(rows: LowRankRow, dtype: Any) -> LowRankRow:
@@ -252,4 +257,5 @@ def _combine(coefficients: jax.Array, rows: LowRankRow) -> jax.Array:
         numbers = jnp.arange(len(rows.left))
         return chunks.combine_in_chunks(of_some, total, coefficients, numbers, _AT_A_TIME)
 
-    return lax.platform_dependent(coefficients, rows, cpu=in_turn, default=at_once)
+    default = at_once if _is_small(rows) else in_turn
+    return lax.platform_dependent(coefficients, rows, cpu=in_turn, default=default)
