@@ -203,8 +203,7 @@ def _step(
     metric_state, coordinates = metric.update(state.metric, gradient, seen)
     exact = coordinates.into(gradient)
     row = plan.encode(exact, state.window)
-    stored = plan.decode(row)
-    inner, square = plan.dots(state.window, stored, state.coefficients)
+    inner, square = plan.dots_of_row(state.window, row, state.coefficients)
     is_newest = jnp.arange(settings.num_grads, dtype=newest.dtype)[None] == newest
     products = jnp.where(is_newest, square[:, None], inner)
     accept = jnp.all(jnp.isfinite(products)) & has_blocks
@@ -225,7 +224,7 @@ def _step(
 
     factor = jnp.exp(log_step)
     if storage.keeps_remainder:
-        left_out = jax.tree.map(jnp.subtract, exact, stored)
+        left_out = jax.tree.map(jnp.subtract, exact, plan.decode(row))
         mean, vector = remainder.next_mean(state.remainder, left_out, seen, *_momentum(settings))
         inside = jnp.where(accept, plan.dots(window, vector, coefficients)[0], 0)
         correction, solver_state = solver.solve(solver_state, gram, shift, inside)

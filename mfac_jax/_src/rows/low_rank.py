@@ -20,8 +20,8 @@ from mfac_jax._src.rows.mesh import explicit_sharding, with_automatic_axes
 from mfac_jax._src.rows.storages import Storage
 
 _ROW, _PRODUCTS = slice(1, None), slice(0, 1)  # the axes of rows that results have
-# Rows whose factors are float32 at a time. On accelerators, where loops would wait, all of a leaf that has no
-# more than 128 MiB of them.
+# Rows whose factors are float32 at a time. On accelerators, where loops would wait, all of a leaf that has
+# no more than 128 MiB of them.
 _AT_A_TIME, _AT_ONCE = 8, 2**25
 _NAME = "low_rank"
 
@@ -92,6 +92,7 @@ def _of_density(density: float) -> Storage:
         shape=_shape,
         keeps_remainder=True,
         axes=_axes,
+        dots_of_row=_dots_of_row_on_mesh,
     )
 
 
@@ -180,8 +181,10 @@ def _orthonormal(x: jax.Array) -> jax.Array:
     return _product(x, inverse, ((x.ndim - 1,), (1,)))
 
 
-def _product(x: jax.Array, y: jax.Array, contracted: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    return jnp.tensordot(x, y, contracted, precision=lax.Precision.HIGHEST)
+def _product(
+    x: jax.Array, y: jax.Array, contracted: tuple[tuple[int, ...], tuple[int, ...]], dtype: Any = None
+) -> jax.Array:
+    return jnp.tensordot(x, y, contracted, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
 def _decode(row: LowRankRow) -> jax.Array:
@@ -213,6 +216,36 @@ def _dots(rows: LowRankRow, x: jax.Array, dtype: Any) -> jax.Array:
         return chunks.dots_in_chunks(of_some, jnp.arange(len(rows.left)), _AT_A_TIME)
 
     return lax.platform_dependent(rows, x, cpu=in_turn, default=at_once if _is_small(rows) else in_turn)
+
+
+def _dots_of_row_on_mesh(rows: LowRankRow, row: LowRankRow, dtype: Any) -> jax.Array:
+    if rows.right.ndim == 1:
+        return contractions.dots(rows.left, row.left, dtype)
+    dots = functools.partial(_dots_of_row, dtype=dtype)
+    return with_automatic_axes(dots, rows.left, _PRODUCTS)(rows, row)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dots_of_row(rows: LowRankRow, row: LowRankRow, dtype: Any) -> jax.Array:
+    """<A B, C D> = <C^T A, D B^T>: products of thin matrices alone.
+
+    Those of bfloat16 numbers are exact in float32, so accelerators need no copy of the factors.
+    """
+    left, right = (tuple(range(factor.ndim - 1)) for factor in row)
+
+    def of_factors(rows, row):
+        of_left = _product(rows.left, row.left, (tuple(axis + 1 for axis in left), left), dtype)
+        axes = tuple(axis + 1 for axis in right)
+        of_right = _product(rows.right, row.right, (tuple(axis + 1 for axis in axes), axes), dtype)
+        return jnp.sum(of_left * of_right, axis=(1, 2))
+
+    def in_turn(rows, row):
+        def of_some(numbers):
+            return of_factors(_as_floats(_some(rows, numbers), dtype), _as_floats(row, dtype))
+
+        return chunks.dots_in_chunks(of_some, jnp.arange(len(rows.left)), _AT_A_TIME)
+
+    return lax.platform_dependent(rows, row, cpu=in_turn, default=of_factors)
 
 
 def _is_small(rows: LowRankRow) -> bool:

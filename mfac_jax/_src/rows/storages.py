@@ -44,6 +44,7 @@ class Storage(NamedTuple):
       axes: from a row, of shapes, to a list with a tuple for each of its arrays: for each axis of the array
         the axis of the leaf that it goes along, or None. `state_shardings` asks it of the package's own
         storages alone, and takes other arrays with fewer axes as replicated.
+      dots_of_row: `(rows, row, dtype)` to `dots(rows, decode(row), dtype)`. None: that.
 
     Example:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -72,6 +73,7 @@ class Storage(NamedTuple):
     keeps_remainder: bool = False
     encode_part: Callable[[jax.Array, Rows, Split], Any] | None = None
     axes: Callable[[Any], list[AxesOfLeaf]] | None = None
+    dots_of_row: Callable[[Rows, Any, Any], jax.Array] | None = None
 
 
 def gram(storage: Storage, rows: Rows, dtype: Any) -> jax.Array:

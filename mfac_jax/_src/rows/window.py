@@ -69,13 +69,33 @@ class Plan(NamedTuple):
 
         One sum over the mesh for all leaves that are spread over the same axes.
         """
+        leaves = zip(storages.split(self.storage, window), jax.tree.leaves(tree), strict=True)
+        products = [
+            jnp.append(self._dots_of_leaf(rows, x, like.dtype), numerics.square(x, like.dtype))
+            for rows, x in leaves
+        ]
+        return self._summed(products, like)
+
+    def dots_of_row(self, window: Any, row: Any, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `dots`, of the tree that a row stands for."""
+        dots = self.storage.dots_of_row
+        if dots is None or host_memory.is_on_host(window):
+            return self.dots(window, self.decode(row), like)
+
+        def products(rows, own):
+            alone = jax.tree.map(lambda x: x[None], own)
+            return jnp.concatenate([dots(these, own, like.dtype) for these in (rows, alone)])
+
+        leaves = (storages.split(self.storage, tree) for tree in (window, row))
+        return self._summed(list(map(products, *leaves)), like)
+
+    def _summed(self, products: Sequence[jax.Array], like: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The sums over the leaves of a block, of G x and |x|^2 for each leaf."""
         # By the mesh axes that their sums are partial over, then by block.
         partial: dict[tuple[str, ...], dict[int, list[jax.Array]]] = {}
-        leaves = (storages.split(self.storage, window), jax.tree.leaves(tree))
-        for block, layout, rows, x in zip(self.blocks, self.layouts, *leaves, strict=True):
-            product, square = self._dots_of_leaf(rows, x, like.dtype), numerics.square(x, like.dtype)
+        for block, layout, product in zip(self.blocks, self.layouts, products, strict=True):
             group = partial.setdefault(layout.summed, {})
-            group.setdefault(block, []).append(jnp.append(product, square))
+            group.setdefault(block, []).append(product)
         total = jnp.zeros_like(like, shape=(like.shape[0], like.shape[1] + 1))
         for axes, group in partial.items():
             stacked = jnp.stack(list(map(_sum, group.values())))
