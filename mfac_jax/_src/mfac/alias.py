@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import chain, checks, schedules
@@ -9,9 +10,12 @@ from mfac_jax._src.mfac.metric import Metric
 from mfac_jax._src.mfac.metrics import MetricName
 from mfac_jax._src.mfac.solvers import Solver, SolverName
 from mfac_jax._src.mfac.step_length import StepLength
-from mfac_jax._src.mfac.transform import NUM_GRADS, scale_by_mfac
+from mfac_jax._src.mfac.transform import scale_by_mfac
 from mfac_jax._src.rows.blocks import Blocks
 from mfac_jax._src.rows.manual_axes import AxisName
+
+NUM_GRADS = 32
+STORAGE = jnp.dtype(jnp.int8)  # not `jnp.int8`, which optax.inject_hyperparams would take for a schedule
 
 
 def mfac(
@@ -26,7 +30,7 @@ def mfac(
     step_adaptation: optax.ScalarOrSchedule | StepLength = 0.3,
     blocks: Blocks = None,
     solver: SolverName | Solver = "auto",
-    storage: Any = None,
+    storage: Any = STORAGE,
     axis_name: AxisName = None,
     param_specs: Any = None,
     host_chunk: int | None = None,
@@ -49,7 +53,8 @@ def mfac(
     Args:
       learning_rate: :math:`\eta`, a number or a schedule. 1e-2 with a warm-up and a decay to zero worked,
         untuned, on networks trained from scratch, 3e-3 on a pretrained one: docs/comparison.md.
-      num_grads: gradients in the window, >= 1; the state takes so many copies of the parameters.
+      num_grads: gradients in the window, >= 1. 32 do as well as 64, and 16 on two networks of three
+        (docs/options.md).
       damping: :math:`\rho` > 0. 0.1 to 1 is the useful range; smaller is bolder. 1 suits the rotated
         metric, 0.2 the diagonal one.
       momentum: :math:`\beta` in [0, 1) over the gradients of the window, or None for none.
@@ -61,7 +66,9 @@ def mfac(
         rises. `optax.inject_hyperparams` hides that schedule: pass one that is 0 in the warm-up.
       blocks: see `scale_by_mfac`.
       solver: see `scale_by_mfac`.
-      storage: see `scale_by_mfac`.
+      storage: see `scale_by_mfac`. int8 ends where float32 does: the window takes 8 copies of the
+        parameters. A step that is differentiated needs `jnp.float32`; so do, within `jax.shard_map`, shards
+        that no `param_specs` declares.
       axis_name: see `scale_by_mfac`.
       param_specs: see `scale_by_mfac`.
       host_chunk: see `scale_by_mfac`.
