@@ -127,7 +127,7 @@ def transformer(topology: str, size: pod.Size, tensor: int):
 def measure(topology: str, size: pod.Size, num_grads: int, tensor: int, batch: int) -> dict[str, Any]:
     """Compile the whole step and M-FAC's alone; return a line of the table."""
     mesh, graph, shapes, shardings = transformer(topology, size, tensor)
-    tx = mfac_jax.mfac(3e-3, num_grads, metric="diagonal")
+    tx = mfac_jax.mfac(3e-3, num_grads, metric="diagonal", storage=None)
     state_shardings = mfac_jax.state_shardings(tx, shapes, shardings)
     sequences = batch * mesh.shape["fsdp"]
     by_sequence = pod.batch_sharding(mesh)

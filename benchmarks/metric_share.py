@@ -45,7 +45,7 @@ def measure(width: int, num_grads: int) -> dict[str, Any]:
     workload = text.make_workload(width=width, layers=1, steps=FIRST + COUNTED + 1, seed=0)
     steps = {}
     for metric in METRICS:
-        tx = mfac_jax.mfac(num_grads=num_grads, metric=metric)
+        tx = mfac_jax.mfac(num_grads=num_grads, metric=metric, storage=None)
         steps[metric] = training(start(workload, tx), bind_step(workload, tx, 0))
     batches = tqdm(workload.batches, f"width {width}", unit="round", leave=False)
     seconds = timing.in_turn(steps, batches)

@@ -89,7 +89,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mfac, damping=5": {"damping": 5.0},
     "mfac, num_grads=1": {"num_grads": 1},
     "mfac, num_grads=16": {"num_grads": 16},
-    "mfac, num_grads=32": {"num_grads": 32},
+    "mfac, num_grads=64": {"num_grads": 64},
+    "mfac, storage=float32": {"storage": jnp.float32},
     "mfac, num_grads=128": {"num_grads": 128},
     "mfac, num_grads=256": {"num_grads": 256},
 }

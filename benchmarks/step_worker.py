@@ -35,7 +35,7 @@ def start(num_grads: int, optimizer: Any, shapes: list[list[int]]) -> Callable[[
         return [part.reshape(shape) for part, shape in zip(jnp.split(flat, ends[:-1]), shapes, strict=True)]
 
     if optimizer == "mfac":
-        transform: Any = mfac_jax.mfac(num_grads=num_grads)
+        transform: Any = mfac_jax.mfac(num_grads=num_grads, storage=None)
     else:
         transform = mfac_jax.scale_by_mfac(num_grads, DAMPING, solver=optimizer)
     params, numbers = draw(0), itertools.count(1)

@@ -111,7 +111,7 @@ def steps(workload: Workload, rounds: int) -> dict[str, Timed]:
         else:
             chosen[name] = transform(name)
     # `metric_share.py` has what the rotated metric takes beside that.
-    chosen |= {f"mfac, m = {m}": mfac_jax.mfac(RATE, m, metric="diagonal") for m in NUM_GRADS}
+    chosen |= {f"mfac, m = {m}": mfac_jax.mfac(RATE, m, metric="diagonal", storage=None) for m in NUM_GRADS}
     grads = gradients(workload, rounds + 1)
     for name, tx in chosen.items():
         found[name] = training(start(workload, tx), bind_step(workload, tx, 0))

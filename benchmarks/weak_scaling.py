@@ -55,7 +55,7 @@ def prepare(mode: str, devices: int, num_grads: int, rows: int) -> Run:
     mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     axis_name = "data" if mode == "shard_map" else None
-    tx = mfac_jax.mfac(3e-3, num_grads, metric="diagonal", axis_name=axis_name)
+    tx = mfac_jax.mfac(3e-3, num_grads, metric="diagonal", storage=None, axis_name=axis_name)
 
     @functools.partial(jax.jit, out_shardings=sharding)
     def draw(key):

@@ -100,13 +100,13 @@ CONFIGS = {
     "diagonal metric": scale(metric="diagonal", relative_damping=True),
     "rotated metric": scale(metric="rotated", relative_damping=True),
     "on the host": scale(host_chunk=2),
-    "mfac": mfac_jax.mfac(0.1, NUM_GRADS),
-    "mfac, kept inverse": mfac_jax.mfac(WARM, NUM_GRADS, solver="inverse", weight_decay=0.1),
+    "mfac": mfac_jax.mfac(0.1, NUM_GRADS, storage=None),
+    "mfac, kept inverse": mfac_jax.mfac(WARM, NUM_GRADS, solver="inverse", weight_decay=0.1, storage=None),
     "mfac_published": mfac_jax.mfac_published(0.1, NUM_GRADS, damping=0.5),
     "inject_hyperparams": optax.inject_hyperparams(mfac_jax.mfac, static_args=("num_grads", "solver"))(
         learning_rate=0.1, num_grads=NUM_GRADS, solver="inverse"
     ),
-    "masked": optax.masked(mfac_jax.mfac(0.1, NUM_GRADS), {"bias": False, "kernel": True}),
+    "masked": optax.masked(mfac_jax.mfac(0.1, NUM_GRADS, storage=None), {"bias": False, "kernel": True}),
 }
 QUICK = "relative"
 # The cosine with a gradient that passes zero jumps, and so do bases that turn to it: there is no

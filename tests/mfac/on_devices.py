@@ -33,7 +33,7 @@ def gradients(specs) -> list[dict[str, np.ndarray]]:
 
 @functools.cache
 def _on_one_device(specs, options) -> tuple[list[Any], Any]:
-    tx = mfac(0.1, NUM_GRADS, metric="diagonal", **dict(options))  # as with axis_name
+    tx = mfac(0.1, NUM_GRADS, metric="diagonal", **{"storage": None} | dict(options))  # as with axis_name
     grads = gradients([name for name, _ in specs])
     state, step, updates = tx.init(grads[0]), jax.jit(tx.update), []
     for g in grads:
@@ -63,7 +63,7 @@ class OnDevices:
 
     def __init__(self, mode: str, specs: dict[str, Any], **options):
         self.mode, self.specs = mode, specs
-        self.tx: Any = mfac(0.1, NUM_GRADS, axis_name="x", **options)
+        self.tx: Any = mfac(0.1, NUM_GRADS, axis_name="x", **{"storage": None} | options)
         self.mesh = make_mesh(AxisType.Auto, ("x",), (DEVICES,))
         params = {name: np.ones(SHAPES[name], np.float32) for name in specs}
         shardings = {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}

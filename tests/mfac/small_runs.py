@@ -12,7 +12,7 @@ from mfac_jax import mfac, scale_by_mfac
 
 PARAMS = {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3)), "scale": jnp.ones(())}
 PLAIN = scale_by_mfac(3, 0.5)
-MFAC = mfac(0.1, 3)
+MFAC = mfac(0.1, 3, storage=None)
 STEPS = 5  # the window of three wraps
 EPS = float(jnp.finfo(jnp.float32).eps)
 plain_update: Any = jax.jit(PLAIN.update)

@@ -210,7 +210,7 @@ def test_numpy_states_go_on_as_those_of_jax_do(tx):
 
 def test_the_state_of_other_parameters_is_refused_where_they_are_passed():
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    tx: Any = mfac(0.1, 3)
+    tx: Any = mfac(0.1, 3, storage=None)
     with pytest.raises(
         ValueError, match=r"window\['a'\] must be bfloat16 .* got float32 of shape \(3, 3, 2\)"
     ):

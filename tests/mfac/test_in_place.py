@@ -29,6 +29,7 @@ def injected(factory, **kwargs):
 # Twice as many rows: the same float32 temporaries are then the same part of the window. Gram matrices are
 # four times as large, and so are the leaves.
 HALF: dict[str, Any] = {"num_grads": 2 * NUM_GRADS, "storage": jnp.bfloat16}
+BYTES: dict[str, Any] = {"num_grads": 4 * NUM_GRADS, "storage": jnp.int8}
 
 
 def half(**options):
@@ -47,10 +48,14 @@ TRANSFORMS = {
     ),
     "inject_hyperparams": injected(scale_by_mfac, damping=1.0),
     "apply_if_finite": optax.apply_if_finite(preconditioner(), 3),
-    "mfac": mfac(0.1, NUM_GRADS, metric="diagonal", weight_decay=1e-3),
+    "mfac": mfac(0.1, NUM_GRADS, metric="diagonal", weight_decay=1e-3, storage=None),
     "mfac_published": mfac_published(0.1, NUM_GRADS),
-    "inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, metric="diagonal", weight_decay=1e-3),
-    "apply_if_finite of mfac": optax.apply_if_finite(mfac(0.1, NUM_GRADS, metric="diagonal"), 3),
+    "inject_hyperparams of mfac": injected(
+        mfac, learning_rate=0.1, metric="diagonal", weight_decay=1e-3, storage=None
+    ),
+    "apply_if_finite of mfac": optax.apply_if_finite(
+        mfac(0.1, NUM_GRADS, metric="diagonal", storage=None), 3
+    ),
     "bfloat16": half(),
     "bfloat16, a block a leaf": half(blocks="leaf"),
     "bfloat16, inverse kept": half(solver="inverse"),
@@ -59,7 +64,11 @@ TRANSFORMS = {
     "bfloat16, inject_hyperparams": injected(scale_by_mfac, damping=1.0, **HALF),
     "bfloat16, mfac": mfac(0.1, metric="diagonal", **HALF),
     "bfloat16, inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, metric="diagonal", **HALF),
-    "bfloat16 parameters": mfac(0.1, 2 * NUM_GRADS, metric="diagonal"),
+    "bfloat16 parameters": mfac(0.1, 2 * NUM_GRADS, metric="diagonal", storage=None),
+    "int8": scale_by_mfac(damping=1.0, **BYTES),
+    "int8, inverse kept": scale_by_mfac(damping=1.0, solver="inverse", **BYTES),
+    "int8, mfac": mfac(0.1, metric="diagonal", **BYTES),
+    "int8, inject_hyperparams of mfac": injected(mfac, learning_rate=0.1, metric="diagonal", **BYTES),
 }
 
 
@@ -87,7 +96,7 @@ def compile_training(tx: optax.GradientTransformation, steps: int, params: Any =
     return TrainingStep(jax.jit(train_all, donate_argnames="state").lower(params, state).compile(), state)
 
 
-QUICK = ("mfac", "inverse kept", "apply_if_finite of mfac", "bfloat16, mfac")
+QUICK = ("mfac", "inverse kept", "apply_if_finite of mfac", "bfloat16, mfac", "int8, mfac")
 
 
 @pytest.fixture(
@@ -100,10 +109,9 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def step(name):
-    if not name.startswith("bfloat16"):
-        return compile_training(TRANSFORMS[name], 1)
+    times = {"bfloat16": 4, "int8": 16}.get(name.split(",")[0].split(" ")[0], 1)
     dtype = jnp.bfloat16 if name == "bfloat16 parameters" else jnp.float32
-    longer = jax.tree.map(lambda p: jnp.concatenate([p] * 4).astype(dtype), PARAMS)
+    longer = jax.tree.map(lambda p: jnp.concatenate([p] * times).astype(dtype), PARAMS)
     return compile_training(TRANSFORMS[name], 1, longer)
 
 

@@ -50,7 +50,9 @@ def test_where_the_damping_rules_it_is_adam_without_momentum(x64):
 def test_a_step_in_the_diagonal_metric_is_the_formula_of_the_docstring(x64):
     """Written out in NumPy with a dense Fisher matrix, the window wrapping, without the step factor."""
     grads, m, rho, beta, rate = gradients(9), 4, 0.2, 0.9, 0.01
-    updates, states = states_and_updates(mfac(rate, m, rho, metric="diagonal", step_adaptation=0.0), grads)
+    updates, states = states_and_updates(
+        mfac(rate, m, rho, metric="diagonal", step_adaptation=0.0, storage=None), grads
+    )
     v, rows = np.zeros(grads.shape[1]), []
     for step, g in enumerate(grads):
         v = 0.99 * v + 0.01 * g**2

@@ -74,7 +74,7 @@ def test_without_axis_name_it_is_refused_too(mode):
     """Each device would take its shard for all parameters."""
     specs = {"kernel": P("x")}
     run = OnDevices(mode, specs)
-    run.tx = mfac(0.1, NUM_GRADS, metric="diagonal")
+    run.tx = mfac(0.1, NUM_GRADS, metric="diagonal", storage=None)
     with pytest.raises(ValueError, match=REFUSED):
         run.init(inside=True)
     with pytest.raises(ValueError, match=REFUSED):
@@ -85,7 +85,7 @@ def test_without_axis_name_it_is_refused_too(mode):
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_every_device_may_hold_a_whole_window(mode):
     run = OnDevices(mode, PLACEMENTS["replicated"])
-    run.tx = mfac(0.1, NUM_GRADS, metric="diagonal", param_specs=P())
+    run.tx = mfac(0.1, NUM_GRADS, metric="diagonal", param_specs=P(), storage=None)
     run.state_specs = jax.tree.map(lambda spec: P(), run.state_specs)
     for found, wanted in zip(run.updates(run.init(True)), on_one_device(run.specs)[0], strict=True):
         assert relative_error(found, wanted) < 1e-5

@@ -29,9 +29,18 @@ from tests.training_runs import correlated_gradients, relative_error, train_step
 
 slow = pytest.mark.slow
 TRANSFORMS = {
-    "diagonal": functools.partial(mfac, 0.01, NUM_GRADS, metric="diagonal", weight_decay=1e-3),
+    "diagonal": functools.partial(
+        mfac, 0.01, NUM_GRADS, metric="diagonal", weight_decay=1e-3, storage=None
+    ),
     "plain": functools.partial(
-        mfac, 0.01, NUM_GRADS, metric="identity", momentum=None, step_adaptation=0.0, solver="inverse"
+        mfac,
+        0.01,
+        NUM_GRADS,
+        metric="identity",
+        momentum=None,
+        step_adaptation=0.0,
+        solver="inverse",
+        storage=None,
     ),
     "half, a block a leaf": functools.partial(
         mfac, 0.01, NUM_GRADS, metric="diagonal", blocks="leaf", storage=jnp.bfloat16

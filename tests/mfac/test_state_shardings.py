@@ -61,7 +61,8 @@ def test_state_shardings_fit_any_chain(chain):
     assert_sharded_as(state, shardings)
     (_, window), *others = optax.tree.get_all_with_path(shardings, "window")
     assert not others
-    assert window["w"].spec == P(None, "x", None)
+    assert window.values["w"].spec == P(None, "x", None)
+    assert window.scales["w"].spec == P(None, None, None)
 
 
 def test_partition_specs_are_taken_on_the_mesh_that_is_set():
@@ -81,7 +82,7 @@ def test_state_shardings_without_parameters_and_of_python_numbers():
         state_shardings(mfac(0.1, 4), {"w": jnp.ones(2)}, {"w": None})
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shardings = state_shardings(mfac(0.1, 4), {"w": jnp.ones((8, 2))}, P())
-        assert optax.tree.get(shardings, "window")["w"].spec == P(None, ("x", "y"), None)
+        assert optax.tree.get(shardings, "window").values["w"].spec == P(None, ("x", "y"), None)
 
 
 @slow
@@ -132,7 +133,7 @@ LAYERS = pytest.mark.parametrize("make_layer", [boxed_linen_layer, nnx_layer])
 def test_shardings_of_flax_models_are_those_of_their_metadata(make_layer):
     params, param_shardings = make_layer(make_mesh(AxisType.Auto))
     shardings = state_shardings(mfac(0.01, NUM_GRADS), params, param_shardings)
-    window = [s.spec for s in jax.tree.leaves(optax.tree.get(shardings, "window"))]
+    window = [s.spec for s in jax.tree.leaves(optax.tree.get(shardings, "window").values)]
     assert window == [P(None, ("y", "x")), P(None, "x", "y")]
 
 
