@@ -1,7 +1,8 @@
-"""What windows of several sizes and storages cost in bytes, and what they end at: a table and a picture.
+"""What windows of several sizes and storages cost in bytes, and what they end at: a table and two pictures.
 
 `mfac()` with each combination of rows, storage and metric, at the metric's own rate and damping, trains the
-problems of `compare_optimizers`. Runs are kept in frontier.jsonl, and are not repeated.
+problems of `compare_optimizers`. Runs are kept in frontier.jsonl, and are not repeated. Runs of another
+length, by --steps, have tables and pictures of their own.
 """
 
 import dataclasses
@@ -22,7 +23,12 @@ from examples.common import markdown
 from examples.common.command_line import Count, Folder, OptionalCount, choices, parse
 
 STUDY = "frontier"
-FRONTIER_PROBLEMS = ("digits-mlp", "digits-cnn", "text", "cifar10")
+# Whose courses are drawn: marker and label.
+CURVES = {
+    opt.frontier_name("rotated", 64, "float32"): ("o", "float32, 64 rows"),
+    opt.frontier_name("rotated", 32, "int8"): ("s", "int8, 32 rows"),
+    opt.frontier_name("rotated", 64, "low rank"): ("^", "low rank, 64 rows"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Options:
     data_dir: OptionalExistingFolder = None
     """folder with data for cifar10 and text, as in examples/"""
     out: Folder = Path("out", "frontier")
-    """folder of frontier.jsonl and the picture"""
+    """folder of frontier.jsonl and the pictures"""
 
 
 def runs_of(options: Options, problem: str) -> list[Run]:
@@ -67,43 +73,59 @@ def runs_of(options: Options, problem: str) -> list[Run]:
     ]
 
 
-def points(records: Sequence[dict[str, Any]], problem: str) -> dict[str, dict[str, Any]]:
-    """Bytes a parameter, and the losses of all seeds, of every entry on the problem."""
+def runs_of_entries(
+    records: Sequence[dict[str, Any]], problem: str, steps: int | None
+) -> dict[str, list[dict[str, Any]]]:
+    """The runs of this length of every entry on the problem, one for each seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
-        if record.get("study") == STUDY and record["problem"] == problem and "evaluations" in record:
+        kind = (record.get("study"), record.get("problem"), record.get("limit"))
+        if kind == (STUDY, problem, steps) and "evaluations" in record:
             found.setdefault(record["optimizer"], {})[record["seed"]] = record
+    return {name: list(runs.values()) for name, runs in found.items()}
+
+
+def points(
+    records: Sequence[dict[str, Any]], problem: str, steps: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Bytes a parameter, and the losses of all seeds, of every entry on the problem."""
     return {
         name: {
-            "bytes": np.mean([run["state_bytes"] / run["parameters"] for run in runs.values()]),
-            "train": np.array([run["evaluations"][-1]["train_loss"] for run in runs.values()], float),
-            "valid": np.array([run["evaluations"][-1]["valid_loss"] for run in runs.values()], float),
+            "bytes": np.mean([run["state_bytes"] / run["parameters"] for run in runs]),
+            "train": np.array([run["evaluations"][-1]["train_loss"] for run in runs], float),
+            "valid": np.array([run["evaluations"][-1]["valid_loss"] for run in runs], float),
         }
-        for name, runs in found.items()
+        for name, runs in runs_of_entries(records, problem, steps).items()
     }
 
 
-def table(records: Sequence[dict[str, Any]], problem: str) -> str:
+def table(records: Sequence[dict[str, Any]], problem: str, steps: int | None = None) -> str:
     """Write the losses beside the bytes, in Markdown."""
     rows = [
         [
-            name,
+            name.removeprefix("mfac, "),
             f"{found['bytes']:.1f}",
-            *(f"{found[loss].mean():.4g} ± {found[loss].std(ddof=1):.2g}" for loss in ("train", "valid")),
+            *(_mean(found[loss]) for loss in ("train", "valid")),
             str(len(found["train"])),
         ]
-        for name, found in sorted(points(records, problem).items(), key=lambda item: item[1]["bytes"])
-        if len(found["train"]) > 1
+        for name, found in sorted(
+            points(records, problem, steps).items(), key=lambda item: item[1]["bytes"]
+        )
     ]
     return markdown.table(["", "bytes a parameter", "training loss", "validation loss", "seeds"], rows)
 
 
-def draw(records: Sequence[dict[str, Any]], problems: Sequence[str], path: Path) -> None:
+def _mean(values: np.ndarray) -> str:
+    spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
+    return f"{values.mean():.4g}{spread}"
+
+
+def draw(records: Sequence[dict[str, Any]], problems: Sequence[str], steps: int | None, path: Path) -> None:
     """Draw the training loss over the bytes of the state, a line for each storage and metric."""
     figure, row = plt.subplots(1, len(problems), figsize=(4.5 * len(problems), 4), squeeze=False)
     for axes, problem in zip(row[0], problems, strict=True):
         lines: dict[str, list[Any]] = {}
-        for name, found in points(records, problem).items():
+        for name, found in points(records, problem, steps).items():
             spread = found["train"].std(ddof=1) if len(found["train"]) > 1 else 0.0
             line = lines.setdefault(opt.frontier_line(name), [])
             line.append((found["bytes"], found["train"].mean(), spread))
@@ -112,9 +134,34 @@ def draw(records: Sequence[dict[str, Any]], problems: Sequence[str], path: Path)
             axes.errorbar(x, y, error, label=label, marker="o", capsize=3)
         axes.set(title=problem, xscale="log", yscale="log", xlabel="bytes of the state a parameter")
     row[0][0].set_ylabel("final training loss")
-    row[0][0].legend(fontsize="small")
+    _save(figure, row[0][-1], path)
+
+
+def draw_curves(
+    records: Sequence[dict[str, Any]], problems: Sequence[str], steps: int | None, path: Path
+) -> None:
+    """Draw the training losses along the runs, all seeds of each storage in one color."""
+    figure, row = plt.subplots(1, len(problems), figsize=(4.5 * len(problems), 4), squeeze=False)
+    for axes, problem in zip(row[0], problems, strict=True):
+        entries = runs_of_entries(records, problem, steps)
+        for color, (name, (marker, label)) in enumerate(CURVES.items()):
+            for run in entries.get(name, []):
+                x = [evaluation["step"] for evaluation in run["evaluations"]]
+                y = [evaluation["train_loss"] for evaluation in run["evaluations"]]
+                axes.plot(x, y, color=f"C{color}", marker=marker, markersize=4, linewidth=1, label=label)
+                label = None  # one for all seeds
+        axes.set(title=problem, yscale="log", xlabel="step")
+    row[0][0].set_ylabel("training loss")
+    _save(figure, row[0][0], path)
+
+
+def _save(figure: Any, with_legend: Any, path: Path) -> None:
+    if with_legend.get_legend_handles_labels()[0]:
+        with_legend.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
+    plt.close(figure)
+    print(f"Picture: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -129,9 +176,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         runner.pool.shutdown(cancel_futures=True)
     records = read_records(store.path)
     for problem in options.problems:
-        print(f"{problem}\n\n{table(records, problem)}")
-    draw(records, options.problems, options.out / "frontier.png")
-    print(f"Picture: {options.out / 'frontier.png'}")
+        print(f"{problem}\n\n{table(records, problem, options.steps)}")
+    draw(records, options.problems, options.steps, options.out / "frontier.png")
+    draw_curves(records, options.problems, options.steps, options.out / "curves.png")
 
 
 if __name__ == "__main__":

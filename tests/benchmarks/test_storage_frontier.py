@@ -10,9 +10,10 @@ def run(storage: str, num_grads: int, seed: int, loss: float, size: int) -> dict
         "problem": "digits-mlp",
         "optimizer": f"mfac, rotated, {storage}, num_grads={num_grads}",
         "seed": seed,
+        "limit": None,
         "state_bytes": 100 * size,
         "parameters": 100,
-        "evaluations": [{"train_loss": loss, "valid_loss": 2 * loss}],
+        "evaluations": [{"step": step, "train_loss": loss, "valid_loss": 2 * loss} for step in (0, 8)],
     }
 
 
@@ -30,9 +31,16 @@ def test_the_table_and_the_picture_have_every_window(tmp_path):
         for seed in (1, 2)
     ]
     text = storage_frontier.table(records, "digits-mlp")
-    assert "| mfac, rotated, int8, num_grads=4 | 40.0 | 0.515 ± 0.0071 | 1.03 ± 0.014 | 2 |" in text
-    storage_frontier.draw(records, ["digits-mlp"], tmp_path / "frontier.png")
-    assert (tmp_path / "frontier.png").stat().st_size > 1000
+    assert "| rotated, int8, num_grads=4 | 40.0 | 0.515 ± 0.0071 | 1.03 ± 0.014 | 2 |" in text
+    storage_frontier.draw(records, ["digits-mlp"], None, tmp_path / "frontier.png")
+    storage_frontier.draw_curves(records, ["digits-mlp"], None, tmp_path / "curves.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 1000 < (tmp_path / "curves.png").stat().st_size
+
+
+def test_runs_of_another_length_are_apart():
+    records = [run("int8", 4, 1, 0.5, 40), run("int8", 4, 1, 2.0, 40) | {"limit": 10}]
+    assert "| 0.5 |" in storage_frontier.table(records, "digits-mlp")
+    assert "| 2 |" in storage_frontier.table(records, "digits-mlp", steps=10)
 
 
 def test_stored_runs_are_not_repeated(tmp_path, capsys):

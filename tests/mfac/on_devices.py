@@ -32,8 +32,8 @@ def gradients(specs) -> list[dict[str, np.ndarray]]:
 
 
 @functools.cache
-def _on_one_device(specs, options) -> tuple[list[Any], Any]:
-    tx = mfac(0.1, NUM_GRADS, metric="diagonal", **{"storage": None} | dict(options))  # as with axis_name
+def _on_one_device(specs, storage) -> tuple[list[Any], Any]:
+    tx = mfac(0.1, NUM_GRADS, metric="diagonal", storage=storage)  # as with axis_name
     grads = gradients([name for name, _ in specs])
     state, step, updates = tx.init(grads[0]), jax.jit(tx.update), []
     for g in grads:
@@ -42,9 +42,9 @@ def _on_one_device(specs, options) -> tuple[list[Any], Any]:
     return updates, optax.tree.get(state, "ScaleByMFACState")
 
 
-def on_one_device(specs: dict[str, Any], **options) -> tuple[list[Any], Any]:
+def on_one_device(specs: dict[str, Any], storage: Any = None) -> tuple[list[Any], Any]:
     """The updates, and the state after them."""
-    return _on_one_device(tuple(specs.items()), tuple(options.items()))
+    return _on_one_device(tuple(specs.items()), storage)
 
 
 def stacked(x, spec, rows: int = 0):
@@ -61,9 +61,9 @@ def unstacked(x, spec):
 class OnDevices:
     """One optimizer on eight devices, in one of the modes."""
 
-    def __init__(self, mode: str, specs: dict[str, Any], **options):
+    def __init__(self, mode: str, specs: dict[str, Any], storage: Any = None, **options):
         self.mode, self.specs = mode, specs
-        self.tx: Any = mfac(0.1, NUM_GRADS, axis_name="x", **{"storage": None} | options)
+        self.tx: Any = mfac(0.1, NUM_GRADS, axis_name="x", storage=storage, **options)
         self.mesh = make_mesh(AxisType.Auto, ("x",), (DEVICES,))
         params = {name: np.ones(SHAPES[name], np.float32) for name in specs}
         shardings = {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}
