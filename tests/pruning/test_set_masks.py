@@ -61,7 +61,7 @@ def test_set_masks_runs_under_jit():
 def test_the_tree_functions_of_optax_reach_masks_and_state():
     doubled: Any = optax.tree.map_params(TX, lambda leaf: (leaf, leaf), STATE)
     assert isinstance(doubled.masks["kernel"], tuple)
-    assert isinstance(optax.tree.get(doubled, "window")["bias"], tuple)
+    assert isinstance(optax.tree.get(doubled, "window").values["bias"], tuple)
     assert optax.tree.get(STATE, "masks")["bias"] == optax.MaskedNode()
     shapes = jax.eval_shape(TX.init, jax.eval_shape(lambda: PARAMS))
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, STATE)
@@ -261,7 +261,7 @@ def test_a_new_state_has_the_masks_of_the_factory():
 
 def damaged_states():
     masks = {"a": jnp.ones((3, 2), bool), "b": jnp.ones(2, bool)}
-    tx: Any = keep_pruned(mfac(0.1, 3, solver="inverse"), masks)
+    tx: Any = keep_pruned(mfac(0.1, 3, solver="inverse", storage=None), masks)
     state = jax.eval_shape(tx.init, jax.tree.map(lambda m: jnp.ones(m.shape), masks))
     fisher, rest = state.inner_state[0], state.inner_state[1:]
     window = fisher.window
@@ -283,7 +283,7 @@ def damaged_states():
 
 def test_a_damaged_state_takes_no_masks_and_the_field_is_named():
     masks = {"a": jnp.ones((3, 2), bool), "b": jnp.ones(2, bool)}
-    tx = keep_pruned(mfac(0.1, 3, solver="inverse"), masks)
+    tx = keep_pruned(mfac(0.1, 3, solver="inverse", storage=None), masks)
     for message, inner in damaged_states():
         with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
             set_masks(tx, KeepPrunedState(masks, inner), masks)
