@@ -42,8 +42,8 @@ class Options:
 
 
 def exists(mode: str, storage: str) -> bool:
-    """Whether there is such a program: rows of several arrays are refused on manual axes."""
-    return storage in ("float32", "bfloat16") or mode not in ("shard_map", "pmap")
+    """Whether there is such a program: rows of low rank are refused on manual axes."""
+    return storage != "low rank" or mode not in ("shard_map", "pmap")
 
 
 def measure(case: Case) -> dict[str, Any]:
