@@ -75,12 +75,12 @@ def lower(mode: str, make: Callable[..., Any], shapes: Shapes, devices: Sequence
         return lower_jit(tx.update, params, state, shardings, state_shardings)
     axis_type = AxisType.Explicit if mode == "explicit" else AxisType.Auto
     mesh = Mesh(devices, ("data",), axis_types=(axis_type,))
-    tx = make(axis_name="data" if mode == "shard_map" else None)
     # A leaf whose last axis does not divide stays whole. Its window is split.
     specs = [
         PartitionSpec(*[None] * (x.ndim - 1), "data" if x.shape[-1] % len(devices) == 0 else None)
         for x in params
     ]
+    tx = make(axis_name="data", param_specs=specs) if mode == "shard_map" else make()
     shardings = [NamedSharding(mesh, spec) for spec in specs]
     state_shardings = mfac_jax.state_shardings(tx, params, shardings)
     update = tx.update

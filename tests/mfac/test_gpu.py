@@ -34,9 +34,11 @@ def short_tree(monkeypatch):
 def check_in_place(row: dict) -> None:
     """Two readings of the window, a row written, no copy; beside them some passes over the gradient.
 
-    The host waits for nothing, and with a kept inverse for one look at the result.
+    Of one-byte rows a gradient is four, so it shows. The host waits for nothing, and with a kept inverse for
+    one look at the result.
     """
     window, gradient = row["window_bytes"], row["gradient_bytes"]
+    passes = 3 * gradient if row["storage"] == "int8" else 0
     assert row["copied"] == 0
     assert row["temporaries"] < 0.1 * window + 2 * (row["mode"] == "pmap") * gradient
     assert row["alias"] >= row["state_bytes"]
@@ -44,8 +46,8 @@ def check_in_place(row: dict) -> None:
         assert row["traffic"]["read"] < 2.3 * window + 3 * gradient
         assert row["traffic"]["written"] < 0.2 * window + 3 * gradient
     else:
-        assert row["traffic"]["read"] < 2.3 * window
-        assert row["traffic"]["written"] < 0.2 * window
+        assert row["traffic"]["read"] < 2.3 * window + passes
+        assert row["traffic"]["written"] < 0.2 * window + passes
     assert row["launches"]["graphs"] >= 1
     assert row["launches"]["waits"] == row["transform"].endswith("inverse")
 
@@ -81,6 +83,7 @@ def test_on_eight_gpus_too_and_only_sums_and_split_updates_are_sent(mode, storag
     row = gpu.measure(gpu.Case("h100", mode, LAYER, "mfac", storage))
     check_in_place(row)
     sums = row["leaves"] * (row["num_grads"] + 1) * 4
+    sums += 4 * 4096 * (storage == "int8")  # the largest entries of groups that lie on several devices
     # The parts that are gathered are counted too.
     gathered = row["gradient_bytes"] * (1 + 1 / gpu.SEVERAL) if mode == "pmap" else 0
     assert set(row["collectives"]) <= {"all-reduce", "all-gather"}

@@ -82,12 +82,12 @@ class Plan(NamedTuple):
         if dots is None or host_memory.is_on_host(window):
             return self.dots(window, self.decode(row), like)
 
-        def products(rows, own):
-            alone = jax.tree.map(lambda x: x[None], own)
-            return jnp.concatenate([dots(these, own, like.dtype) for these in (rows, alone)])
-
-        leaves = (storages.split(self.storage, tree) for tree in (window, row))
-        return self._summed(list(map(products, *leaves)), like)
+        leaves = zip(*(storages.split(self.storage, tree) for tree in (window, row)), strict=True)
+        products = [
+            jnp.append(dots(rows, own, like.dtype), numerics.square(self.storage.decode(own), like.dtype))
+            for rows, own in leaves
+        ]
+        return self._summed(products, like)
 
     def _summed(self, products: Sequence[jax.Array], like: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The sums over the leaves of a block, of G x and |x|^2 for each leaf."""
