@@ -181,10 +181,8 @@ def _orthonormal(x: jax.Array) -> jax.Array:
     return _product(x, inverse, ((x.ndim - 1,), (1,)))
 
 
-def _product(
-    x: jax.Array, y: jax.Array, contracted: tuple[tuple[int, ...], tuple[int, ...]], dtype: Any = None
-) -> jax.Array:
-    return jnp.tensordot(x, y, contracted, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
+def _product(x: jax.Array, y: jax.Array, contracted: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    return jnp.tensordot(x, y, contracted, precision=lax.Precision.HIGHEST)
 
 
 def _decode(row: LowRankRow) -> jax.Array:
@@ -227,25 +225,23 @@ def _dots_of_row_on_mesh(rows: LowRankRow, row: LowRankRow, dtype: Any) -> jax.A
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dots_of_row(rows: LowRankRow, row: LowRankRow, dtype: Any) -> jax.Array:
-    """<A B, C D> = <C^T A, D B^T>: products of thin matrices alone.
+    """<A B, C D> = <C^T A, D B^T>: products of thin matrices alone."""
+    left, right = (tuple(range(1, factor.ndim)) for factor in row)
 
-    Those of bfloat16 numbers are exact in float32, so accelerators need no copy of the factors.
-    """
-    left, right = (tuple(range(factor.ndim - 1)) for factor in row)
-
-    def of_factors(rows, row):
-        of_left = _product(rows.left, row.left, (tuple(axis + 1 for axis in left), left), dtype)
-        axes = tuple(axis + 1 for axis in right)
-        of_right = _product(rows.right, row.right, (tuple(axis + 1 for axis in axes), axes), dtype)
+    def at_once(rows, row):
+        rows, row = (_as_floats(factors, dtype) for factors in (rows, row))
+        of_left = _product(rows.left, row.left, (left, tuple(axis - 1 for axis in left)))
+        of_right = _product(rows.right, row.right, (tuple(axis + 1 for axis in right), right))
         return jnp.sum(of_left * of_right, axis=(1, 2))
 
     def in_turn(rows, row):
         def of_some(numbers):
-            return of_factors(_as_floats(_some(rows, numbers), dtype), _as_floats(row, dtype))
+            return at_once(_some(rows, numbers), row)
 
         return chunks.dots_in_chunks(of_some, jnp.arange(len(rows.left)), _AT_A_TIME)
 
-    return lax.platform_dependent(rows, row, cpu=in_turn, default=of_factors)
+    default = at_once if _is_small(rows) else in_turn
+    return lax.platform_dependent(rows, row, cpu=in_turn, default=default)
 
 
 def _is_small(rows: LowRankRow) -> bool:
