@@ -240,8 +240,11 @@ def _dots_of_row(rows: LowRankRow, row: LowRankRow, dtype: Any) -> jax.Array:
 
         return chunks.dots_in_chunks(of_some, jnp.arange(len(rows.left)), _AT_A_TIME)
 
-    default = at_once if _is_small(rows) else in_turn
-    return lax.platform_dependent(rows, row, cpu=in_turn, default=default)
+    def decoded(rows, row):
+        return _dots(rows, _decode(row), dtype)
+
+    # XLA for GPU (jax 0.10.2) finds no tiles for some products of two thin matrices, and fails.
+    return lax.platform_dependent(rows, row, cpu=in_turn, tpu=in_turn, default=decoded)
 
 
 def _is_small(rows: LowRankRow) -> bool:
