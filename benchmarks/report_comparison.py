@@ -163,7 +163,10 @@ def seconds_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
         "",
         *(text for label in labels for text in (f"{label}, whole run", f"M-FAC to {label}'s loss")),
     ]
-    text = "Seconds of training, means over the seeds (never: not by every seed):\n\n"
+    text = (
+        "Seconds of training, means over the seeds (never: not by every seed). Of runs made at different "
+        "times, beside different other work, they do not compare:\n\n"
+    )
     return text + markdown.table(header, rows) if rows else ""
 
 
