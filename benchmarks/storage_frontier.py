@@ -1,17 +1,18 @@
 """What windows of several sizes and storages cost in bytes, and what they end at: a table and two pictures.
 
 `mfac()` with each combination of rows, storage and metric, at the metric's own rate and damping, trains the
-problems of `compare_optimizers`. Runs are kept in frontier.jsonl, and are not repeated. Runs of another
-length, by --steps, have tables and pictures of their own.
+problems of `compare_optimizers`. Runs are kept in frontier.jsonl, and are not repeated. Runs that --steps has
+cut have tables and places in the pictures of their own.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks import optimizers as opt
 from benchmarks.comparison_pool import Runner, Store, read_records
@@ -73,33 +74,54 @@ def runs_of(options: Options, problem: str) -> list[Run]:
     ]
 
 
-def runs_of_entries(
-    records: Sequence[dict[str, Any]], problem: str, steps: int | None
-) -> dict[str, list[dict[str, Any]]]:
-    """The runs of this length of every entry on the problem, one for each seed."""
+class Panel(NamedTuple):
+    """A problem, and the steps that its runs are cut to."""
+
+    problem: str
+    steps: int | None
+
+    def title(self) -> str:
+        """As it is written."""
+        return self.problem if self.steps is None else f"{self.problem}, {self.steps} steps"
+
+
+def panels(records: Sequence[dict[str, Any]], problems: Sequence[str]) -> list[Panel]:
+    """What there are runs of: in the order of the problems, whole ones first."""
+    found = {Panel(record["problem"], record["limit"]) for record in records if _is_run(record)}
+    return [
+        panel
+        for problem in problems
+        for panel in sorted(found, key=lambda panel: panel.steps or 0)
+        if panel.problem == problem
+    ]
+
+
+def _is_run(record: dict[str, Any]) -> bool:
+    return record.get("study") == STUDY and "evaluations" in record
+
+
+def runs_of_entries(records: Sequence[dict[str, Any]], panel: Panel) -> dict[str, list[dict[str, Any]]]:
+    """The runs of every entry, one for each seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
-        kind = (record.get("study"), record.get("problem"), record.get("limit"))
-        if kind == (STUDY, problem, steps) and "evaluations" in record:
+        if _is_run(record) and panel == (record["problem"], record["limit"]):
             found.setdefault(record["optimizer"], {})[record["seed"]] = record
     return {name: list(runs.values()) for name, runs in found.items()}
 
 
-def points(
-    records: Sequence[dict[str, Any]], problem: str, steps: int | None = None
-) -> dict[str, dict[str, Any]]:
-    """Bytes a parameter, and the losses of all seeds, of every entry on the problem."""
+def points(records: Sequence[dict[str, Any]], panel: Panel) -> dict[str, dict[str, Any]]:
+    """Bytes a parameter, and the losses of all seeds, of every entry."""
     return {
         name: {
             "bytes": np.mean([run["state_bytes"] / run["parameters"] for run in runs]),
             "train": np.array([run["evaluations"][-1]["train_loss"] for run in runs], float),
             "valid": np.array([run["evaluations"][-1]["valid_loss"] for run in runs], float),
         }
-        for name, runs in runs_of_entries(records, problem, steps).items()
+        for name, runs in runs_of_entries(records, panel).items()
     }
 
 
-def table(records: Sequence[dict[str, Any]], problem: str, steps: int | None = None) -> str:
+def table(records: Sequence[dict[str, Any]], panel: Panel) -> str:
     """Write the losses beside the bytes, in Markdown."""
     rows = [
         [
@@ -108,9 +130,7 @@ def table(records: Sequence[dict[str, Any]], problem: str, steps: int | None = N
             *(_mean(found[loss]) for loss in ("train", "valid")),
             str(len(found["train"])),
         ]
-        for name, found in sorted(
-            points(records, problem, steps).items(), key=lambda item: item[1]["bytes"]
-        )
+        for name, found in sorted(points(records, panel).items(), key=lambda item: item[1]["bytes"])
     ]
     return markdown.table(["", "bytes a parameter", "training loss", "validation loss", "seeds"], rows)
 
@@ -120,37 +140,42 @@ def _mean(values: np.ndarray) -> str:
     return f"{values.mean():.4g}{spread}"
 
 
-def draw(records: Sequence[dict[str, Any]], problems: Sequence[str], steps: int | None, path: Path) -> None:
+def draw(records: Sequence[dict[str, Any]], shown: Sequence[Panel], path: Path) -> None:
     """Draw the training loss over the bytes of the state, a line for each storage and metric."""
-    figure, row = plt.subplots(1, len(problems), figsize=(4.5 * len(problems), 4), squeeze=False)
-    for axes, problem in zip(row[0], problems, strict=True):
+    figure, row = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), squeeze=False)
+    colors: dict[str, str] = {}
+    for axes, panel in zip(row[0], shown, strict=True):
         lines: dict[str, list[Any]] = {}
-        for name, found in points(records, problem, steps).items():
+        for name, found in points(records, panel).items():
             spread = found["train"].std(ddof=1) if len(found["train"]) > 1 else 0.0
             line = lines.setdefault(opt.frontier_line(name), [])
             line.append((found["bytes"], found["train"].mean(), spread))
         for label, line in sorted(lines.items()):
             x, y, error = np.array(sorted(line)).T
-            axes.errorbar(x, y, error, label=label, marker="o", capsize=3)
-        axes.set(title=problem, xscale="log", yscale="log", xlabel="bytes of the state a parameter")
+            color = colors.setdefault(label, f"C{len(colors)}")
+            axes.errorbar(x, y, error, label=label, marker="o", capsize=3, color=color)
+        losses = [y for line in lines.values() for _, y, _ in line]
+        axes.set(title=panel.title(), xscale="log", xlabel="bytes of the state a parameter")
+        axes.set(yscale="log" if max(losses) > 2 * min(losses) else "linear")
+        axes.xaxis.set_major_locator(LogLocator(2))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     row[0][0].set_ylabel("final training loss")
     _save(figure, row[0][-1], path)
 
 
-def draw_curves(
-    records: Sequence[dict[str, Any]], problems: Sequence[str], steps: int | None, path: Path
-) -> None:
+def draw_curves(records: Sequence[dict[str, Any]], shown: Sequence[Panel], path: Path) -> None:
     """Draw the training losses along the runs, all seeds of each storage in one color."""
-    figure, row = plt.subplots(1, len(problems), figsize=(4.5 * len(problems), 4), squeeze=False)
-    for axes, problem in zip(row[0], problems, strict=True):
-        entries = runs_of_entries(records, problem, steps)
+    figure, row = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), squeeze=False)
+    for axes, panel in zip(row[0], shown, strict=True):
+        entries = runs_of_entries(records, panel)
         for color, (name, (marker, label)) in enumerate(CURVES.items()):
             for run in entries.get(name, []):
                 x = [evaluation["step"] for evaluation in run["evaluations"]]
                 y = [evaluation["train_loss"] for evaluation in run["evaluations"]]
                 axes.plot(x, y, color=f"C{color}", marker=marker, markersize=4, linewidth=1, label=label)
                 label = None  # one for all seeds
-        axes.set(title=problem, yscale="log", xlabel="step")
+        axes.set(title=panel.title(), yscale="log", xlabel="step")
     row[0][0].set_ylabel("training loss")
     _save(figure, row[0][0], path)
 
@@ -175,10 +200,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         runner.pool.shutdown(cancel_futures=True)
     records = read_records(store.path)
-    for problem in options.problems:
-        print(f"{problem}\n\n{table(records, problem, options.steps)}")
-    draw(records, options.problems, options.steps, options.out / "frontier.png")
-    draw_curves(records, options.problems, options.steps, options.out / "curves.png")
+    shown = panels(records, options.problems)
+    for panel in shown:
+        print(f"{panel.title()}\n\n{table(records, panel)}")
+    draw(records, shown, options.out / "frontier.png")
+    draw_curves(
+        records, [panel for panel in shown if panel.steps is None] or shown, options.out / "curves.png"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from benchmarks import storage_frontier
 from examples.common import json_lines
 
+PANEL = storage_frontier.Panel("digits-mlp", None)
+
 
 def run(storage: str, num_grads: int, seed: int, loss: float, size: int) -> dict:
     return {
@@ -30,17 +32,19 @@ def test_the_table_and_the_picture_have_every_window(tmp_path):
         for storage, num_grads, loss, size in (("int8", 4, 0.5, 40), ("float32", 4, 0.4, 50))
         for seed in (1, 2)
     ]
-    text = storage_frontier.table(records, "digits-mlp")
+    text = storage_frontier.table(records, PANEL)
     assert "| rotated, int8, num_grads=4 | 40.0 | 0.515 ± 0.0071 | 1.03 ± 0.014 | 2 |" in text
-    storage_frontier.draw(records, ["digits-mlp"], None, tmp_path / "frontier.png")
-    storage_frontier.draw_curves(records, ["digits-mlp"], None, tmp_path / "curves.png")
+    storage_frontier.draw(records, [PANEL], tmp_path / "frontier.png")
+    storage_frontier.draw_curves(records, [PANEL], tmp_path / "curves.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000 < (tmp_path / "curves.png").stat().st_size
 
 
 def test_runs_of_another_length_are_apart():
     records = [run("int8", 4, 1, 0.5, 40), run("int8", 4, 1, 2.0, 40) | {"limit": 10}]
-    assert "| 0.5 |" in storage_frontier.table(records, "digits-mlp")
-    assert "| 2 |" in storage_frontier.table(records, "digits-mlp", steps=10)
+    whole, cut = storage_frontier.panels(records, ["digits-mlp"])
+    assert (whole, cut.title()) == (PANEL, "digits-mlp, 10 steps")
+    assert "| 0.5 |" in storage_frontier.table(records, whole)
+    assert "| 2 |" in storage_frontier.table(records, cut)
 
 
 def test_stored_runs_are_not_repeated(tmp_path, capsys):
