@@ -1,8 +1,8 @@
 """What windows of several sizes and storages cost in bytes, and what they end at: a table and two pictures.
 
 `mfac()` with each combination of rows, storage and metric, at the metric's own rate and damping, trains the
-problems of `compare_optimizers`. Runs are kept in frontier.jsonl, and are not repeated. Runs that --steps has
-cut have tables and places in the pictures of their own.
+problems of `compare_optimizers`. Runs are kept in frontier.jsonl, and are not repeated. Runs cut by --steps
+have tables and places in the pictures of their own.
 """
 
 import dataclasses
