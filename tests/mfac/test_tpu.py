@@ -39,7 +39,7 @@ def test_leaves_of_one_shape_and_different_shardings_are_not_exchanged():
     specs = {"query": ("fsdp", "tensor"), "key": ("fsdp", "tensor"), "out": ("tensor", "fsdp")}
     shapes = {name: jax.ShapeDtypeStruct((8, 2048, 2048), jnp.bfloat16) for name in specs}
     shardings = {name: NamedSharding(mesh, PartitionSpec(None, *spec)) for name, spec in specs.items()}
-    row = tpu.measure_update(mfac_jax.mfac(3e-3, 1024, metric="diagonal"), shapes, shardings)
+    row = tpu.measure_update(mfac_jax.mfac(3e-3, 1024, metric="diagonal", storage=None), shapes, shardings)
     check_collectives(row | {"num_grads": 1024}, axes=2)
     check_memory(row)
 
@@ -60,7 +60,9 @@ def test_a_rotated_metric_within_each_device_sends_nothing(topology):
 def test_only_sums_and_split_updates_are_sent(topology):
     case = tpu.CASES[topology]
     *_, shapes, shardings = tpu.transformer(topology, tpu.SIZES[case.size], case.tensor)
-    row = tpu.measure_update(mfac_jax.mfac(3e-3, case.num_grads, metric="diagonal"), shapes, shardings)
+    row = tpu.measure_update(
+        mfac_jax.mfac(3e-3, case.num_grads, metric="diagonal", storage=None), shapes, shardings
+    )
     check_collectives(row | {"num_grads": case.num_grads})
     assert row["update_temporaries"] < 0.1 * row["window_bytes"]  # no copy of it
 

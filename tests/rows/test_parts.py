@@ -1,5 +1,7 @@
 """Rows of one byte inside of shard_map and pmap, where a device has a part of a leaf, and of its groups."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,52 @@ def test_a_gradient_that_is_not_finite_on_one_device_is_refused_on_all(mode):
     after = jax.device_get(step(run.placed(bad), state)[1])
     assert np.all(optax.tree.get(after, "grads_rejected") == 1)
     assert not any(np.any(x) for x in jax.tree.leaves(optax.tree.get(after, "window")))
+
+
+class Half(NamedTuple):
+    """Rows of float16 with one scale for a leaf."""
+
+    values: Any
+    scale: Any
+
+
+def half(x, names=()):
+    size = jnp.max(jnp.abs(x))
+    scale = jax.lax.pmax(size, names) if names else size
+    return Half((x / scale).astype(jnp.float16), scale)
+
+
+ONE_SCALE = components.Storage(
+    name="one scale",
+    row=lambda leaf: Half(
+        jax.ShapeDtypeStruct(leaf.shape, jnp.float16), jax.ShapeDtypeStruct((), jnp.float32)
+    ),
+    encode=lambda x, rows: half(x),
+    encode_part=lambda x, rows, along: half(x, tuple(name for names in along for name in names)),
+    decode=lambda row: row.values * row.scale,
+    dots=lambda rows, x, dtype: jnp.einsum("mij,ij->m", rows.values.astype(dtype), x) * rows.scale,
+    combine=lambda c, rows: jnp.tensordot(c * rows.scale, rows.values.astype(c.dtype), 1),
+)
+
+
+@pytest.mark.parametrize("inside", [True, pytest.param(False, marks=slow)])
+def test_a_storage_of_ones_own_may_have_one_number_for_a_leaf(inside):
+    specs = {"rows": P(None, "x"), "columns": P("x"), "table": P()}
+    run = OnDevices("no types", specs, param_specs=specs, storage=ONE_SCALE)
+    expected, _ = on_one_device(specs, storage=ONE_SCALE)
+    for found, wanted in zip(run.updates(run.init(inside)), expected, strict=True):
+        assert relative_error(found, wanted) < 1e-5
+
+
+def test_a_leaf_without_entries_may_be_a_shard():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    params, spec = {"none": jnp.ones((0, 256)), "some": jnp.ones((8, 256))}, P("x")
+    tx = scale_by_mfac(4, storage=jnp.int8, axis_name="x", param_specs=spec)
+    specs = jax.tree.map(lambda s: s.spec, state_shardings(tx, params, NamedSharding(mesh, spec)))
+    init = jax.shard_map(tx.init, mesh=mesh, in_specs=spec, out_specs=specs)
+    places = {"mesh": mesh, "in_specs": (spec, specs), "out_specs": (spec, specs)}
+    updates, _ = jax.jit(jax.shard_map(tx.update, **places))(params, init(params))
+    assert np.all(np.isfinite(updates["some"]))
 
 
 def test_a_storage_that_needs_whole_leaves_is_refused():

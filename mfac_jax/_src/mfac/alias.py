@@ -53,8 +53,8 @@ def mfac(
     Args:
       learning_rate: :math:`\eta`, a number or a schedule. 1e-2 with a warm-up and a decay to zero worked,
         untuned, on networks trained from scratch, 3e-3 on a pretrained one: docs/comparison.md.
-      num_grads: gradients in the window, >= 1. 32 do as well as 64, and 16 on two networks of three
-        (docs/options.md).
+      num_grads: gradients in the window, >= 1. 32 do as well as 64, and so do 16 where gradients
+        are noisy (docs/options.md).
       damping: :math:`\rho` > 0. 0.1 to 1 is the useful range; smaller is bolder. 1 suits the rotated
         metric, 0.2 the diagonal one.
       momentum: :math:`\beta` in [0, 1) over the gradients of the window, or None for none.

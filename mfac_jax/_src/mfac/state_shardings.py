@@ -153,7 +153,10 @@ def _in_memory_of(leaf, sharding: NamedSharding) -> NamedSharding:
 
 def _are_groups(shape: Sequence[int], groups: Sequence[int]) -> bool:
     """Whether its axes can be the parameter's, as long or shorter: scales of a window, or factors."""
-    return all(0 < number <= length for length, number in zip(shape, groups, strict=True))
+    return all(
+        (number > 0 or length == 0) and number <= length
+        for length, number in zip(shape, groups, strict=True)
+    )
 
 
 def _like_row(leaf, param, sharding: NamedSharding):

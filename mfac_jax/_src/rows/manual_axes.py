@@ -167,9 +167,9 @@ def check_along(name: str, tree: optax.Params, splits: Sequence[Split | None], s
     for (path, _), known in zip(jax.tree_util.tree_leaves_with_path(tree), splits, strict=True):
         if known is None:
             raise ValueError(
-                f"param_specs must say which axes of {name} are sharded with storage={storage!r}, whose "
-                f"scales go along whole axes: {leaf_name(path)} is a shard. Pass what in_specs of "
-                "jax.shard_map has for the parameters."
+                f"param_specs must say which axes of {name} are sharded with storage={storage!r}, which "
+                f"takes entries of whole axes together: {leaf_name(path)} is a shard. Pass what in_specs "
+                "of jax.shard_map has for the parameters, or storage=jnp.float32."
             )
 
 

@@ -145,7 +145,8 @@ def with_automatic_axes(
         sharding = explicit_sharding(x)
         return PartitionSpec() if sharding is None else PartitionSpec(*sharding.spec[axes])
 
-    if all(explicit_sharding(x) is None for x in jax.tree.leaves(like)):
+    is_manual = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    if is_manual or all(explicit_sharding(x) is None for x in jax.tree.leaves(like)):
         return function
     specs: Any = jax.tree.map(spec_of, like)
     automatic: Any = jax.sharding.auto_axes(function, out_sharding=specs)

@@ -85,7 +85,7 @@ def _refuse_derivatives(shared: tuple[str, ...], primals: Any, tangents: Any) ->
     """Bytes have no derivative: what is rounded to them would be taken for a constant."""
     del shared, tangents
     raise ValueError(
-        f"storage must be jnp.float32 or jnp.bfloat16 where a step is differentiated, got "
+        "storage must be jnp.float32 where a step is differentiated, got "
         f"{primals[1].values.dtype.name!r}, whose rows of one byte have no derivative. Or cut gradients "
         "off by jax.lax.stop_gradient."
     )

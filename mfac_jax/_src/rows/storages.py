@@ -40,7 +40,8 @@ class Storage(NamedTuple):
         and precondition it with them: for rows that are far from the gradients.
       encode_part: `(gradient, rows, along)` to a row, of the part of a leaf that a device has with
         `axis_name`; `along` has, for each axis of the leaf, the mesh axes that parts of it are spread over.
-        None: `encode`, for rows of one array; others are refused with `axis_name`.
+        None: `encode`, for rows of one array. Others are refused with `axis_name`, and so are those with a
+        `shape`.
       axes: from a row, of shapes, to a list with a tuple for each of its arrays: for each axis of the array
         the axis of the leaf that it goes along, or None. `state_shardings` asks it of the package's own
         storages alone, and takes other arrays with fewer axes as replicated.
@@ -119,7 +120,8 @@ def axes_of_leaf(storage: Storage, row: Any, ndim: int) -> list[AxesOfLeaf]:
 
 def takes_parts(storage: Storage) -> bool:
     """Whether it works where a device has a part of a leaf alone."""
-    return storage.encode_part is not None or _structure(storage).num_leaves == 1
+    is_one_array = _structure(storage).num_leaves == 1
+    return storage.shape is None and (is_one_array or storage.encode_part is not None)
 
 
 def split(storage: Storage, window: Any) -> list[Rows]:

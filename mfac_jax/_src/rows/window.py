@@ -231,6 +231,6 @@ def _put_bfloat16(rows: jax.Array, x: jax.Array, index: jax.Array) -> jax.Array:
 
 @_put_bfloat16.defjvp
 def _put_bfloat16_jvp(primals, tangents):
-    # Integers have no derivative.
+    # Integers have no derivative, and bits no transpose.
     rows, x, index = primals
-    return _put_bfloat16(rows, x, index), _put_bfloat16(*tangents[:2], index)
+    return _put_bfloat16(rows, x, index), lax.dynamic_update_index_in_dim(*tangents[:2], index, 0)

@@ -133,8 +133,8 @@ def _array_of(
     if not names_in(along):
         return Array(array.shape, array.dtype, sharding, part.varies_over)
     split = tuple(
-        names if number == length else ()
-        for number, length, names in zip(array.shape, whole, along, strict=True)
+        along[axis] if axis is not None and length == whole[axis] else ()
+        for length, axis in zip(array.shape, axes, strict=True)
     )
     return Array(local_shape(split, array.shape), array.dtype, sharding, names_in(split))
 
