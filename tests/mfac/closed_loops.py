@@ -107,7 +107,7 @@ def results(num_grads: int) -> Result:
             return peak * (1 - decays * (1 - jnp.cos(jnp.pi * count / STEPS)) / 2)
 
         run = jax.random.key(number)
-        tx, params = mfac(schedule, num_grads, step_adaptation=speed), start(run)
+        tx, params = mfac(schedule, num_grads, step_adaptation=speed, storage=None), start(run)
         steps, ends = zip(*PROBLEMS.values(), strict=True)
 
         def step(carry, number):
