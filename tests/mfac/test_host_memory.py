@@ -113,7 +113,10 @@ def on_mesh(axis_type: AxisType):
 @slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 def test_on_a_mesh_each_device_streams_its_shard(axis_type):
-    tx, param_shardings = mfac(0.01, NUM_GRADS, metric="diagonal", storage=None, host_chunk=3), on_mesh(axis_type)
+    tx, param_shardings = (
+        mfac(0.01, NUM_GRADS, metric="diagonal", storage=None, host_chunk=3),
+        on_mesh(axis_type),
+    )
     params = jax.device_put(start(), param_shardings)
     shardings = state_shardings(tx, params, param_shardings)
     state = tx.init(params)
@@ -132,7 +135,10 @@ def test_on_a_mesh_each_device_streams_its_shard(axis_type):
 
 @slow
 def test_in_shard_map_each_device_streams_its_shard():
-    tx, param_shardings = mfac(0.01, NUM_GRADS, storage=None, axis_name=("x", "y"), host_chunk=3), on_mesh(AxisType.Auto)
+    tx, param_shardings = (
+        mfac(0.01, NUM_GRADS, storage=None, axis_name=("x", "y"), host_chunk=3),
+        on_mesh(AxisType.Auto),
+    )
     params = jax.device_put(start(), param_shardings)
     shardings = state_shardings(tx, params, param_shardings)
     state = tx.init(params)

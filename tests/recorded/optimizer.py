@@ -64,7 +64,9 @@ def spoiled(shapes: str, steps: int = 20):
     return grads
 
 
-old_default = functools.partial(mfac_jax.mfac, learning_rate=3e-3, damping=0.2, metric="diagonal")
+old_default = functools.partial(
+    mfac_jax.mfac, learning_rate=3e-3, damping=0.2, metric="diagonal", storage=None
+)
 
 for _name, _options in OPTIONS.items():
     STREAMS[f"scale_by_mfac, {_name}"] = functools.partial(
