@@ -2,8 +2,8 @@
 
 `figures.json` beside this file holds these numbers as revision 2190069 gave them, before the house was
 rebuilt; streams with a learned step factor are newer. `python -m tests.recorded.streams FILE` writes them
-as they are now. `mfac` has the metric and the storage here that were its defaults then: QR factorisations of
-the rotated metric differ between CPUs where gradients span few directions.
+as they are now. `mfac` has the metric and the storage here that were its defaults then: QR factorisations
+of the rotated metric differ between CPUs where gradients span few directions.
 """
 
 import json
