@@ -97,12 +97,12 @@ def _train(run: Run, setting: Setting) -> dict[str, Any]:
         "steps": total,
         "parameters": sum(x.size for x in jax.tree.leaves(workload.params)),
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
-        "source": _without_folder(workload.source, setting.data_dir),
+        "source": without_folder(workload.source, setting.data_dir),
         "jobs": setting.jobs,
         "device": jax.devices()[0].device_kind,
     }
 
 
-def _without_folder(source: str, data_dir: Path | None) -> str:
+def without_folder(source: str, data_dir: Path | None) -> str:
     """Where data are from, without the names of folders on this machine."""
     return source if data_dir is None else source.replace(f"{data_dir}{os.sep}", "")

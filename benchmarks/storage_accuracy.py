@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import mfac_jax
 from benchmarks import timing
+from benchmarks.comparison_run import without_folder
 from benchmarks.peers import OptionalExistingFolder
 from benchmarks.storages import ALL
 from benchmarks.training_share import start
@@ -119,7 +120,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         cifar10.make_workload(epochs=1, batch_size=64, samples=10_000, **shared),
     )
     lines = [
-        measure(workload._replace(batches=workload.batches[: options.steps]), options.num_grads)
+        measure(
+            workload._replace(
+                batches=workload.batches[: options.steps],
+                source=without_folder(workload.source, options.data_dir),
+            ),
+            options.num_grads,
+        )
         for workload in workloads
     ]
     if options.out is not None:
