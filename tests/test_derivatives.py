@@ -127,8 +127,8 @@ def check(name: str, kind: str, of_state: Callable = nothing) -> None:
     difference, forward, reverse = derivatives(tx, of_state, stream(kind), jnp.asarray(step))
     assert abs(difference) > 1e-3
     np.testing.assert_allclose(forward, difference, rtol=tolerance)
-    # Rounding alone: 1.6e-9 through the bases of the rotated metric, on some CPUs.
-    np.testing.assert_allclose(reverse, forward, rtol=1e-8)
+    # Rounding alone, through the bases of the rotated metric 1.6e-9 on some CPUs.
+    np.testing.assert_allclose(reverse, forward, rtol=1e-8 if name == "rotated metric" else 1e-9)
 
 
 @pytest.mark.parametrize("name", [n if n == QUICK else pytest.param(n, marks=slow) for n in CONFIGS])

@@ -88,7 +88,10 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params, para
         )
 
     def with_own(node, as_rows, as_arrays):
-        """A metric sees the gradient as the window does: its arrays are sharded as rows."""
+        """A metric sees the gradient as the window does: its arrays are sharded as rows.
+
+        So is the remainder. The window is sharded as its storage says.
+        """
         if not _is_mfac(node):
             return node
         window = _placed(node, as_arrays.window)

@@ -130,8 +130,6 @@ def _array_of(
         return Array(part.shape, array.dtype, part.sharding, part.varies_over)
     own = part.sharding
     sharding = None if own is None else sharding_of_array(array.shape, axes, own)
-    if not names_in(along):
-        return Array(array.shape, array.dtype, sharding, part.varies_over)
     split = tuple(
         along[axis] if axis is not None and length == whole[axis] else ()
         for length, axis in zip(array.shape, axes, strict=True)
