@@ -26,7 +26,7 @@ import numpy as np
 import mfac_jax
 from benchmarks import timing
 from examples import cifar10_data, resnet20, resnet20_pruning
-from examples.common import json_lines, markdown, provenance
+from examples.common import json_lines, markdown, over_seeds, provenance
 from examples.common.command_line import NO_DEFAULT, Count, OptionalPath, choices, parse
 from examples.common.options import Pruning, Shares
 from examples.prune_resnet20 import PATTERNS, WEIGHTS
@@ -155,18 +155,23 @@ def measure(network: Network, data: Data, request: Request) -> dict[str, Any]:
 
 
 def table(lines: list[dict[str, Any]], statistics: str) -> str:
-    """Write the accuracies as Markdown: percent, mean and standard deviation over the seeds."""
+    """Write the accuracies as Markdown: percent, and deviations over several seeds."""
     kinds = sorted({(line["pattern"] or "", line["sparsity"]) for line in lines})
     rows = []
     for method in METHODS:
         cells = []
         for pattern, sparsity in kinds:
             found = 100 * accuracies(lines, statistics, method, pattern, sparsity)
-            cells.append(f"{np.mean(found):.1f} ± {np.std(found):.1f} ({len(found)})" if len(found) else "")
+            cells.append(_percent(found))
         if any(cells):
             rows.append([method, *cells])
     heads = [f"{sparsity:.1%} {pattern}".strip() for pattern, sparsity in kinds]
     return markdown.table([f"batch statistics {statistics}", *heads], rows)
+
+
+def _percent(found: np.ndarray) -> str:
+    spread = f" ± {over_seeds.deviation(found):.1f}" if len(found) > 1 else ""
+    return f"{found.mean():.1f}{spread}" if len(found) else ""
 
 
 def accuracies(

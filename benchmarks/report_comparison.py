@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +16,7 @@ from benchmarks import comparison_results as results
 from benchmarks.comparison_plots import STYLES, Record, Scan
 from benchmarks.comparison_results import Summary, final_loss, scan_of
 from benchmarks.optimizers import PUBLISHED_NUM_GRADS, TUNING_SEED
-from examples.common import json_lines, markdown
+from examples.common import json_lines, markdown, over_seeds
 from examples.common.command_line import Folder, parse, refuse
 
 # Two, since no file of the repository is over 1 MB.
@@ -30,26 +30,10 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = RESULTS
     """files of `compare_optimizers`; those of the repository if none is given"""
     out: Folder = Path("docs")
-    """folder to write to"""
+    """folder to draw in"""
 
 
 # ------------------------------------------------------------------------------------------- tables
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Write mean ± sample standard deviation; this has two digits, the mean as many decimals."""
-    numbers = np.array(values, float)  # None, JSON's NaN, becomes one
-    diverged = int(np.sum(~np.isfinite(numbers)))
-    if diverged:
-        return f"{diverged} of {len(numbers)} diverged"
-    mean = numbers.mean()
-    if len(numbers) == 1:
-        return f"{mean:.4g}"
-    deviation = numbers.std(ddof=1)
-    if mean < 1e-4 or deviation < 1e-4 * mean:
-        return f"{mean:.2g} ± {deviation:.2g}" if mean < 1e-4 else f"{mean:.4g} ± {deviation:.2g}"
-    decimals = max(0, 1 - math.floor(math.log10(deviation)))
-    return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
 
 
 def bullets(lines: Sequence[str]) -> str:
@@ -70,7 +54,7 @@ def summary_table(problems: Mapping[str, Mapping[str, Summary]]) -> str:
         }
         lowest = min(means.values())
         for name in names:
-            text = spread(losses[name]) if losses.get(name) else why_empty(own.get(name))
+            text = over_seeds.text(losses[name]) if losses.get(name) else why_empty(own.get(name))
             is_best = name in own and math.isfinite(lowest) and means[name] == lowest
             rows[name].append(f"**{text}**" if is_best else text)
     return markdown.table(["", *problems], list(rows.values()))
@@ -106,7 +90,9 @@ def results_table(summaries: Mapping[str, Summary]) -> str:
             row += [why_empty(summary)] + [""] * (len(header) - 3)
             continue
         row.append(rate_cell(summary))
-        row += [spread([run["evaluations"][-1][column] for run in summary.runs]) for column in columns]
+        row += [
+            over_seeds.text([run["evaluations"][-1][column] for run in summary.runs]) for column in columns
+        ]
         row += [str(len(summary.runs)), f"{summary.step_ms:.3g}"]
         for axis in ("step", "seconds") if whose else ():
             mean = float(np.mean([results.first_at(run, target, axis) for run in summary.runs]))
@@ -307,34 +293,58 @@ def provenance(records: list[Record], runs: list[Record], sections: Mapping[str,
 # ------------------------------------------------------------------------------------------- report
 
 
-def report(records: list[Record], out: Path) -> str:
-    """Draw the pictures; return the text of the report."""
-    runs = list({results.identity(r): r for r in records if "evaluations" in r}.values())  # the last counts
+class Studies(NamedTuple):
+    """What stored runs are about.
+
+    Attributes:
+      records: all lines of the files.
+      runs: finished runs; of equal ones the last counts.
+      sections: runs by title.
+      tuning: those of them that look for the best rate.
+      grids: those over rate and damping.
+      summaries: of the tuning runs, by title and optimizer.
+      whole: of those that no --steps cut; of all, if there are no others.
+    """
+
+    records: list[Record]
+    runs: list[Record]
+    sections: Mapping[str, list[Record]]
+    tuning: Mapping[str, list[Record]]
+    grids: Mapping[str, list[Record]]
+    summaries: Mapping[str, Mapping[str, Summary]]
+    whole: Mapping[str, Mapping[str, Summary]]
+
+
+def studies(records: list[Record]) -> Studies:
+    """Sort the lines."""
+    runs = list({results.identity(r): r for r in records if "evaluations" in r}.values())
     sections = results.by_section(runs)
     tuning, grids = results.select(sections, "tuning"), results.select(sections, "grid")
     summaries = {title: results.summarize(own) for title, own in tuning.items()}
-    # Runs that were cut have sections alone.
     whole = {title: own for title, own in summaries.items() if tuning[title][0]["limit"] is None}
-    whole = whole or summaries
-    scans = {title: {n: s.scan for n, s in own.items()} for title, own in whole.items()}
-    starts = {title: results.initial_loss(own) for title, own in sections.items()}
+    return Studies(records, runs, sections, tuning, grids, summaries, whole or summaries)
+
+
+def report(found: Studies) -> str:
+    """Write the text of the report."""
     parts = ["# Comparison of optimizers\n"]
-    if summaries:
-        seeds = sorted({len(s.runs) for own in summaries.values() for s in own.values() if s.runs})
+    if found.summaries:
+        seeds = sorted({len(s.runs) for own in found.summaries.values() for s in own.values() if s.runs})
         over = " to ".join(str(count) for count in (seeds[:1] + seeds[-1:] if len(seeds) > 1 else seeds))
         parts.append(
             f"Final training loss, mean ± standard deviation over {over} seeds, the best in bold:\n"
         )
-        parts += [summary_table(whole), bullets(notes(tuning, summaries))]
-        parts += [standings_table(summaries), seconds_table(summaries)]
-    parts += ["## How it was measured\n", provenance(records, runs, sections)]
-    for title, own in summaries.items():
-        parts += [f"## {title}\n", description(tuning[title]), results_table(own)]
-        parts.append(bullets(target_note(own) + notes(tuning, {title: own})))
-        several = results.full_scans(tuning[title], grids.get(title, []))
+        parts += [summary_table(found.whole), bullets(notes(found.tuning, found.summaries))]
+        parts += [standings_table(found.summaries), seconds_table(found.summaries)]
+    parts += ["## How it was measured\n", provenance(found.records, found.runs, found.sections)]
+    for title, own in found.summaries.items():
+        tuning = found.tuning[title]
+        parts += [f"## {title}\n", description(tuning), results_table(own)]
+        parts.append(bullets(target_note(own) + notes(found.tuning, {title: own})))
+        several = results.full_scans(tuning, found.grids.get(title, []))
         if several:
-            parts.append(width_table(several, results.goes_to_zero(tuning[title])))
-    for title, own in grids.items():
+            parts.append(width_table(several, results.goes_to_zero(tuning)))
+    for title, own in found.grids.items():
         parts.append(f"## {title}: rate and damping, seed {TUNING_SEED}, final training loss\n")
         parts.append(
             scans_table(
@@ -344,23 +354,25 @@ def report(records: list[Record], out: Path) -> str:
                 }
             )
         )
-    for title, own in results.select(sections, "variants").items():
+    for title, own in results.select(found.sections, "variants").items():
         parts.append(f"## {title}: one setting changed, seed {TUNING_SEED}, final training loss\n")
         parts.append(scans_table(variant_scans(own)))
-    if summaries:
-        curves = {title: {n: s.runs for n, s in own.items()} for title, own in whole.items()}
+    return "\n".join(parts)
+
+
+def draw(found: Studies, out: Path) -> None:
+    """Draw the pictures of the report."""
+    starts = {title: results.initial_loss(own) for title, own in found.sections.items()}
+    if found.summaries:
+        curves = {title: {n: s.runs for n, s in own.items()} for title, own in found.whole.items()}
         curves = {title: own for title, own in curves.items() if any(own.values())}
         if curves:  # runs of the tuning seed alone have none
             plots.plot_curves(curves, out / "comparison_curves.png")
-        plots.plot_scans(
-            {title: scans[title] for title in whole or summaries},
-            starts,
-            out / "comparison_sensitivity.png",
-        )
-    if grids:
-        grid_lines = {title: results.grid_scans(own) for title, own in grids.items()}
+        scans = {title: {n: s.scan for n, s in own.items()} for title, own in found.whole.items()}
+        plots.plot_scans(scans, starts, out / "comparison_sensitivity.png")
+    if found.grids:
+        grid_lines = {title: results.grid_scans(own) for title, own in found.grids.items()}
         plots.plot_grids(grid_lines, starts, out / "comparison_grid.png")
-    return "\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -375,9 +387,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse(f"cannot read {names}: {error}; `compare_optimizers` writes such files")
     if not any("evaluations" in record for record in records):
         refuse(f"no finished run in {names}: run `compare_optimizers` first")
-    text = report(records, options.out)
-    (options.out / "comparison.md").write_text(text)
-    print(text)
+    found = studies(records)
+    draw(found, options.out)
+    print(report(found))
 
 
 if __name__ == "__main__":

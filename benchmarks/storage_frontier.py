@@ -20,16 +20,23 @@ from benchmarks.comparison_run import Run, Setting
 from benchmarks.peers import OptionalExistingFolder
 from benchmarks.problems import PROBLEMS
 from benchmarks.storages import ALL
-from examples.common import markdown
+from examples.common import markdown, over_seeds
 from examples.common.command_line import Count, Folder, OptionalCount, choices, parse
 
 STUDY = "frontier"
-# Whose courses are drawn: marker and label.
-CURVES = {
-    opt.frontier_name("rotated", 64, "float32"): ("o", "float32, 64 rows"),
-    opt.frontier_name("rotated", 32, "int8"): ("s", "int8, 32 rows"),
-    opt.frontier_name("rotated", 64, "low rank"): ("^", "low rank, 64 rows"),
+# What whole runs are compared with, by label.
+WINDOWS = {
+    f"{storage}, {num_grads} rows": opt.frontier_name("rotated", num_grads, storage)
+    for storage, num_grads in (
+        ("float32", 64),
+        ("int8", 64),
+        ("int8", 32),
+        ("int8", 16),
+        ("low rank", 64),
+    )
 }
+# Whose courses are drawn, with which marker.
+CURVES = {"float32, 64 rows": "o", "int8, 32 rows": "s", "low rank, 64 rows": "^"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +134,7 @@ def table(records: Sequence[dict[str, Any]], panel: Panel) -> str:
         [
             name.removeprefix("mfac, "),
             f"{found['bytes']:.1f}",
-            *(_mean(found[loss]) for loss in ("train", "valid")),
+            *(over_seeds.text(found[loss]) for loss in ("train", "valid")),
             str(len(found["train"])),
         ]
         for name, found in sorted(points(records, panel).items(), key=lambda item: item[1]["bytes"])
@@ -135,9 +142,33 @@ def table(records: Sequence[dict[str, Any]], panel: Panel) -> str:
     return markdown.table(["", "bytes a parameter", "training loss", "validation loss", "seeds"], rows)
 
 
-def _mean(values: np.ndarray) -> str:
-    spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
-    return f"{values.mean():.4g}{spread}"
+def long_table(records: Sequence[dict[str, Any]]) -> str:
+    """Write the training losses of whole runs, a column for each of `WINDOWS`, in Markdown."""
+    whole = {
+        panel.problem: points(records, panel)
+        for panel in panels(records, list(PROBLEMS))
+        if panel.steps is None
+    }
+    in_bytes = [f"{whole['text'][name]['bytes']:.0f}" for name in WINDOWS.values()]
+    rows = [["bytes a parameter, text", *in_bytes]]
+    for problem, found in whole.items():
+        cells = [
+            over_seeds.text(found[name]["train"]) if name in found else "" for name in WINDOWS.values()
+        ]
+        rows.append([problem, *cells])
+    return markdown.table(["", *WINDOWS], rows)
+
+
+def short_table(records: Sequence[dict[str, Any]], panel: Panel) -> str:
+    """Write training loss and bytes a parameter, a column for each number of rows, in Markdown."""
+    lines: dict[str, dict[int, str]] = {}
+    for name, found in points(records, panel).items():
+        size = opt.FRONTIER[name]["num_grads"]
+        cell = f"{over_seeds.text(found['train'])} ({found['bytes']:.0f})"
+        lines.setdefault(opt.frontier_line(name), {})[size] = cell
+    sizes = sorted({size for cells in lines.values() for size in cells})
+    rows = [[name, *(cells.get(size, "") for size in sizes)] for name, cells in sorted(lines.items())]
+    return markdown.table(["", *(f"{size} rows" for size in sizes)], rows)
 
 
 def draw(records: Sequence[dict[str, Any]], shown: Sequence[Panel], path: Path) -> None:
@@ -147,9 +178,8 @@ def draw(records: Sequence[dict[str, Any]], shown: Sequence[Panel], path: Path) 
     for axes, panel in zip(row[0], shown, strict=True):
         lines: dict[str, list[Any]] = {}
         for name, found in points(records, panel).items():
-            spread = found["train"].std(ddof=1) if len(found["train"]) > 1 else 0.0
             line = lines.setdefault(opt.frontier_line(name), [])
-            line.append((found["bytes"], found["train"].mean(), spread))
+            line.append((found["bytes"], found["train"].mean(), over_seeds.deviation(found["train"])))
         for label, line in sorted(lines.items()):
             x, y, error = np.array(sorted(line)).T
             color = colors.setdefault(label, f"C{len(colors)}")
@@ -169,8 +199,8 @@ def draw_curves(records: Sequence[dict[str, Any]], shown: Sequence[Panel], path:
     figure, row = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), squeeze=False)
     for axes, panel in zip(row[0], shown, strict=True):
         entries = runs_of_entries(records, panel)
-        for color, (name, (marker, label)) in enumerate(CURVES.items()):
-            for run in entries.get(name, []):
+        for color, (label, marker) in enumerate(CURVES.items()):
+            for run in entries.get(WINDOWS[label], []):
                 x = [evaluation["step"] for evaluation in run["evaluations"]]
                 y = [evaluation["train_loss"] for evaluation in run["evaluations"]]
                 axes.plot(x, y, color=f"C{color}", marker=marker, markersize=4, linewidth=1, label=label)

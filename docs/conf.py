@@ -1,6 +1,7 @@
 """How Sphinx builds the site: `make docs`."""
 
 import os
+import sys
 from pathlib import Path
 
 import jupytext
@@ -8,6 +9,9 @@ import jupytext
 import mfac_jax
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks import stored_tables  # noqa: E402
+
 # Pages that can be downloaded as notebooks.
 NOTEBOOKS = ("start",)
 
@@ -27,7 +31,10 @@ extensions = [
 ]
 
 nitpicky = True  # a name in a docstring that leads nowhere is a warning
-nitpick_ignore_regex = [("py:.*", r"(jax|optax|jnp|chex|flax|numpy|np|collections|typing)\..*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(jax|optax|jnp|chex|flax|numpy|np|collections|typing)\..*"),
+    ("py:class", r"ArrayTree|mfac_jax\._src\..*"),  # types of arguments that have no page
+]
 default_role = "code"
 
 # Cells run in the build; what they write to stderr is an error.
@@ -46,6 +53,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "sphinx_book_theme"
@@ -71,3 +79,4 @@ def write_notebooks() -> None:
 
 
 write_notebooks()
+stored_tables.write(ROOT / "out" / "tables")

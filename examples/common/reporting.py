@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from examples.common import json_lines, provenance
+from examples.common import json_lines, over_seeds, provenance
 from examples.common.training import History
 from examples.common.workload import Workload
 
@@ -57,7 +57,9 @@ def summarize(histories: Sequence[History]) -> Summary:
     """Mean and standard deviation over the seeds of the last evaluation of each run."""
     last = [history.evaluations[-1] for history in histories]
     columns = {metric: np.array([evaluation[metric] for evaluation in last]) for metric in last[0]}
-    return {metric: {"mean": float(x.mean()), "std": float(x.std())} for metric, x in columns.items()}
+    return {
+        metric: {"mean": float(x.mean()), "std": over_seeds.deviation(x)} for metric, x in columns.items()
+    }
 
 
 def print_summaries(rates: Mapping[str, float], histories: Histories) -> None:

@@ -46,7 +46,7 @@ def made_up() -> list[dict]:
 def report(folder: Path, lines: list[dict]) -> str:
     (folder / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report_comparison.main([str(folder / "runs.jsonl"), "--out", str(folder / "docs")])
-    return (folder / "docs" / "comparison.md").read_text()
+    return report_comparison.report(report_comparison.studies(lines))
 
 
 def results_rows(text: str, title: str) -> dict[str, str]:

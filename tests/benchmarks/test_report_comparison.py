@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import comparison_results, report_comparison
+from benchmarks import comparison_results
 from tests.benchmarks.made_up_runs import made_up, record, report, results_rows
 
 
@@ -88,13 +88,6 @@ def test_entries_of_mfac_with_several_revisions_are_named_and_those_of_peers_are
         f"- runs of several revisions: mfac on digits-mlp, tuning: {ending}",
         f"- runs of several revisions: mfac, damping=1 on digits-mlp, variants: {ending}",
     ]
-
-
-def test_a_spread_has_the_decimals_of_its_deviation_and_counts_divergences():
-    assert report_comparison.spread([0.00135, 0.00151]) == "0.00143 ± 0.00011"
-    assert report_comparison.spread([2.0, 2.0]) == "2 ± 0"
-    assert report_comparison.spread([2e-6, 4e-6]) == "3e-06 ± 1.4e-06"
-    assert report_comparison.spread([0.5, None, 0.6]) == "1 of 3 diverged"
 
 
 def test_the_width_of_a_parabola_is_that_of_its_formula():

@@ -33,7 +33,7 @@ def test_the_table_and_the_picture_have_every_window(tmp_path):
         for seed in (1, 2)
     ]
     text = storage_frontier.table(records, PANEL)
-    assert "| rotated, int8, num_grads=4 | 40.0 | 0.515 ± 0.0071 | 1.03 ± 0.014 | 2 |" in text
+    assert "| rotated, int8, num_grads=4 | 40.0 | 0.5150 ± 0.0071 | 1.030 ± 0.014 | 2 |" in text
     storage_frontier.draw(records, [PANEL], tmp_path / "frontier.png")
     storage_frontier.draw_curves(records, [PANEL], tmp_path / "curves.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000 < (tmp_path / "curves.png").stat().st_size
