@@ -8,12 +8,14 @@ import threading
 
 import pytest
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 ROOT = pathlib.Path(__file__).parents[2]
 SITE = ROOT / "out" / "site"
 SCREENSHOTS = ROOT / "out" / "screenshots"
-PAGES = [str(page.relative_to(SITE)) for page in sorted(SITE.rglob("*.html")) if "_modules" not in page.parts]
+PAGES = [
+    str(page.relative_to(SITE)) for page in sorted(SITE.rglob("*.html")) if "_modules" not in page.parts
+]
 WIDTHS = {"wide": 1300, "narrow": 420}
 LONGEST = 12_000  # pixels of a screenshot
 ARGUMENTS = [

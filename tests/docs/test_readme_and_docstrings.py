@@ -16,20 +16,13 @@ from mfac_jax import components, pruning
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-QUICK_SNIPPETS = 1  # the first, which shows how to begin; all others are slow
 MODULES = [module.name for module in pkgutil.walk_packages(mfac_jax.__path__, "mfac_jax.")]
 NAMESPACES = (mfac_jax, pruning, components)
 # Classes that functions return, or hand to a user's own.
 RETURNED = ("Diagnostics", "StepView")
 
 
-@pytest.mark.parametrize(
-    "snippet",
-    [
-        pytest.param(s, id=s.strip().splitlines()[0], marks=pytest.mark.slow if i >= QUICK_SNIPPETS else [])
-        for i, s in enumerate(SNIPPETS)
-    ],
-)
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.strip().splitlines()[-1])
 def test_readme_code_runs(snippet):
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
 
@@ -75,9 +68,3 @@ def test_names_of_pruning_still_come_from_the_package_with_a_warning(name):
 def test_other_names_are_not_there():
     with pytest.raises(AttributeError, match="module 'mfac_jax' has no attribute 'shampoo'"):
         _ = mfac_jax.shampoo
-
-
-def test_readme_links_to_files_that_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
