@@ -12,7 +12,7 @@ def cgfac(
     learning_rate: optax.ScalarOrSchedule = 0.1,
     damping: optax.ScalarOrSchedule = DAMPING,
     momentum: float | None = 0.9,
-    weight_decay: float | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     mask: optax.MaskOrFn = None,
     *,
     tolerance: float | jax.Array = TOLERANCE,
@@ -39,7 +39,8 @@ def cgfac(
         matrix of one batch is too noisy for it. On digits, 0.1 with a warm-up and a decay to zero worked.
       damping: lambda, > 0; see `scale_by_cgfac`.
       momentum: :math:`\beta` in [0, 1), or None for none.
-      weight_decay: :math:`\omega` >= 0, or None; decoupled, as in AdamW. Needs `params` in `update`.
+      weight_decay: :math:`\omega` >= 0, a number or a schedule, or None; decoupled, as in AdamW. Needs
+        `params` in `update`.
       mask: where weight decay acts: a tree of bools, or a function from parameters to one. Needs
         `weight_decay`.
       tolerance: see `scale_by_cgfac`.

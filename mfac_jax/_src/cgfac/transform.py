@@ -92,8 +92,7 @@ def scale_by_cgfac(
       Eschenhagen et al., `Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures
       <https://arxiv.org/abs/2311.00636>`_, NeurIPS 2023: kernels used at several places ('expand').
     """
-    if not callable(damping):
-        checks.check_positive("damping", damping, str(DAMPING))
+    checks.check_positive("damping", damping, str(DAMPING), or_schedule=True)
     checks.check_positive("tolerance", tolerance, str(TOLERANCE))
     max_iterations = checks.check_size("max_iterations", max_iterations, str(MAX_ITERATIONS))
     if norm_constraint is not None:

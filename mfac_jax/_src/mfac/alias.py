@@ -23,7 +23,7 @@ def mfac(
     num_grads: int = NUM_GRADS,
     damping: optax.ScalarOrSchedule = 1.0,
     momentum: float | None = 0.9,
-    weight_decay: float | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     mask: optax.MaskOrFn = None,
     *,
     metric: MetricName | Literal["auto"] | Metric = "auto",
@@ -58,7 +58,8 @@ def mfac(
       damping: :math:`\rho` > 0. 0.1 to 1 is the useful range; smaller is bolder. 1 suits the rotated
         metric, 0.2 the diagonal one.
       momentum: :math:`\beta` in [0, 1) over the gradients of the window, or None for none.
-      weight_decay: :math:`\omega` >= 0, decoupled as in AdamW, or None. Needs `params` in `update`.
+      weight_decay: :math:`\omega` >= 0, a number or a schedule, or None; decoupled, as in AdamW. Needs
+        `params` in `update`.
       mask: a tree of bools, or a function from parameters to one: where weight decay acts.
       metric: see `scale_by_mfac`. 'auto' is 'rotated', but 'diagonal' with `axis_name`: devices hold parts
         of matrices there.
@@ -97,8 +98,7 @@ def mfac(
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
     rate = chain.scaled_by(learning_rate, "1e-2")
-    if not callable(damping):
-        checks.check_positive("damping", damping, "1.0")
+    checks.check_positive("damping", damping, "1.0", or_schedule=True)
     chain.check_momentum(momentum)
     if not isinstance(step_adaptation, StepLength):
         checks.check_step_adaptation(step_adaptation)
@@ -129,7 +129,7 @@ def mfac_published(
     num_grads: int = 512,
     damping: optax.ScalarOrSchedule = 1e-5,
     momentum: float | None = 0.9,
-    weight_decay: float | None = 3e-3,
+    weight_decay: optax.ScalarOrSchedule | None = 3e-3,
     mask: optax.MaskOrFn = None,
     *,
     blocks: Blocks = None,
@@ -160,7 +160,8 @@ def mfac_published(
       num_grads: m >= 1. The authors use 512 and 1024.
       damping: :math:`\lambda` > 0, in units of a squared gradient. The authors use 1e-5 to 1e-7.
       momentum: :math:`\beta` in [0, 1), of the updates, or None for none.
-      weight_decay: :math:`\omega` >= 0, added to the gradient, or None. Needs `params` in `update`.
+      weight_decay: :math:`\omega` >= 0, a number or a schedule, or None; added to the gradient. Needs
+        `params` in `update`.
       mask: a tree of bools, or a function from parameters to one: where weight decay acts.
       blocks: see `scale_by_mfac`.
       solver: see `scale_by_mfac`.
@@ -189,8 +190,7 @@ def mfac_published(
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
     rate = chain.scaled_by(learning_rate, "1e-3")
-    if not callable(damping):
-        checks.check_positive("damping", damping, "1e-5")
+    checks.check_positive("damping", damping, "1e-5", or_schedule=True)
     preconditioner = scale_by_mfac(
         num_grads,
         damping,

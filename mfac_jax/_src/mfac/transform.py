@@ -127,8 +127,7 @@ def scale_by_mfac(
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
-    if not callable(damping):
-        checks.check_positive("damping", damping, str(DAMPING))
+    checks.check_positive("damping", damping, str(DAMPING), or_schedule=True)
     checks.check_decay("window_momentum", window_momentum, "0.9")
     checks.check_bool("relative_damping", relative_damping)
     checks.check_bool("nesterov", nesterov)
