@@ -10,11 +10,10 @@ from mfac_jax._src.mfac.metric import Metric
 from mfac_jax._src.mfac.metrics import MetricName
 from mfac_jax._src.mfac.solvers import Solver, SolverName
 from mfac_jax._src.mfac.step_length import StepLength
-from mfac_jax._src.mfac.transform import scale_by_mfac
+from mfac_jax._src.mfac.transform import NUM_GRADS, scale_by_mfac
 from mfac_jax._src.rows.blocks import Blocks
 from mfac_jax._src.rows.manual_axes import AxisName
 
-NUM_GRADS = 32
 STORAGE = jnp.dtype(jnp.int8)  # not `jnp.int8`, which optax.inject_hyperparams would take for a schedule
 
 

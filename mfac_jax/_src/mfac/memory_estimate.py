@@ -72,7 +72,7 @@ def memory_estimate(
     """The bytes that the state of `scale_by_mfac` with these arguments takes. Nothing is allocated.
 
     A training step takes a few more copies of the parameters while it runs, some ten with the rotated
-    metric on CPU. `mfac` has `num_grads=32, metric='rotated', storage=jnp.int8` where nothing else is said.
+    metric on CPU. `mfac` has `metric='rotated', storage=jnp.int8` where nothing else is said.
 
     Args:
       params: arrays, or `jax.ShapeDtypeStruct`. Where all lie on a mesh, their shardings count.

@@ -36,7 +36,7 @@ from mfac_jax._src.rows.manual_axes import (
 )
 from mfac_jax._src.rows.window import Plan, make_plan, write_row
 
-NUM_GRADS = 64
+NUM_GRADS = 32
 DAMPING = 1e-3  # absolute: in units of a squared gradient
 
 
@@ -64,6 +64,9 @@ def scale_by_mfac(
     .. math::
       u = F^{-1} g_j, \quad F = \lambda I + \tfrac{1}{m} G^\top G, \quad \text{computed as} \quad
       m\, G^\top (G G^\top + m \lambda I)^{-1} e_j
+
+    `mfac` passes `damping=1.0, relative_damping=True, window_momentum=0.9, nesterov=True,
+    step_adaptation=0.3, metric='rotated', storage=jnp.int8`.
 
     A step reads the window twice. Donate the state (`jax.jit(..., donate_argnums=...)`) to update it in
     place. A gradient with a NaN or an Inf is returned as it came, and changes only `grads_rejected`. Finite
