@@ -4,10 +4,15 @@ import jax
 import optax
 
 from mfac_jax._src.base import chain
+from mfac_jax._src.base.foreign_arguments import explain_foreign_arguments
 from mfac_jax._src.cgfac.layers import Factors
 from mfac_jax._src.cgfac.transform import DAMPING, MAX_ITERATIONS, TOLERANCE, scale_by_cgfac
 
 
+@explain_foreign_arguments(
+    b2="The Fisher matrix takes the place of a second moment.",
+    nesterov="Its momentum is a mean of updates, without Nesterov's term.",
+)
 def cgfac(
     learning_rate: optax.ScalarOrSchedule = 0.1,
     damping: optax.ScalarOrSchedule = DAMPING,

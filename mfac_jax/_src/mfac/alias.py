@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import chain, checks, schedules
+from mfac_jax._src.base.foreign_arguments import explain_foreign_arguments
 from mfac_jax._src.mfac.metric import Metric
 from mfac_jax._src.mfac.metrics import MetricName
 from mfac_jax._src.mfac.solvers import Solver, SolverName
@@ -17,6 +18,10 @@ from mfac_jax._src.rows.manual_axes import AxisName
 STORAGE = jnp.dtype(jnp.int8)  # not `jnp.int8`, which optax.inject_hyperparams would take for a schedule
 
 
+@explain_foreign_arguments(
+    b2="The metric keeps a second moment of its own, without a setting.",
+    nesterov="Its momentum always has Nesterov's term.",
+)
 def mfac(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     num_grads: int = NUM_GRADS,
@@ -123,6 +128,10 @@ def mfac(
     return chain.chained(preconditioner, after=[*decay, rate])
 
 
+@explain_foreign_arguments(
+    b2="The Fisher matrix takes the place of a second moment.",
+    nesterov="Its momentum is a mean of updates, without Nesterov's term.",
+)
 def mfac_published(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     num_grads: int = 512,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules, trees
+from mfac_jax._src.base.foreign_arguments import explain_foreign_arguments
 from mfac_jax._src.linalg.gram import cosine_of, replace_row
 from mfac_jax._src.mfac import damping as damping_rules
 from mfac_jax._src.mfac import remainder, step_length
@@ -40,6 +41,7 @@ NUM_GRADS = 32
 DAMPING = 1e-3  # absolute: in units of a squared gradient
 
 
+@explain_foreign_arguments(b2="A metric keeps a second moment of its own, without a setting.")
 def scale_by_mfac(
     num_grads: int = NUM_GRADS,
     damping: optax.ScalarOrSchedule = DAMPING,
