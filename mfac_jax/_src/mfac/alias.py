@@ -39,31 +39,28 @@ def mfac(
     param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Train with M-FAC: natural gradient descent on the Fisher matrix of the last gradients.
+    """Train with M-FAC: second-order steps from gradients alone, in place of `optax.adamw`.
 
-    With :math:`P_t` the metric, :math:`F_t` the Fisher matrix of the window's gradients :math:`P_s g_s`,
-    :math:`\bar g_t` their Nesterov momentum, :math:`\bar s_t` their mean squared norm, :math:`\rho` the
-    damping, :math:`a_t` the step factor, :math:`\eta` the learning rate, :math:`\omega` the weight decay:
+    With P the metric, g_i the gradients in the window, g their Nesterov momentum, s the mean squared norm
+    of the P g_i, and a the step factor::
 
-    .. math::
-      u_t = a_t \, (1 + \rho) \, \bar s_t \, P_t F_t^{-1} P_t \bar g_t, \qquad
-      F_t = \rho \bar s_t I + \sum_s P_s g_s g_s^\top P_s, \qquad
-      \theta_{t+1} = \theta_t - \eta \left(u_t + \omega \theta_t\right)
+        F = damping s I + sum_i (P g_i)(P g_i)^T,    u = a (1 + damping) s P F^-1 P g
+        new params = params - learning_rate (u + weight_decay params)
 
     A gradient unlike the others in the window moves the parameters as in Adam, so learning rates are those
     of Adam. The chain is `scale_by_mfac`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`. A
     gradient with a NaN or an Inf makes a non-finite update and leaves the state as it was.
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule. 1e-2 with a warm-up and a decay to zero worked,
-        untuned, on networks trained from scratch, 3e-3 on a pretrained one: docs/comparison.md.
+      learning_rate: a number or a schedule. 1e-2 with a warm-up and a decay to zero worked, untuned, on
+        networks trained from scratch, 3e-3 on a pretrained one: docs/comparison.md.
       num_grads: gradients in the window, >= 1. 32 do as well as 64, and so do 16 where gradients
         are noisy (docs/options.md).
-      damping: :math:`\rho` > 0. 0.1 to 1 is the useful range; smaller is bolder. 1 suits the rotated
-        metric, 0.2 the diagonal one.
-      momentum: :math:`\beta` in [0, 1) over the gradients of the window, or None for none.
-      weight_decay: :math:`\omega` >= 0, a number or a schedule, or None; decoupled, as in AdamW. Needs
-        `params` in `update`.
+      damping: > 0, a number or a schedule. 0.1 to 1 is the useful range; smaller is bolder. 1 suits the
+        rotated metric, 0.2 the diagonal one.
+      momentum: in [0, 1), over the gradients of the window, or None for none.
+      weight_decay: >= 0, a number or a schedule, or None; decoupled, as in AdamW. Needs `params` in
+        `update`.
       mask: a tree of bools, or a function from parameters to one: where weight decay acts.
       metric: see `scale_by_mfac`. 'auto' is 'rotated', but 'diagonal' with `axis_name`: devices hold parts
         of matrices there.
@@ -147,29 +144,26 @@ def mfac_published(
     param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Train with M-FAC as its paper does, to reproduce it; `mfac` trains better.
+    """Train with M-FAC as its paper does, to reproduce it; `mfac` trains better.
 
-    With m gradients :math:`g_s` in the window, :math:`\lambda` the damping, :math:`\eta` the learning rate,
-    :math:`\beta` the momentum and :math:`\omega` the weight decay:
+    With m = `num_grads` and g_i the gradients in the window, after weight decay::
 
-    .. math::
-      g_t = \nabla L(\theta_t) + \omega \theta_t, \qquad
-      F_t = \lambda I + \tfrac{1}{m} \sum_s g_s g_s^\top, \qquad
-      \theta_{t+1} = \theta_t - \eta
-      \frac{\sum_s \beta^{t - s} F_s^{-1} g_s}{\sum_s \beta^{t - s}}
+        g = gradient + weight_decay params,    F = damping I + sum_i g_i g_i^T / m
+        u = mean of the F^-1 g of all steps so far, weighted by momentum^age
+        new params = params - learning_rate u
 
     The defaults are the authors' settings for ResNet-20. One thing differs from their code: the average of
     updates is divided by the sum of its weights. The chain is `optax.add_decayed_weights`, `scale_by_mfac`,
     `optax.ema`, `optax.scale_by_learning_rate`.
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule. Where gradients are small the step is that of
-        gradient descent with the rate `learning_rate / damping`.
+      learning_rate: a number or a schedule. Where gradients are small the step is that of gradient descent
+        with the rate `learning_rate / damping`.
       num_grads: m >= 1. The authors use 512 and 1024.
-      damping: :math:`\lambda` > 0, in units of a squared gradient. The authors use 1e-5 to 1e-7.
-      momentum: :math:`\beta` in [0, 1), of the updates, or None for none.
-      weight_decay: :math:`\omega` >= 0, a number or a schedule, or None; added to the gradient. Needs
-        `params` in `update`.
+      damping: > 0, in units of a squared gradient, a number or a schedule. The authors use 1e-5 to 1e-7.
+      momentum: in [0, 1), of the updates, or None for none.
+      weight_decay: >= 0, a number or a schedule, or None; added to the gradient. Needs `params` in
+        `update`.
       mask: a tree of bools, or a function from parameters to one: where weight decay acts.
       blocks: see `scale_by_mfac`.
       solver: see `scale_by_mfac`.
