@@ -248,7 +248,7 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
         "": lambda run: trained(run, mfac_jax.mfac(0.1, ROWS)),
         "inverse": lambda run: trained(run, mfac_jax.mfac(0.1, ROWS, solver="inverse")),
         "schedules": lambda run: trained(
-            run, mfac_jax.mfac(SCHEDULE, ROWS, SCHEDULE, weight_decay=1e-3, step_adaptation=SCHEDULE)
+            run, mfac_jax.mfac(SCHEDULE, ROWS, SCHEDULE, weight_decay=SCHEDULE, step_adaptation=SCHEDULE)
         ),
         "injected": lambda run: trained(
             run,
@@ -322,7 +322,9 @@ CASES: dict[str, dict[str, Callable[[Run], Any]]] = {
     },
     "cgfac": {
         "": lambda run: trained_by_layers(run, mfac_jax.cgfac(tolerance=1e-5)),
-        "all": lambda run: trained_by_layers(run, mfac_jax.cgfac(SCHEDULE, SCHEDULE, weight_decay=1e-3)),
+        "all": lambda run: trained_by_layers(
+            run, mfac_jax.cgfac(SCHEDULE, SCHEDULE, weight_decay=SCHEDULE)
+        ),
         "bfloat16": lambda run: trained_by_layers(run, mfac_jax.cgfac(), params(jnp.bfloat16)),
         "numbers of NumPy": lambda run: trained_by_layers(
             run,

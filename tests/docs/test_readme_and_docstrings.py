@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 MODULES = [module.name for module in pkgutil.walk_packages(mfac_jax.__path__, "mfac_jax.")]
 NAMESPACES = (mfac_jax, pruning, components)
+LONGEST_HELP = 60  # lines; what needs more belongs on a page
 # Classes that functions return, or hand to a user's own.
 RETURNED = ("Diagnostics", "StepView")
 
@@ -46,6 +47,30 @@ def test_every_public_function_and_class_has_a_docstring_example(namespace):
     assert [name for name, value in expected.items() if ">>>" not in value.__doc__] == []
 
 
+def helps(namespace) -> dict[str, str]:
+    """The help texts of public functions and classes, and of the methods and properties of these."""
+    public = {name: getattr(namespace, name) for name in namespace.__all__}
+    members = {
+        f"{name}.{member}": getattr(value, member)
+        for name, value in public.items()
+        if inspect.isclass(value)
+        for member in vars(value)
+        if not member.startswith("_")
+    }
+    own = {name: value for name, value in members.items() if callable(value) or isinstance(value, property)}
+    return {name: inspect.getdoc(value) or "" for name, value in (public | own).items()}
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda module: module.__name__)
+def test_help_is_short_and_readable_in_a_terminal(namespace):
+    for name, text in helps(namespace).items():
+        first, *rest = text.splitlines()
+        assert len([first, *rest]) <= LONGEST_HELP, name
+        assert first.endswith("."), name
+        assert not rest or not rest[0], name
+        assert not re.search(r":[a-z]+:`|\.\. [a-z]+::|\\", text), name
+
+
 def test_returned_classes_are_public():
     public = {name for namespace in NAMESPACES for name in namespace.__all__}
     assert public.issuperset(RETURNED)
@@ -57,6 +82,14 @@ def test_dir_lists_public_names_alone(namespace):
     assert listed == set(namespace.__all__)
     assert not any(name.startswith("_") for name in listed)
     assert namespace.__all__ == sorted(namespace.__all__)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=lambda module: module.__name__)
+def test_all_has_every_public_name_and_a_star_brings_these_alone(namespace):
+    found = {name for name in vars(namespace) if not name.startswith("_")}
+    brought: dict[str, object] = {}
+    exec(f"from {namespace.__name__} import *", brought)
+    assert found == set(namespace.__all__) == brought.keys() - {"__builtins__"}
 
 
 @pytest.mark.parametrize("name", pruning.__all__)

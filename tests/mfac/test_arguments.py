@@ -27,7 +27,8 @@ def spelled(value) -> str:
 @pytest.mark.parametrize("make", CHAINS)
 @pytest.mark.parametrize("value", [*NO_NUMBERS, -1, -1e-3, NAN, INF, np.float32(-1), jnp.float32(-1)])
 def test_a_learning_rate_must_be_a_schedule_or_a_finite_number(make, value):
-    message = f"^learning_rate must be a finite number >= 0, {spelled(value)}. Pass e.g. {CHAINS[make][0]}"
+    allowed = "a finite number >= 0, or a schedule"
+    message = f"^learning_rate must be {allowed}, {spelled(value)}. Pass e.g. {CHAINS[make][0]}"
     with pytest.raises((TypeError, ValueError), match=message):
         make(value)
 
@@ -45,9 +46,18 @@ def test_learning_rates_of_any_kind_of_number_are_taken(make, value):
 @pytest.mark.parametrize("make", CHAINS)
 @pytest.mark.parametrize("value", [0, -1, 10**400, *NO_NUMBERS])
 def test_a_damping_is_suggested_that_suits_the_optimizer(make, value):
-    message = f"damping must be a finite number > 0, {spelled(value)}. Pass e.g. {CHAINS[make][1]}"
+    allowed = "a finite number > 0, or a schedule"
+    message = f"damping must be {allowed}, {spelled(value)}. Pass e.g. {CHAINS[make][1]}"
     with pytest.raises((TypeError, ValueError), match=message):
         make(damping=value)
+
+
+@pytest.mark.parametrize("make", CHAINS)
+@pytest.mark.parametrize("value", ["1e-3", True, [0.1], 1j, {}, jnp.ones(2), -1e-3, NAN, INF])
+def test_a_weight_decay_must_be_a_schedule_or_a_finite_number(make, value):
+    message = f"^weight_decay must be a finite number >= 0, or a schedule, {spelled(value)}. Pass e.g. 1e-4"
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(0.1, weight_decay=value)
 
 
 @pytest.mark.parametrize("make", CHAINS)

@@ -11,7 +11,7 @@ import pytest
 
 from mfac_jax import mfac, mfac_published, scale_by_mfac
 
-NUM_GRADS = 64  # the default; the diagonal metric has four temporaries of a row's size
+NUM_GRADS = 64  # the diagonal metric has four temporaries of a row's size
 # Leaves of one size, so that a copy of any of them would take a third of the window or more.
 PARAMS = {"bias": jnp.ones(4096), "kernel": jnp.ones((32, 128)), "conv": jnp.ones((4, 4, 8, 32))}
 

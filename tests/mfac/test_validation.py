@@ -49,13 +49,13 @@ def call(request):
 @pytest.mark.parametrize("factory", [scale_by_mfac, lambda n: mfac(0.1, n)], ids=["scale_by_mfac", "mfac"])
 @pytest.mark.parametrize("value", [0, -3, True])
 def test_num_grads_must_be_positive(factory, value):
-    with pytest.raises(ValueError, match=f"num_grads must be an int >= 1, {spelled(value)}.*Pass e.g. 64"):
+    with pytest.raises(ValueError, match=f"num_grads must be an int >= 1, {spelled(value)}.*Pass e.g. 32"):
         factory(value)
 
 
 @pytest.mark.parametrize("value", [4.0, 2.5, "64", None, np.array([4])])
 def test_num_grads_must_be_an_int(value):
-    with pytest.raises(TypeError, match=f"num_grads must be an int >= 1, {spelled(value)}.*Pass e.g. 64"):
+    with pytest.raises(TypeError, match=f"num_grads must be an int >= 1, {spelled(value)}.*Pass e.g. 32"):
         scale_by_mfac(value)
 
 
@@ -81,22 +81,20 @@ def test_inject_hyperparams_is_told_of_static_args(call, factory):
 @pytest.mark.parametrize("use", [scale_by_mfac, mfac, ihvp])
 def test_damping_must_be_positive(use, value):
     arguments = {scale_by_mfac: (2,), mfac: (0.1, 2), ihvp: (STATE, PARAMS)}[use]
-    with pytest.raises(
-        ValueError, match=rf"damping must be a finite number > 0, {spelled(value)}.*Pass e.g."
-    ):
+    allowed = "a finite number > 0" if use is ihvp else "a finite number > 0, or a schedule"
+    with pytest.raises(ValueError, match=rf"damping must be {allowed}, {spelled(value)}.*Pass e.g."):
         use(*arguments, damping=value)
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS)
 def test_damping_must_be_a_number(value):
-    with pytest.raises(
-        TypeError, match=rf"damping must be a finite number > 0, {spelled(value)}.*Pass e.g."
-    ):
+    message = rf"damping must be a finite number > 0, or a schedule, {spelled(value)}.*Pass e.g."
+    with pytest.raises(TypeError, match=message):
         scale_by_mfac(2, value)
 
 
 def test_a_traced_damping_must_be_a_scalar():
-    with pytest.raises(TypeError, match=r"damping must be a finite number > 0, got .*Pass e\.g\."):
+    with pytest.raises(TypeError, match=r"damping must be a finite number > 0, .*, got .*Pass e\.g\."):
         jax.eval_shape(lambda damping: scale_by_mfac(2, damping).init(PARAMS), jnp.ones(2))
 
 
@@ -119,7 +117,8 @@ def test_momenta_must_be_in_the_unit_interval(make, name, value):
 @pytest.mark.parametrize("make", [scale_by_mfac, mfac])
 @pytest.mark.parametrize("value", [-0.1, 1.1, NAN, INF])
 def test_step_adaptation_must_be_in_the_closed_unit_interval(make, value):
-    message = f"^step_adaptation must be a finite number >= 0 and <= 1, {spelled(value)}.*Pass e.g."
+    allowed = "a finite number >= 0 and <= 1, or a schedule"
+    message = f"^step_adaptation must be {allowed}, {spelled(value)}.*Pass e.g."
     with pytest.raises(ValueError, match=message):
         make(step_adaptation=value)
 
@@ -146,14 +145,6 @@ def test_components_must_be_names_or_components(make, name, kind, known, value):
         make(**options)
 
 
-@pytest.mark.parametrize("make", [mfac, mfac_published])
-@pytest.mark.parametrize("value", [-1e-3, NAN, INF])
-def test_weight_decay_must_not_be_negative(make, value):
-    message = f"weight_decay must be a finite number >= 0, {spelled(value)}.*Pass e.g."
-    with pytest.raises(ValueError, match=message):
-        make(0.1, weight_decay=value)
-
-
 @pytest.mark.parametrize("name", ["relative_damping", "nesterov"])
 def test_switches_must_be_bools(name):
     options: dict[str, Any] = {name: "no"}
@@ -161,7 +152,7 @@ def test_switches_must_be_bools(name):
         scale_by_mfac(**options)
 
 
-@pytest.mark.parametrize("name", ["step_adaptation", "momentum", "weight_decay"])
+@pytest.mark.parametrize("name", ["step_adaptation", "momentum"])
 @pytest.mark.parametrize("value", ["0.1", True, 1j, [0.1]])
 def test_other_numbers_must_be_numbers(name, value):
     with pytest.raises(TypeError, match=f"^{name} must be a finite number .*{spelled(value)}.*Pass e.g."):

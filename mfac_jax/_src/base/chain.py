@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules
@@ -48,8 +47,7 @@ def scaled_by(learning_rate: optax.ScalarOrSchedule, example: str) -> optax.Grad
 
     Raises for anything but a schedule or a number >= 0.
     """
-    if not callable(learning_rate):
-        checks.check_not_negative("learning_rate", learning_rate, example)
+    checks.check_not_negative("learning_rate", learning_rate, example, or_schedule=True)
     inner = _promoting(optax.scale_by_learning_rate(learning_rate))
 
     def update(updates, state, params=None):
@@ -73,19 +71,29 @@ def check_momentum(momentum: float | None) -> None:
         checks.check_decay("momentum", momentum, "0.9")
 
 
-def weight_decay(weight_decay: float | None, mask: optax.MaskOrFn) -> list[optax.GradientTransformation]:
-    """Weight decay, if there is to be one."""
+def weight_decay(
+    weight_decay: optax.ScalarOrSchedule | None, mask: optax.MaskOrFn
+) -> list[optax.GradientTransformation]:
+    """Weight decay, if there is to be one. A schedule counts all gradients, also those that are refused."""
     if weight_decay is None:
         if mask is not None:
             raise ValueError(
                 "mask says where weight_decay acts, but weight_decay is None. Pass e.g. 1e-4, or no mask."
             )
         return []
-    checks.check_not_negative("weight_decay", weight_decay, "1e-4")
+    checks.check_not_negative("weight_decay", weight_decay, "1e-4", or_schedule=True)
     checks.check_mask(mask)
-    # A number of NumPy has a dtype, which float32 updates would take on under x64.
-    number = float(weight_decay) if isinstance(weight_decay, np.number) else weight_decay
-    return [_promoting(optax.add_decayed_weights(number, mask))]
+    inner = optax.add_decayed_weights(weight_decay, mask)
+
+    def narrow(x, u, p):
+        return None if x is None else x.astype(jnp.result_type(u, p))
+
+    def update(updates, state, params=None):
+        decayed, state = inner.update(updates, state, params)
+        # Schedules and arrays have a dtype, which the updates would take on; numbers of Python have none.
+        return jax.tree.map(narrow, decayed, updates, params, is_leaf=lambda x: x is None), state
+
+    return [_promoting(optax.GradientTransformation(inner.init, update))]
 
 
 def _promoting(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -40,9 +40,9 @@ def check_count(name: str, value: int, example: str) -> int:
     return count
 
 
-def check_positive(name: str, value, example: str) -> None:
+def check_positive(name: str, value, example: str, *, or_schedule: bool = False) -> None:
     """Raise for anything but a finite number > 0. Of traced values only shape and dtype are known."""
-    _check_number(name, value, "a finite number > 0", lambda x: 0 < x < math.inf, example)
+    _check_number(name, value, "a finite number > 0", lambda x: 0 < x < math.inf, example, or_schedule)
 
 
 def check_limit(name: str, value, example: str) -> None:
@@ -50,9 +50,9 @@ def check_limit(name: str, value, example: str) -> None:
     _check_number(name, value, "a number > 0, or math.inf", lambda x: x > 0, example)
 
 
-def check_not_negative(name: str, value, example: str) -> None:
+def check_not_negative(name: str, value, example: str, *, or_schedule: bool = False) -> None:
     """Raise for anything but a finite number >= 0."""
-    _check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf, example)
+    _check_number(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf, example, or_schedule)
 
 
 def check_decay(name: str, value, example: str) -> None:
@@ -60,9 +60,10 @@ def check_decay(name: str, value, example: str) -> None:
     _check_number(name, value, "a finite number >= 0 and < 1", lambda x: 0 <= x < 1, example)
 
 
-def check_share(name: str, value, example: str) -> None:
-    """Raise for anything but a number in [0, 1]."""
-    _check_number(name, value, "a finite number >= 0 and <= 1", lambda x: 0 <= x <= 1, example)
+def check_step_adaptation(value) -> None:
+    """Raise for anything but a schedule or a number in [0, 1]."""
+    allowed = "a finite number >= 0 and <= 1"
+    _check_number("step_adaptation", value, allowed, lambda x: 0 <= x <= 1, "0.3", or_schedule=True)
 
 
 def check_density(name: str, value, example: str) -> None:
@@ -70,7 +71,13 @@ def check_density(name: str, value, example: str) -> None:
     _check_number(name, value, "a finite number > 0 and <= 1", lambda x: 0 < x <= 1, example)
 
 
-def _check_number(name: str, value, allowed: str, is_allowed, example: str) -> None:
+def _check_number(
+    name: str, value, allowed: str, is_allowed, example: str, or_schedule: bool = False
+) -> None:
+    if or_schedule:
+        if callable(value):
+            return
+        allowed += ", or a schedule"
     message = f"{name} must be {allowed}, got {value!r}. Pass e.g. {example}."
     dtype = type(value) if isinstance(value, (int, float)) else getattr(value, "dtype", bool)
     is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
@@ -96,12 +103,6 @@ def check_mask(mask: Any) -> None:
             f"{wrong[0]!r}. Pass e.g. lambda params: jax.tree.map(lambda p: p.ndim > 1, params). Under "
             "optax.inject_hyperparams pass static_args=('mask',)."
         )
-
-
-def check_step_adaptation(value) -> None:
-    """Raise for anything but a schedule or a number in [0, 1]."""
-    if not callable(value):
-        check_share("step_adaptation", value, "0.3")
 
 
 def check_bool(name: str, value) -> None:

@@ -4,15 +4,20 @@ import jax
 import optax
 
 from mfac_jax._src.base import chain
+from mfac_jax._src.base.foreign_arguments import explain_foreign_arguments
 from mfac_jax._src.cgfac.layers import Factors
 from mfac_jax._src.cgfac.transform import DAMPING, MAX_ITERATIONS, TOLERANCE, scale_by_cgfac
 
 
+@explain_foreign_arguments(
+    b2="The Fisher matrix takes the place of a second moment.",
+    nesterov="Its momentum is a mean of updates, without Nesterov's term.",
+)
 def cgfac(
     learning_rate: optax.ScalarOrSchedule = 0.1,
     damping: optax.ScalarOrSchedule = DAMPING,
     momentum: float | None = 0.9,
-    weight_decay: float | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     mask: optax.MaskOrFn = None,
     *,
     tolerance: float | jax.Array = TOLERANCE,
@@ -21,25 +26,24 @@ def cgfac(
     num_batches: int = 1,
     factors: Factors | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Train with CG-FAC: natural gradient descent on K-FAC's Fisher matrix, by conjugate gradients.
+    """Train with CG-FAC: natural gradient descent on K-FAC's Fisher matrix, by conjugate gradients.
 
-    With :math:`v_t` the update of `scale_by_cgfac`, :math:`\beta` the momentum, :math:`\eta` the learning
-    rate and :math:`\omega` the weight decay
+    With v the update of `scale_by_cgfac`::
 
-    .. math::
-      u_t = \frac{\sum_s \beta^{t - s} v_s}{\sum_s \beta^{t - s}}, \qquad
-      \theta_{t+1} = \theta_t - \eta \left(u_t + \omega \theta_t\right).
+        u = mean of the v of all steps so far, weighted by momentum^age
+        new params = params - learning_rate (u + weight_decay params)
 
     The chain is `scale_by_cgfac`, `optax.ema`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`,
     without those whose argument is None. `update` needs the extra argument `curvature`: see
     `scale_by_cgfac`.
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule. 1 is the whole natural gradient, but the Fisher
-        matrix of one batch is too noisy for it. On digits, 0.1 with a warm-up and a decay to zero worked.
-      damping: lambda, > 0; see `scale_by_cgfac`.
-      momentum: :math:`\beta` in [0, 1), or None for none.
-      weight_decay: :math:`\omega` >= 0, or None; decoupled, as in AdamW. Needs `params` in `update`.
+      learning_rate: a number or a schedule. 1 is the whole natural gradient, but the Fisher matrix of one
+        batch is too noisy for it. On digits, 0.1 with a warm-up and a decay to zero worked.
+      damping: > 0; see `scale_by_cgfac`.
+      momentum: in [0, 1), or None for none.
+      weight_decay: >= 0, a number or a schedule, or None; decoupled, as in AdamW. Needs `params` in
+        `update`.
       mask: where weight decay acts: a tree of bools, or a function from parameters to one. Needs
         `weight_decay`.
       tolerance: see `scale_by_cgfac`.

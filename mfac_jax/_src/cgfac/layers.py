@@ -108,7 +108,7 @@ class LayerFactors:
 
     @property
     def num_examples(self) -> int:
-        """N."""
+        """The number N of examples."""
         return self.inputs.shape[int(self.is_stacked)]
 
     def matrices(self, kernel: jax.Array) -> jax.Array:

@@ -14,7 +14,9 @@ Operator = Callable[[optax.Params], optax.Params]
 
 
 def empirical_fisher(grads: optax.Params) -> Operator:
-    r"""Multiply by the Fisher matrix of given gradients, :math:`v \mapsto \tfrac{1}{m} G^\top G v`.
+    """Multiply by the Fisher matrix of given gradients, as `curvature` of `scale_by_cgfac`.
+
+    With G the m gradients as rows, it takes v to G^T G v / m.
 
     Args:
       grads: m gradients, stacked on a first axis of each leaf, as `collect_gradients` returns them with
@@ -48,10 +50,11 @@ def empirical_fisher(grads: optax.Params) -> Operator:
 def gauss_newton(
     model: Callable[[optax.Params], Any], loss: Callable[[Any], jax.Array], params: optax.Params
 ) -> Operator:
-    r"""Multiply by the generalised Gauss-Newton matrix of a batch, :math:`v \mapsto J^\top H J v`.
+    """Multiply by the generalised Gauss-Newton matrix of a batch, as `curvature` of `scale_by_cgfac`.
 
-    :math:`J` is the derivative of the model's outputs by the parameters, :math:`H` the second derivative of
-    the loss by the outputs. For softmax cross-entropy and squared error this is the Fisher matrix.
+    It takes v to J^T H J v, with J the derivative of the model's outputs by the parameters, H the second
+    derivative of the loss by the outputs. For softmax cross-entropy and squared error this is the Fisher
+    matrix.
 
     The call makes one forward pass. Each product then takes one forward and one backward pass through the
     linearized model. Outside of jit, pass a plain function, or one that was jitted once: what is jitted

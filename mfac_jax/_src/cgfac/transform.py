@@ -29,22 +29,20 @@ def scale_by_cgfac(
     num_batches: int = 1,
     factors: Factors | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Precondition gradients with K-FAC's Fisher matrix, by conjugate gradients (CG-FAC).
+    """Precondition gradients with K-FAC's Fisher matrix, by conjugate gradients (CG-FAC).
 
-    The Fisher matrix has one block per layer. With a layer's inputs :math:`a_n` and output gradients
-    :math:`b_n` for the N examples of the batch, the layer's update V (a bias is its last row) solves
+    The Fisher matrix has one block per layer. With a_n the layer's inputs and b_n its output gradients for
+    the N examples of the batch, the layer's update V (a bias is its last row) solves::
 
-    .. math::
-      A V B + \lambda V = \nabla, \qquad
-      A = \tfrac{1}{N} \sum_n a_n a_n^\top, \qquad B = \tfrac{1}{N} \sum_n b_n b_n^\top.
+        A V B + damping V = gradient,    A = sum_n a_n a_n^T / N,    B = sum_n b_n b_n^T / N
 
     Neither A nor B is formed. `update` needs the extra argument `curvature`, one of
 
     - a dict from the path of each kernel to its `LayerFactors`: see `value_and_grad_with_factors`. Any
-      other leaf has the matrix :math:`N s I`, with s a running mean of its squared gradients.
-    - a function that multiplies a tree like the parameters by a positive semidefinite matrix: see
+      other leaf has the matrix N s I, with s a running mean of its squared gradients.
+    - a function that multiplies a tree like the parameters by a positive semidefinite matrix F: see
       `gauss_newton`, `empirical_fisher`. All parameters are then one system. The extra argument
-      `preconditioner` may be a function that multiplies by an approximate inverse of :math:`F + \lambda I`.
+      `preconditioner` may be a function that multiplies by an approximate inverse of F + damping I.
 
     A gradient with a NaN or an Inf comes back unchanged; factors with one give updates of zeros. Either
     changes only `grads_rejected` in the state. In `jax.shard_map` and `jax.pmap`, first average the
@@ -53,13 +51,13 @@ def scale_by_cgfac(
     is compiled for them. A tree of arrays with a `__call__`, as modules have, is not taken for a function.
 
     Args:
-      damping: lambda, > 0, a number or a schedule over accepted gradients. A larger one is closer to
-        gradient descent with the rate 1 / damping. Directions that the batch does not span meet it alone:
-        average updates (`optax.ema` after this transform), not gradients.
+      damping: > 0, a number or a schedule over accepted gradients. A larger one is closer to gradient
+        descent with the rate 1 / damping. Directions that the batch does not span meet it alone: average
+        updates (`optax.ema` after this transform), not gradients.
       tolerance: > 0, the largest relative error of a solution. On digits 0.01 trained no better than 0.1.
       max_iterations: >= 1, after which a solution is taken as it is. On digits, systems took 8.
-      norm_constraint: > 0, or None. An update V whose :math:`\nabla^\top V` is larger is shortened, to this
-        squared norm in the damped Fisher matrix.
+      norm_constraint: > 0, or None. An update whose product with the gradient is larger is shortened, to
+        this squared norm in the damped Fisher matrix.
       num_batches: how many of the last batches make the Fisher matrix, >= 1. State and work grow with it.
         On digits with a damping of 1e-3, four took two thirds of the steps of one.
       factors: needed if `num_batches` > 1: what `curvature` will be, or its shapes, from `jax.eval_shape`.
@@ -92,8 +90,7 @@ def scale_by_cgfac(
       Eschenhagen et al., `Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures
       <https://arxiv.org/abs/2311.00636>`_, NeurIPS 2023: kernels used at several places ('expand').
     """
-    if not callable(damping):
-        checks.check_positive("damping", damping, str(DAMPING))
+    checks.check_positive("damping", damping, str(DAMPING), or_schedule=True)
     checks.check_positive("tolerance", tolerance, str(TOLERANCE))
     max_iterations = checks.check_size("max_iterations", max_iterations, str(MAX_ITERATIONS))
     if norm_constraint is not None:

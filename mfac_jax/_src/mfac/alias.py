@@ -6,24 +6,28 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import chain, checks, schedules
+from mfac_jax._src.base.foreign_arguments import explain_foreign_arguments
 from mfac_jax._src.mfac.metric import Metric
 from mfac_jax._src.mfac.metrics import MetricName
 from mfac_jax._src.mfac.solvers import Solver, SolverName
 from mfac_jax._src.mfac.step_length import StepLength
-from mfac_jax._src.mfac.transform import scale_by_mfac
+from mfac_jax._src.mfac.transform import NUM_GRADS, scale_by_mfac
 from mfac_jax._src.rows.blocks import Blocks
 from mfac_jax._src.rows.manual_axes import AxisName
 
-NUM_GRADS = 32
 STORAGE = jnp.dtype(jnp.int8)  # not `jnp.int8`, which optax.inject_hyperparams would take for a schedule
 
 
+@explain_foreign_arguments(
+    b2="The metric keeps a second moment of its own, without a setting.",
+    nesterov="Its momentum always has Nesterov's term.",
+)
 def mfac(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     num_grads: int = NUM_GRADS,
     damping: optax.ScalarOrSchedule = 1.0,
     momentum: float | None = 0.9,
-    weight_decay: float | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     mask: optax.MaskOrFn = None,
     *,
     metric: MetricName | Literal["auto"] | Metric = "auto",
@@ -35,30 +39,28 @@ def mfac(
     param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Train with M-FAC: natural gradient descent on the Fisher matrix of the last gradients.
+    """Train with M-FAC: second-order steps from gradients alone, in place of `optax.adamw`.
 
-    With :math:`P_t` the metric, :math:`F_t` the Fisher matrix of the window's gradients :math:`P_s g_s`,
-    :math:`\bar g_t` their Nesterov momentum, :math:`\bar s_t` their mean squared norm, :math:`\rho` the
-    damping, :math:`a_t` the step factor, :math:`\eta` the learning rate, :math:`\omega` the weight decay:
+    With P the metric, g_i the gradients in the window, g their Nesterov momentum, s the mean squared norm
+    of the P g_i, and a the step factor::
 
-    .. math::
-      u_t = a_t \, (1 + \rho) \, \bar s_t \, P_t F_t^{-1} P_t \bar g_t, \qquad
-      F_t = \rho \bar s_t I + \sum_s P_s g_s g_s^\top P_s, \qquad
-      \theta_{t+1} = \theta_t - \eta \left(u_t + \omega \theta_t\right)
+        F = damping s I + sum_i (P g_i)(P g_i)^T,    u = a (1 + damping) s P F^-1 P g
+        new params = params - learning_rate (u + weight_decay params)
 
     A gradient unlike the others in the window moves the parameters as in Adam, so learning rates are those
     of Adam. The chain is `scale_by_mfac`, `optax.add_decayed_weights`, `optax.scale_by_learning_rate`. A
     gradient with a NaN or an Inf makes a non-finite update and leaves the state as it was.
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule. 1e-2 with a warm-up and a decay to zero worked,
-        untuned, on networks trained from scratch, 3e-3 on a pretrained one: docs/comparison.md.
+      learning_rate: a number or a schedule. 1e-2 with a warm-up and a decay to zero worked, untuned, on
+        networks trained from scratch, 3e-3 on a pretrained one: docs/comparison.md.
       num_grads: gradients in the window, >= 1. 32 do as well as 64, and so do 16 where gradients
         are noisy (docs/options.md).
-      damping: :math:`\rho` > 0. 0.1 to 1 is the useful range; smaller is bolder. 1 suits the rotated
-        metric, 0.2 the diagonal one.
-      momentum: :math:`\beta` in [0, 1) over the gradients of the window, or None for none.
-      weight_decay: :math:`\omega` >= 0, decoupled as in AdamW, or None. Needs `params` in `update`.
+      damping: > 0, a number or a schedule. 0.1 to 1 is the useful range; smaller is bolder. 1 suits the
+        rotated metric, 0.2 the diagonal one.
+      momentum: in [0, 1), over the gradients of the window, or None for none.
+      weight_decay: >= 0, a number or a schedule, or None; decoupled, as in AdamW. Needs `params` in
+        `update`.
       mask: a tree of bools, or a function from parameters to one: where weight decay acts.
       metric: see `scale_by_mfac`. 'auto' is 'rotated', but 'diagonal' with `axis_name`: devices hold parts
         of matrices there.
@@ -97,8 +99,7 @@ def mfac(
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
     rate = chain.scaled_by(learning_rate, "1e-2")
-    if not callable(damping):
-        checks.check_positive("damping", damping, "1.0")
+    checks.check_positive("damping", damping, "1.0", or_schedule=True)
     chain.check_momentum(momentum)
     if not isinstance(step_adaptation, StepLength):
         checks.check_step_adaptation(step_adaptation)
@@ -124,12 +125,16 @@ def mfac(
     return chain.chained(preconditioner, after=[*decay, rate])
 
 
+@explain_foreign_arguments(
+    b2="The Fisher matrix takes the place of a second moment.",
+    nesterov="Its momentum is a mean of updates, without Nesterov's term.",
+)
 def mfac_published(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     num_grads: int = 512,
     damping: optax.ScalarOrSchedule = 1e-5,
     momentum: float | None = 0.9,
-    weight_decay: float | None = 3e-3,
+    weight_decay: optax.ScalarOrSchedule | None = 3e-3,
     mask: optax.MaskOrFn = None,
     *,
     blocks: Blocks = None,
@@ -139,28 +144,26 @@ def mfac_published(
     param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Train with M-FAC as its paper does, to reproduce it; `mfac` trains better.
+    """Train with M-FAC as its paper does, to reproduce it; `mfac` trains better.
 
-    With m gradients :math:`g_s` in the window, :math:`\lambda` the damping, :math:`\eta` the learning rate,
-    :math:`\beta` the momentum and :math:`\omega` the weight decay:
+    With m = `num_grads` and g_i the gradients in the window, after weight decay::
 
-    .. math::
-      g_t = \nabla L(\theta_t) + \omega \theta_t, \qquad
-      F_t = \lambda I + \tfrac{1}{m} \sum_s g_s g_s^\top, \qquad
-      \theta_{t+1} = \theta_t - \eta
-      \frac{\sum_s \beta^{t - s} F_s^{-1} g_s}{\sum_s \beta^{t - s}}
+        g = gradient + weight_decay params,    F = damping I + sum_i g_i g_i^T / m
+        u = mean of the F^-1 g of all steps so far, weighted by momentum^age
+        new params = params - learning_rate u
 
     The defaults are the authors' settings for ResNet-20. One thing differs from their code: the average of
     updates is divided by the sum of its weights. The chain is `optax.add_decayed_weights`, `scale_by_mfac`,
     `optax.ema`, `optax.scale_by_learning_rate`.
 
     Args:
-      learning_rate: :math:`\eta`, a number or a schedule. Where gradients are small the step is that of
-        gradient descent with the rate `learning_rate / damping`.
+      learning_rate: a number or a schedule. Where gradients are small the step is that of gradient descent
+        with the rate `learning_rate / damping`.
       num_grads: m >= 1. The authors use 512 and 1024.
-      damping: :math:`\lambda` > 0, in units of a squared gradient. The authors use 1e-5 to 1e-7.
-      momentum: :math:`\beta` in [0, 1), of the updates, or None for none.
-      weight_decay: :math:`\omega` >= 0, added to the gradient, or None. Needs `params` in `update`.
+      damping: > 0, in units of a squared gradient, a number or a schedule. The authors use 1e-5 to 1e-7.
+      momentum: in [0, 1), of the updates, or None for none.
+      weight_decay: >= 0, a number or a schedule, or None; added to the gradient. Needs `params` in
+        `update`.
       mask: a tree of bools, or a function from parameters to one: where weight decay acts.
       blocks: see `scale_by_mfac`.
       solver: see `scale_by_mfac`.
@@ -189,8 +192,7 @@ def mfac_published(
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
     rate = chain.scaled_by(learning_rate, "1e-3")
-    if not callable(damping):
-        checks.check_positive("damping", damping, "1e-5")
+    checks.check_positive("damping", damping, "1e-5", or_schedule=True)
     preconditioner = scale_by_mfac(
         num_grads,
         damping,

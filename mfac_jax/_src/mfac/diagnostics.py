@@ -58,22 +58,22 @@ _READ = ("grads_seen", "grads_rejected", "next_row", "gram", "coefficients", "sh
 
 
 def diagnostics(state: optax.OptState) -> Diagnostics:
-    r"""Measure the window of gradients and the last step, from the m x m Gram matrix alone.
+    """Measure the window of gradients and the last step, from the m x m Gram matrix alone.
 
     It runs under `jax.jit` and `jax.vmap`, and never reads the window. For each block, with K the Gram
-    matrix of the n gradients in use, :math:`g_j` the newest, :math:`s_1 \ge \dots \ge s_n` the eigenvalues
-    of K / n, :math:`\lambda` what the last step added to the diagonal of K, over n, and
-    :math:`u = f\, G^\top c` the update with its coefficients c and step factor f:
+    matrix of the n gradients in use, g the newest of them, s_1 >= ... >= s_n the eigenvalues of K / n,
+    damping what the last step added to the diagonal of K, over n, and u = f G^T c the update with its
+    coefficients c and step factor f::
 
-    .. math::
-      \text{effective\_rank} &= \left(\textstyle\sum s_i\right)^2 / \textstyle\sum s_i^2 \\
-      \text{condition\_number} &= (s_1 + \lambda) / (s_n + \lambda) \\
-      \text{damping\_share} &= \tfrac{1}{n} \textstyle\sum \lambda / (s_i + \lambda) \\
-      \text{similarity} &= \operatorname{mean}_{i \ne k} \cos(g_i, g_k), \qquad
-      \text{newest\_similarity} = \operatorname{mean}_{i \ne j} \cos(g_i, g_j) \\
-      \text{alignment} &= \cos(g_j, u), \qquad \text{gradient\_norm} = |g_j| \\
-      \text{step\_norm} &= |u| = f \sqrt{c^\top K c}, \qquad
-      \text{fisher\_norm} = \sqrt{\tfrac{1}{n} \textstyle\sum (g_i^\top u)^2} = f\, |K c| / \sqrt{n}
+        effective_rank    = (sum_i s_i)^2 / sum_i s_i^2
+        condition_number  = (s_1 + damping) / (s_n + damping)
+        damping_share     = sum_i damping / (s_i + damping) / n
+        similarity        = mean of cos(g_i, g_k) over i != k
+        newest_similarity = mean of cos(g_i, g) over the other g_i
+        alignment         = cos(g, u)
+        gradient_norm     = |g|
+        step_norm         = |u| = f sqrt(c^T K c)
+        fisher_norm       = sqrt(sum_i (g_i^T u)^2 / n) = f |K c| / sqrt(n)
 
     All figures are in the metric and exclude what comes after the transform: momentum of updates, weight
     decay, learning rate. After a refused gradient they are those of the last one accepted. All are finite.

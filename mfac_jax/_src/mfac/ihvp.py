@@ -36,12 +36,11 @@ def ihvp(
     axis_name: AxisName = None,
     param_specs: Any = None,
 ) -> optax.Params:
-    r"""Multiply any vector with the inverse Fisher matrix that an optimizer's state holds.
+    """Multiply any vector with the inverse Fisher matrix that an optimizer's state holds.
 
-    For influence functions, evaluation and tests. With G the window's m rows, for each block:
+    For influence functions, evaluation and tests. With G the window's m rows, for each block::
 
-    .. math::
-      F^{-1} x = \left(x - G^\top (G G^\top + m \lambda I)^{-1} G x\right) / \lambda
+        F^-1 x = (x - G^T (G G^T + m damping I)^-1 G x) / damping
 
     The vector need not be in the window, so the subtraction cannot be avoided. Expect a relative error of
     about the unit roundoff times the condition number of F. The update of `scale_by_mfac` has no such loss.
@@ -51,13 +50,13 @@ def ihvp(
       state: that of `scale_by_mfac`; `optax.tree.get(state, 'ScaleByMFACState')` finds it in a chain's.
       tree: x, shaped like the parameters, of any size. Entries of the product that its dtype cannot hold
         become its largest number.
-      damping: lambda, > 0, a number of any size.
+      damping: > 0, a number of any size.
       storage: only for a state whose window is in a `Storage` of your own: that storage.
       axis_name: in `jax.shard_map` and `jax.pmap`: as in `scale_by_mfac`.
       param_specs: as in `scale_by_mfac`.
 
     Returns:
-      :math:`F^{-1} x`, with the tree, shapes and dtypes of `tree`.
+      The product F^-1 x, with the tree, shapes and dtypes of `tree`.
 
     Raises:
       TypeError: `state` is not a `ScaleByMFACState`; a leaf is not a real floating-point array.

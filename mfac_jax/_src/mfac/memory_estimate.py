@@ -21,7 +21,7 @@ _NO_MESH = object()  # a leaf, in place of a sharding: None would be a node of t
 
 
 class MemoryEstimate(NamedTuple):
-    """The bytes of a state of `scale_by_mfac`. As a string it is a table.
+    """The bytes of a state of `scale_by_mfac`, by part and on each device; `print` makes a table of it.
 
     Attributes:
       window: of the rows and of what is kept beside them, all devices together; what several devices hold
@@ -69,10 +69,10 @@ def memory_estimate(
     host_chunk: int | None = None,
     param_shardings: Any = None,
 ) -> MemoryEstimate:
-    """The bytes that the state of `scale_by_mfac` with these arguments takes. Nothing is allocated.
+    """Tell the bytes that a state of `scale_by_mfac` will take, before anything is allocated.
 
     A training step takes a few more copies of the parameters while it runs, some ten with the rotated
-    metric on CPU. `mfac` has `num_grads=32, metric='rotated', storage=jnp.int8` where nothing else is said.
+    metric on CPU. `mfac` has `metric='rotated', storage=jnp.int8` where nothing else is said.
 
     Args:
       params: arrays, or `jax.ShapeDtypeStruct`. Where all lie on a mesh, their shardings count.

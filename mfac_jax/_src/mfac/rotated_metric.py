@@ -78,9 +78,10 @@ class _Leaf(NamedTuple):
 
 
 def rotated_metric(block_size: int = BLOCK_SIZE) -> Metric:
-    """The running mean of squares in the eigenbases of each matrix's two covariances.
+    """Make the rotated metric with blocks of your size, which fit the parts that devices have of a leaf.
 
-    `metric='rotated'` is this with the default. A smaller block costs less and sees less of a matrix. On a
+    It is a running second moment in the eigenbases of each matrix's two covariances: `metric='rotated'`
+    with the default size. A smaller block costs less and sees less of a matrix. On a
     mesh, pass a size that divides each device's part of an axis: then no tile lies on two devices, and none
     of the metric's arithmetic waits for another device.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax._src.base import checks, numerics, schedules, trees
+from mfac_jax._src.base.foreign_arguments import explain_foreign_arguments
 from mfac_jax._src.linalg.gram import cosine_of, replace_row
 from mfac_jax._src.mfac import damping as damping_rules
 from mfac_jax._src.mfac import remainder, step_length
@@ -36,10 +37,11 @@ from mfac_jax._src.rows.manual_axes import (
 )
 from mfac_jax._src.rows.window import Plan, make_plan, write_row
 
-NUM_GRADS = 64
+NUM_GRADS = 32
 DAMPING = 1e-3  # absolute: in units of a squared gradient
 
 
+@explain_foreign_arguments(b2="A metric keeps a second moment of its own, without a setting.")
 def scale_by_mfac(
     num_grads: int = NUM_GRADS,
     damping: optax.ScalarOrSchedule = DAMPING,
@@ -56,14 +58,15 @@ def scale_by_mfac(
     param_specs: Any = None,
     host_chunk: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Precondition gradients with the inverse Fisher matrix of the last gradients (M-FAC).
+    """Precondition gradients with the inverse Fisher matrix of the last gradients (M-FAC).
 
-    It needs nothing but gradients, and stands in a chain where `optax.scale_by_adam` would. With the last m
-    gradients as rows of :math:`G \in \mathbb{R}^{m \times d}`, the newest, :math:`g_j`, among them:
+    It needs nothing but gradients, and stands in a chain where `optax.scale_by_adam` would. With G the last
+    m = `num_grads` gradients as rows, g the newest of them, and e the unit vector of its row::
 
-    .. math::
-      u = F^{-1} g_j, \quad F = \lambda I + \tfrac{1}{m} G^\top G, \quad \text{computed as} \quad
-      m\, G^\top (G G^\top + m \lambda I)^{-1} e_j
+        u = F^-1 g = m G^T (G G^T + m damping I)^-1 e,    F = damping I + G^T G / m
+
+    That is the paper's formula. `mfac` passes `damping=1.0, relative_damping=True, window_momentum=0.9,
+    nesterov=True, step_adaptation=0.3, metric='rotated', storage=jnp.int8`.
 
     A step reads the window twice. Donate the state (`jax.jit(..., donate_argnums=...)`) to update it in
     place. A gradient with a NaN or an Inf is returned as it came, and changes only `grads_rejected`. Finite
@@ -71,34 +74,27 @@ def scale_by_mfac(
 
     Args:
       num_grads: m >= 1, the gradients kept. The state takes m copies of the parameters.
-      damping: lambda > 0, in units of a squared gradient, or a schedule over the gradients accepted.
-        Smaller is bolder. The paper uses 1e-5 to 1e-7.
-      relative_damping: measure the damping in units of the window's mean squared gradient, and scale the
-        update so that a lone gradient comes out as it went in. Learning rates then do not depend on the
-        scale of the loss.
+      damping: > 0, in units of a squared gradient, or a schedule over the gradients accepted. Smaller is
+        bolder. The paper uses 1e-5 to 1e-7.
+      relative_damping: measure the damping in units of the window's mean squared gradient, and return a
+        lone gradient as it came. Learning rates then do not depend on the scale of the loss.
       window_momentum: beta in [0, 1). Precondition the mean of the rows weighted by beta^age.
       nesterov: count the newest gradient once more in that mean, as NAdam does.
-      step_adaptation: h in [0, 1], or a schedule. Above 0 a factor in [1, 6] multiplies the update. It
-        is learned from the cosine of each gradient and the update before it, at the speed h; in the first
-        25 gradients faster, and up to 30, as where gradients go on to point along the updates. It is at
-        most m^2 / 8, and 1 with fewer than 4 rows, which do not tell enough. Or a `components.StepLength`.
+      step_adaptation: a speed in [0, 1], or a schedule. Above 0 a factor, mostly in [1, 6], multiplies the
+        update. It is learned from the cosine of each gradient and the update before it (docs/options.md).
+        Or a `components.StepLength`.
       blocks: None for one Fisher matrix of all parameters; 'leaf' for one per leaf; or a function from a
         leaf's key path to the label of its block.
-      metric: 'identity', as in the paper; 'diagonal' works in the metric of a running second moment, as
-        networks need whose layers differ in scale; 'rotated' has it in the eigenbases of each matrix's two
-        covariances (docs/options.md); or a `components.Metric`.
-      solver: 'cholesky'; 'inverse', which keeps the inverse of the m x m system and takes O(m^2), not
-        O(m^3) operations; 'auto' for Cholesky, but on CPU from m = 1024 on the inverse, which states of
-        that size hold on all platforms; or a `components.Solver`.
-      storage: `jnp.float32`, `jnp.bfloat16`, None for the parameters' dtype; `jnp.int8`,
-        `jnp.float8_e4m3fn`, `jnp.float8_e5m2` for a byte an entry, with a scale for each row or column of a
-        matrix; `components.low_rank()` for less (docs/options.md); or a `components.Storage`.
+      metric: 'identity', as in the paper; 'diagonal', a running second moment as in Adam; 'rotated', one in
+        the eigenbases of each matrix, as in SOAP (docs/options.md); or a `components.Metric`.
+      solver: 'cholesky'; 'inverse', which keeps the inverse of the m x m system, O(m^2) operations in place
+        of O(m^3); 'auto', the inverse on CPU from m = 1024 on; or a `components.Solver`.
+      storage: None for the parameters' dtype, `jnp.float32`, `jnp.bfloat16`, `jnp.int8`,
+        `jnp.float8_e4m3fn`, `jnp.float8_e5m2`; or a `components.Storage`, e.g. `components.low_rank()`.
       axis_name: in `jax.shard_map` and `jax.pmap`, the mesh axes that parameters or window are spread over.
         Under `jax.jit` alone leave it out: `state_shardings` says where the window lies.
-      param_specs: how the parameters are spread, as `PartitionSpec`s in a tree like them or a prefix of
-        one: what `in_specs` has for them. `jax.pmap`, and `jax.shard_map` with `check_vma=False`, need it:
-        `PartitionSpec()` if every device holds all of every parameter. Elsewhere types tell, but not which
-        axis of a shard is split, as rows of one byte have to know.
+      param_specs: how the parameters are spread, as `in_specs` has it. Needed in `jax.pmap`, with
+        `check_vma=False`, and for shards with rows of one byte (docs/options.md).
       host_chunk: None for a window in memory of the device. An int keeps it in pinned memory of the host,
         and brings that many rows of a leaf to the device at a time. Not for `jax.pmap`.
 
@@ -108,27 +104,22 @@ def scale_by_mfac(
 
     Raises:
       TypeError: an argument, a parameter or an update has a wrong type; a size is traced.
-      ValueError: an argument is out of its range; updates or the state do not fit the transform. From
-        `init` outside of jit: the window does not fit into memory.
+      ValueError: an argument is out of its range; updates or the state do not fit the transform; the window
+        does not fit into memory (from `init` outside of jit).
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, mfac_jax
+      >>> import jax.numpy as jnp, optax, mfac_jax
       >>> tx = optax.chain(mfac_jax.scale_by_mfac(num_grads=8, damping=1.0), optax.scale(-0.5))
-      >>> params = {'w': jnp.array([3.0, -2.0]), 'b': jnp.array(1.0)}
-      >>> state = tx.init(params)
-      >>> loss = lambda p: (jnp.sum(p['w'] ** 2) + p['b'] ** 2) / 2
-      >>> for _ in range(20):
-      ...   updates, state = tx.update(jax.grad(loss)(params), state)
-      ...   params = optax.apply_updates(params, updates)
-      >>> bool(loss(params) < 0.1)
-      True
+      >>> params = {'w': jnp.array([3.0, -2.0])}
+      >>> updates, state = tx.update(params, tx.init(params))  # the gradient of half the squared norm
+      >>> print(updates['w'])
+      [-0.5714286  0.3809524]
 
     References:
       Elias Frantar, Eldar Kurtic, Dan Alistarh, `M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information <https://arxiv.org/abs/2107.03356>`_, NeurIPS 2021.
     """
-    if not callable(damping):
-        checks.check_positive("damping", damping, str(DAMPING))
+    checks.check_positive("damping", damping, str(DAMPING), or_schedule=True)
     checks.check_decay("window_momentum", window_momentum, "0.9")
     checks.check_bool("relative_damping", relative_damping)
     checks.check_bool("nesterov", nesterov)

@@ -22,7 +22,7 @@ class KeepPrunedState(NamedTuple):
 
 
 def keep_pruned(inner: optax.GradientTransformation, masks: Any) -> optax.GradientTransformationExtraArgs:
-    r"""Keep pruned weights at zero under any optimizer.
+    """Keep pruned weights at zero under any optimizer.
 
     `inner` sees gradients and parameters that are zero where a weight is pruned. So norms, moments and
     M-FAC's window are those of the survivors. The update of a pruned weight is minus the weight, whatever
@@ -35,13 +35,12 @@ def keep_pruned(inner: optax.GradientTransformation, masks: Any) -> optax.Gradie
 
     The masks are in the state: `set_masks` changes them without compiling a step anew. A new state from
     `init` has the masks given here. To prune gradually, take the sparsity from an `optax.Schedule`. The
-    cubic one of Zhu and Gupta, from :math:`s_0` to :math:`s_1` in n steps from :math:`t_0` on,
+    cubic one of Zhu and Gupta, from s_0 to s_1 in n steps from t_0 on::
 
-    .. math::
-      s_t = s_1 + (s_0 - s_1) \left(1 - \frac{t - t_0}{n}\right)^3,
+        s_t = s_1 + (s_0 - s_1) (1 - (t - t_0) / n)^3
 
-    is `optax.polynomial_schedule(s_0, s_1, 3, n, t_0)`. Select new masks every few steps until
-    :math:`t_0 + n`, as in the example. Further training recovers some of the accuracy.
+    is `optax.polynomial_schedule(s_0, s_1, 3, n, t_0)`. Select new masks every few steps until t_0 + n, as
+    in the example. Further training recovers some of the accuracy.
 
     Args:
       inner: any transform or chain.

@@ -49,19 +49,18 @@ def prune(
     step_limit: float | jax.Array | None = None,
     num_steps: int | None = None,
 ) -> tuple[optax.Params, Any]:
-    r"""Prune a trained network: set the cheapest weights to zero, and move the others to make up for them.
+    """Prune a trained network: set the cheapest weights to zero, and move the others to make up for them.
 
-    This is the Optimal Brain Surgeon. It models the loss around the parameters w by
+    This is the Optimal Brain Surgeon. With the m gradients g_k as rows of G, it models the loss around the
+    parameters w by q, and a set Q of weights has a cost::
 
-    .. math::
-      q(\delta) = \eta\, g^\top \delta + \tfrac{1}{2} \delta^\top F \delta, \qquad
-      F = \lambda I + \tfrac{1}{m} \sum_k g_k g_k^\top, \qquad g = \tfrac{1}{m} \sum_k g_k
+        q(delta) = gradient_term g^T delta + delta^T F delta / 2,    g = sum_k g_k / m
+        F = damping I + sum_k g_k g_k^T / m,    cost of Q = w_Q^T ([F^-1]_QQ)^-1 w_Q / 2
 
-    over the weights that are not pruned yet. A set Q of weights costs
-    :math:`\tfrac{1}{2} w_Q^\top ([F^{-1}]_{QQ})^{-1} w_Q`. Each step prunes the cheapest weights, or groups
-    of a pattern, over all leaves together. Then all survivors S move, in leaves without a mask too. Where
-    gradients are zero, magnitudes decide. The model is local: several steps with new gradients do better
-    than one. If the network has batch statistics, estimate them again at the end.
+    over the weights that are not pruned yet. Each step prunes the cheapest weights, or groups of a pattern,
+    over all leaves together. Then all survivors S move, in leaves without a mask too. Where gradients are
+    zero, magnitudes decide. The model is local: several steps with new gradients do better than one. If the
+    network has batch statistics, estimate them again at the end.
 
     Args:
       params: w, real floating-point arrays, finite.
@@ -69,7 +68,7 @@ def prune(
         parameters to such gradients, called once per step.
       sparsity: share of weights that are zero in the end, over all leaves with a mask, in [0, 1). The
         number is exactly round(sparsity * weights), or the nearest that the groups of a pattern give.
-      damping: :math:`\lambda` > 0, in units of a squared gradient. Take less with gradients of batches.
+      damping: > 0, in units of a squared gradient. Take less with gradients of batches.
       masks: which weights are kept, a tree like `params`: bool arrays or arrays of 0 and 1, None at leaves
         that take no part. Pruned weights stay pruned. Default: `kernel_masks(params)`.
       pattern: None: single weights. `'N:M'`, e.g. `'2:4'`: at most N of M consecutive weights along the
@@ -77,12 +76,11 @@ def prune(
       input_axes: with a pattern, a function from a key path to the axes that are inputs, taken as one; or
         None, to read it from names and biases: axis -2 of (in, out) and of convolutions, `in` of (in,
         heads, d), `heads` and `d` of (heads, d, out). Needed where these do not tell.
-      update: `'joint'`: the survivors move to the minimum of q where Q is zero, :math:`\delta_S = G_S^\top
-        (G_S G_S^\top + m \lambda I)^{-1} (G_Q w_Q - \eta 1)` with gradients as rows of G. `'independent'`:
-        each weight moves them as if it went alone, :math:`-F^{-1} (v + \eta g)`, as published, with
-        :math:`v_i = w_i / [F^{-1}]_{ii}` on Q.
-      gradient_term: :math:`\eta` >= 0, the pull of the mean gradient. Default: 0 with gradients, 0.3 with a
-        function, since a partly pruned network is no longer at a minimum. It needs the mean of enough data.
+      update: `'joint'`: the survivors move to the minimum of q where Q is zero, by
+        G_S^T (G_S G_S^T + m damping I)^-1 (G_Q w_Q - gradient_term). `'independent'`, as published: each
+        weight moves them as if alone, by -F^-1 (v + gradient_term g), with v_i = w_i / [F^-1]_ii on Q.
+      gradient_term: >= 0, the pull of the mean gradient. Default: 0 with gradients, 0.3 with a function,
+        since a partly pruned network is no longer at a minimum. It needs the mean of enough data.
       step_limit: the longest move of the survivors, relative to the norm of the weights that go. Default:
         no limit with gradients, 0.5 with a function, which guards against a small damping.
       num_steps: how often gradients are computed; each step prunes the same share of the survivors.
@@ -142,7 +140,9 @@ def prune(
 def obs_scores(
     params: optax.Params, grads: optax.Params, damping: float | jax.Array = _DAMPING, *, masks: Any = None
 ) -> Any:
-    r"""Compute what it costs to prune each weight alone: :math:`w_i^2 / (2 [F^{-1}]_{ii})`.
+    """Compute what it costs to prune each weight alone.
+
+    That is w_i^2 / (2 [F^-1]_ii), with F as in `prune`.
 
     Args:
       params: w, as for `prune`.
@@ -184,7 +184,7 @@ def obs_update(
     gradient_term: float | jax.Array = 0.0,
     step_limit: float | jax.Array = math.inf,
 ) -> optax.Params:
-    r"""Prune by masks of your own, and move the other weights to make up for it: one step of `prune`.
+    """Prune by masks of your own, and move the other weights to make up for it: one step of `prune`.
 
     Args:
       params: as for `prune`.

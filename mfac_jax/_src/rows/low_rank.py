@@ -41,7 +41,7 @@ class LowRankRow(NamedTuple):
 
 
 def low_rank(density: float = 1 / 16) -> Storage:
-    """Rows of low rank: each matrix of a gradient as the product of two thin ones, in bfloat16.
+    """Keep rows of low rank: each matrix of a gradient as the product of two thin ones, in bfloat16.
 
     A leaf of n1 x n2 has the rank floor(density n1 n2 / (n1 + n2)), at least 1, and a row takes 2 density
     bytes an entry. Leaves of more axes are matrices, as near to a square as whole axes can be; vectors are

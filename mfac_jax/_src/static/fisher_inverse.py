@@ -27,30 +27,28 @@ _PART = 128  # rows and columns of the inverse that are computed at a time
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FisherInverse:
-    r"""Multiply by the inverse of the damped Fisher matrix of fixed gradients, and read its entries.
+    """Multiply by the inverse of the damped Fisher matrix of fixed gradients, and read its entries.
 
     It is a pytree, and passes through `jax.jit`.
 
-    With gradients :math:`g_1, \dots, g_m`
+    With G the m gradients g_i as rows::
 
-    .. math::
-      F = \lambda I + \tfrac{1}{m} \sum_i g_i g_i^\top, \qquad
-      F^{-1} = \tfrac{1}{\lambda} \left(I - W^\top W\right), \qquad
-      W = L^{-1} G, \quad L L^\top = G G^\top + m \lambda I,
+        F = damping I + sum_i g_i g_i^T / m,    F^-1 = (I - W^T W) / damping
+        W = L^-1 G,    L L^T = G G^T + m damping I
 
     for all parameters together, or for each of several blocks that do not interact. `from_gradients` makes
     it in two matrix products, where the published recursion takes m steps. It holds W, which is as large as
     the gradients. A block with at most m entries holds its own inverse instead.
 
     Gradients may repeat. If the damping is smaller than the rounding errors of their products, the size of
-    these errors takes its place. With gradients of zeros :math:`F^{-1} = I / \lambda`.
+    these errors takes its place. With gradients of zeros F^-1 = I / damping.
 
     Gradients, damping and vectors may have any size: they are scaled by powers of two. What the result's
     dtype cannot hold becomes its largest number. Subnormal entries (below 1.2e-38 in float32) of gradients
     and vectors may count as zeros.
 
     Attributes:
-      damping_parts: mantissa and exponent of :math:`\lambda`, which may be beyond the dtype of the
+      damping_parts: mantissa and exponent of the damping, which may be beyond the dtype of the
         computations: float64 if a gradient has it, else float32.
       stacks: the blocks.
       structure: the structure of the parameters.
@@ -74,19 +72,19 @@ class FisherInverse:
 
     @property
     def damping(self) -> jax.Array:
-        r""":math:`\lambda`, or the nearest number that the dtype of the computations can hold."""
+        """The damping, or the nearest number that the dtype of the computations can hold."""
         return self.damping_parts.number
 
     @classmethod
     def from_gradients(
         cls, grads: optax.Params, damping: float | jax.Array, *, blocks: FisherBlocks = None
     ) -> "FisherInverse":
-        r"""Compute the inverse from gradients that are stacked on a leading axis of each leaf.
+        """Compute the inverse from gradients that are stacked on a leading axis of each leaf.
 
         Args:
           grads: leaves `(m, *shape)`, real floating-point arrays; `collect_gradients` makes them. For d
-            parameters this costs :math:`O(d m^2)` operations, and a copy of the gradients.
-          damping: :math:`\lambda` > 0, in units of a squared gradient. The paper prunes with 1e-5 to 1e-7.
+            parameters this costs O(d m^2) operations, and a copy of the gradients.
+          damping: > 0, in units of a squared gradient. The paper prunes with 1e-5 to 1e-7.
           blocks: None: one block. `'leaf'`: one block per leaf. A function from the key path of a leaf to a
             hashable label: one block per label. An int B >= 1: blocks of B consecutive entries of each
             leaf, in the order of `ravel`; the last one may be smaller.
@@ -108,7 +106,7 @@ class FisherInverse:
         return cls(parts, stacks, structure, tuple(g.shape[1:] for g in leaves))
 
     def ihvp(self, tree: optax.Params) -> optax.Params:
-        r"""Compute the product :math:`F^{-1} x` with one vector, or with a batch of them.
+        """Compute the product F^-1 x with one vector, or with a batch of them.
 
         Args:
           tree: x, shaped like the parameters; or a batch, with one more axis in front of every leaf.
