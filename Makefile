@@ -7,7 +7,7 @@ JOBS ?= 2
 # Few arenas: glibc would give each thread one, and a worker would take 1.6 GB in place of 1.3.
 PYTEST = MALLOC_ARENA_MAX=2 $(RUN) -m pytest
 
-.PHONY: demo test slow slow-here slow-ci slow-tpu slow-gpu slow-finetune benchmark lint format clean
+.PHONY: demo test docs slow slow-here slow-ci slow-tpu slow-gpu slow-finetune slow-browser benchmark lint format clean
 
 demo: $(VENV)/installed-demo
 	@echo 'A small network learns handwritten digits with M-FAC, SGD and AdamW, three times each: about 20 seconds.'
@@ -16,9 +16,14 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
-slow: slow-here slow-tpu slow-gpu slow-finetune
+# The site, in out/site; its notebooks run here, and no network is needed once all is installed.
+docs: $(VENV)/installed-docs
+	$(RUN) -m sphinx -W --keep-going docs out/site
+	$(VENV)/bin/linkchecker --config docs/linkcheckerrc out/site/index.html
 
-HERE = slow and not tpu and not gpu and not finetune
+slow: slow-here slow-tpu slow-gpu slow-finetune slow-browser
+
+HERE = slow and not tpu and not gpu and not finetune and not browser
 slow-here: $(VENV)/installed
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "$(HERE)" $(PYTEST_ARGS)
 
@@ -34,6 +39,9 @@ slow-gpu: $(VENV)/installed-gpu
 
 slow-finetune: $(VENV)/installed-finetune
 	$(PYTEST) -m finetune $(PYTEST_ARGS)
+
+slow-browser: $(VENV)/installed-lint docs
+	$(PYTEST) -m browser $(PYTEST_ARGS)
 
 # Speed, an hour; ORIGINAL is a checkout of github.com/IST-DASLab/M-FAC, GIGABYTES the largest window.
 GIGABYTES ?= 4.5
@@ -81,6 +89,12 @@ $(VENV)/installed: pyproject.toml | $(VENV)/made
 	$(INSTALL) --quiet --editable '.[tests]'
 	-$(VENV)/bin/python -m compileall -q $(VENV)/lib
 	touch $@ $(VENV)/installed-demo
+
+# For `make docs`.
+$(VENV)/installed-docs: pyproject.toml | $(VENV)/made
+	@echo 'Installing Sphinx and what else the site is made with: a minute at most.'
+	$(INSTALL) --quiet --editable '.[docs]'
+	touch $@
 
 # For `make lint` and `make format`.
 $(VENV)/installed-lint: $(VENV)/installed

@@ -53,7 +53,7 @@ def mfac(
 
     Args:
       learning_rate: a number or a schedule. 1e-2 with a warm-up and a decay to zero worked, untuned, on
-        networks trained from scratch, 3e-3 on a pretrained one: docs/comparison.md.
+        networks trained from scratch, 3e-3 on a pretrained one: docs/results.
       num_grads: gradients in the window, >= 1. 32 do as well as 64, and so do 16 where gradients
         are noisy (docs/options.md).
       damping: > 0, a number or a schedule. 0.1 to 1 is the useful range; smaller is bolder. 1 suits the
