@@ -33,9 +33,10 @@ extensions = [
 nitpicky = True  # a name in a docstring that leads nowhere is a warning
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|optax|jnp|chex|flax|numpy|np|collections|typing)\..*"),
-    ("py:class", r"ArrayTree|mfac_jax\._src\..*"),  # types of arguments that have no page
+    ("py:class", r"ArrayTree|mfac_jax\._src\..*"),  # types of fields that have no page
+    ("py:obj", "(?s).*"),  # names in docstrings: links where they lead somewhere, else code
 ]
-default_role = "code"
+default_role = "py:obj"
 
 # Cells run in the build; what they write to stderr is an error.
 nb_execution_mode = "cache"
@@ -49,9 +50,7 @@ myst_heading_anchors = 3
 os.environ |= {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
-autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # the texts say it in words
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 copybutton_exclude = ".linenos, .gp, .go"

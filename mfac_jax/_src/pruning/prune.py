@@ -151,7 +151,7 @@ def obs_scores(
       masks: as for `prune`; F is that of the weights they keep.
 
     Returns:
-      The increase of the loss in the quadratic model: a tree like `params`, None at leaves that take no
+      A tree like `params` with the increase of the loss in the quadratic model, None at leaves that take no
       part. The score of a weight that is already pruned has no meaning.
 
     Raises:
