@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import stored_tables  # noqa: E402
 
 # Pages that can be downloaded as notebooks.
-NOTEBOOKS = ("start",)
+NOTEBOOKS = ("start", "guides/pruning", "guides/diagnostics")
 
 project = "mfac_jax"
 author = "the mfac_jax authors"
