@@ -13,9 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 ROOT = pathlib.Path(__file__).parents[2]
 SITE = ROOT / "out" / "site"
 SCREENSHOTS = ROOT / "out" / "screenshots"
-PAGES = [
-    str(page.relative_to(SITE)) for page in sorted(SITE.rglob("*.html")) if "_modules" not in page.parts
-]
+FILES = [page.relative_to(SITE) for page in sorted(SITE.rglob("*.html"))]
+PAGES = [str(page) for page in FILES if not {"_modules", "_static"} & set(page.parts)]
 WIDTHS = {"wide": 1300, "narrow": 420}
 LONGEST = 12_000  # pixels of a screenshot
 ARGUMENTS = [
