@@ -24,6 +24,7 @@ from examples.common import markdown, over_seeds
 from examples.common.command_line import Count, Folder, OptionalCount, choices, parse
 
 STUDY = "frontier"
+COLUMNS = 3  # of panels in the picture of the frontier
 # What whole runs are compared with, by label.
 WINDOWS = {
     f"{storage}, {num_grads} rows": opt.frontier_name("rotated", num_grads, storage)
@@ -172,31 +173,41 @@ def short_table(records: Sequence[dict[str, Any]], panel: Panel) -> str:
 
 
 def draw(records: Sequence[dict[str, Any]], shown: Sequence[Panel], path: Path) -> None:
-    """Draw the training loss over the bytes of the state, a line for each storage and metric."""
-    figure, row = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), squeeze=False)
-    colors: dict[str, str] = {}
-    for axes, panel in zip(row[0], shown, strict=True):
+    """Draw the training loss over the bytes of the state; dashes are the diagonal metric."""
+    rows = -(-len(shown) // COLUMNS)
+    figure, grid = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 3.4 * rows), layout="constrained")
+    drawn: dict[str, Any] = {}
+    for axes, panel in zip(grid.flat, shown, strict=False):
         lines: dict[str, list[Any]] = {}
         for name, found in points(records, panel).items():
             line = lines.setdefault(opt.frontier_line(name), [])
             line.append((found["bytes"], found["train"].mean(), over_seeds.deviation(found["train"])))
         for label, line in sorted(lines.items()):
             x, y, error = np.array(sorted(line)).T
-            color = colors.setdefault(label, f"C{len(colors)}")
-            axes.errorbar(x, y, error, label=label, marker="o", capsize=3, color=color)
+            drawn[label] = axes.errorbar(x, y, error, marker="o", markersize=4, capsize=3, **_style(label))
         losses = [y for line in lines.values() for _, y, _ in line]
         axes.set(title=panel.title(), xscale="log", xlabel="bytes of the state a parameter")
-        axes.set(yscale="log" if max(losses) > 2 * min(losses) else "linear")
+        axes.set(yscale="log" if max(losses) > 2 * min(losses) else "linear", ylabel="final training loss")
         axes.xaxis.set_major_locator(LogLocator(2))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    row[0][0].set_ylabel("final training loss")
-    _save(figure, row[0][-1], path)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_axis_off()
+    if drawn:
+        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, fontsize="small")
+    _save(figure, path)
+
+
+def _style(label: str) -> dict[str, Any]:
+    metric, storage = label.removeprefix("mfac, ").split(", ")
+    return {"color": f"C{list(ALL).index(storage)}", "linestyle": "--" if metric == "diagonal" else "-"}
 
 
 def draw_curves(records: Sequence[dict[str, Any]], shown: Sequence[Panel], path: Path) -> None:
     """Draw the training losses along the runs, all seeds of each storage in one color."""
-    figure, row = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4), squeeze=False)
+    figure, row = plt.subplots(
+        1, len(shown), figsize=(4 * len(shown), 4), squeeze=False, layout="constrained"
+    )
     for axes, panel in zip(row[0], shown, strict=True):
         entries = runs_of_entries(records, panel)
         for color, (label, marker) in enumerate(CURVES.items()):
@@ -207,13 +218,12 @@ def draw_curves(records: Sequence[dict[str, Any]], shown: Sequence[Panel], path:
                 label = None  # one for all seeds
         axes.set(title=panel.title(), yscale="log", xlabel="step")
     row[0][0].set_ylabel("training loss")
-    _save(figure, row[0][0], path)
+    if row[0][0].lines:
+        row[0][0].legend(fontsize="small")
+    _save(figure, path)
 
 
-def _save(figure: Any, with_legend: Any, path: Path) -> None:
-    if with_legend.get_legend_handles_labels()[0]:
-        with_legend.legend(fontsize="small")
-    figure.tight_layout()
+def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=80)
     plt.close(figure)
     print(f"Picture: {path}")

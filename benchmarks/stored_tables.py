@@ -28,9 +28,10 @@ from benchmarks import (
     training_share,
     weak_scaling,
 )
-from benchmarks.comparison_results import standing
+from benchmarks.comparison_plots import STYLES
+from benchmarks.comparison_results import Summary, standing
 from benchmarks.problems import PROBLEMS
-from examples.common import json_lines
+from examples.common import json_lines, markdown, over_seeds
 from examples.common.command_line import Folder, parse
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,7 @@ TITLES = {
     "cifar10": "CIFAR-10, ResNet-20",
     "text": "text, transformer",
 }
+LOSSES = ("train_loss", "valid_loss")
 OPTIMIZERS = ("mfac-default", "muon", "soap", "nadamw", "adamw", "sgd")
 Tables = dict[str, Callable[[], str]]
 
@@ -71,7 +73,7 @@ def _comparison() -> Tables:
 
     def standings() -> str:
         counts = []
-        for column in ("train_loss", "valid_loss"):
+        for column in LOSSES:
             places = [standing(own, column) for own in found.summaries.values()]
             ratios = [place.ratio for place in places if place is not None]
             counts.append(f"{sum(ratio <= 1 for ratio in ratios)} of {len(ratios)}")
@@ -80,10 +82,32 @@ def _comparison() -> Tables:
             f"worse on {counts[0]} problems, and a validation loss that is no worse on {counts[1]}.\n"
         )
 
+    def beside(rival: str) -> str:
+        """Training and validation losses of M-FAC, untuned, beside those of a rival."""
+        rows = []
+        for problem, own in found.whole.items():
+            if all(name in own and own[name].runs for name in (OPTIMIZERS[0], rival)):
+                rows.append(
+                    [problem, *(_loss(own[name], c) for c in LOSSES for name in (rival, OPTIMIZERS[0]))]
+                )
+        label = STYLES[rival]["label"]
+        header = [f"{kind}: {name}" for kind in ("training", "validation") for name in (label, "M-FAC")]
+        return markdown.table(["", *header], rows)
+
     def comparison() -> str:
         return report_comparison.report(found).split("\n", 1)[1]
 
-    return {"training": training, "standings": standings, "comparison": comparison}
+    return {
+        "training": training,
+        "standings": standings,
+        "beside_adamw": lambda: beside("adamw"),
+        "beside_published": lambda: beside("mfac-published-tuned"),
+        "comparison": comparison,
+    }
+
+
+def _loss(summary: Summary, column: str) -> str:
+    return over_seeds.text([run["evaluations"][-1][column] for run in summary.runs])
 
 
 def _storage() -> Tables:

@@ -54,5 +54,5 @@ def test_stored_runs_are_not_repeated(tmp_path, capsys):
     json_lines.append(tmp_path / "frontier.jsonl", *lines)
     names = ["--problems", "digits-mlp", "--storages", "int8", "--num-grads", "4", "--seeds", "2"]
     storage_frontier.main([*names, "--out", str(tmp_path)])
-    assert "| 2 ± 0.71 |" in capsys.readouterr().out
+    assert "| 2.00 ± 0.71 |" in capsys.readouterr().out
     assert len(json_lines.read(tmp_path / "frontier.jsonl")) == 2
