@@ -44,6 +44,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_output_stderr = "error"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables that cells make
 nb_ipywidgets_js = {}  # would load scripts from the network
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
