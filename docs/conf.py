@@ -54,11 +54,13 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the texts say it in words
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "sphinx_book_theme"
 html_title = "mfac_jax"
 html_context = {"default_mode": "auto"}
+html_favicon = "_static/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_extra_path = ["../out/extra"]

@@ -119,6 +119,6 @@ def test_the_search_finds_the_page(browser, address, words, page):
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get(f"{address}/search.html?q={words}")
-    WebDriverWait(browser, 20).until(lambda b: "matching" in b.find_element(By.TAG_NAME, "article").text)
+    WebDriverWait(browser, 20).until(lambda b: "finished" in b.find_element(By.TAG_NAME, "body").text)
     links = [a.get_attribute("href") for a in browser.find_elements(By.CSS_SELECTOR, "ul.search a")]
     assert any(page in link for link in links), links
