@@ -1,7 +1,5 @@
 """The CG-FAC optimizer: a chain of preconditioner, momentum, weight decay and learning rate."""
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 import jax
 import optax
 

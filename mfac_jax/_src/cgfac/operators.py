@@ -1,7 +1,5 @@
 """Fisher matrices as functions from a vector to a product, for `scale_by_cgfac`."""
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CG-FAC: the natural gradient of K-FAC by conjugate gradients, as an optax transform."""
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 from collections.abc import Mapping
 from typing import Any
 

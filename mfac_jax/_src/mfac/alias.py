@@ -1,7 +1,5 @@
 """The M-FAC optimizers: chains of preconditioner, momentum, weight decay and learning rate."""
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 from typing import Any, Literal
 
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """Products of the inverse Fisher matrix that an optimizer's state holds with any vector."""
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 A leaf of the window follows its parameter, and may be split further: `rows/mesh.py` has the rule.
 """
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

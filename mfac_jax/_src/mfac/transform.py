@@ -1,7 +1,5 @@
 """One step of M-FAC, as an optax transform."""
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 from typing import Any, NamedTuple
 
 import jax

@@ -4,8 +4,6 @@ A mask is a bool array shaped like its leaf, True where the weight is kept. Wher
 or `optax.MaskedNode` stands in its place.
 """
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One call from a trained network to a pruned one, and its two halves: the scores and the update."""
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 import math
 from collections.abc import Callable
 from typing import Any

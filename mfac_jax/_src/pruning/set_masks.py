@@ -1,7 +1,5 @@
 """New masks in the state of an optimizer, which then holds nothing of the weights they prune."""
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Gradients of a loss on batches, stacked: what the static algorithm starts from."""
 
-from __future__ import annotations  # so that `help` shows names of types, not what they stand for
-
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
