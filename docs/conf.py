@@ -23,6 +23,7 @@ version = release = mfac_jax.__version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",
@@ -51,6 +52,8 @@ myst_heading_anchors = 3
 os.environ |= {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 autodoc_member_order = "bysource"
+autosummary_generate = False
+maximum_signature_line_length = 88
 autodoc_typehints = "none"  # the texts say it in words
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
