@@ -162,16 +162,12 @@ def table(lines: list[dict[str, Any]], statistics: str) -> str:
         cells = []
         for pattern, sparsity in kinds:
             found = 100 * accuracies(lines, statistics, method, pattern, sparsity)
-            cells.append(_percent(found))
+            spread = f" ± {over_seeds.deviation(found):.1f}" if len(found) > 1 else ""
+            cells.append(f"{found.mean():.1f}{spread}" if len(found) else "")
         if any(cells):
             rows.append([method, *cells])
     heads = [f"{sparsity:.1%} {pattern}".strip() for pattern, sparsity in kinds]
     return markdown.table([f"batch statistics {statistics}", *heads], rows)
-
-
-def _percent(found: np.ndarray) -> str:
-    spread = f" ± {over_seeds.deviation(found):.1f}" if len(found) > 1 else ""
-    return f"{found.mean():.1f}{spread}" if len(found) else ""
 
 
 def accuracies(
